@@ -1,0 +1,1681 @@
+"""A vision-text dual encoder (CLIP, LiT) in one file of plain PyTorch.
+
+Two towers meet in one space: a picture and its caption should land close together, everything else far apart.
+
+    pixel_values (B, 3, S, S) ── vision_model ── (B, W) ── visual_projection ── L2 norm ── image_embeds (B, E) ──┐
+                                                                                                               cosine
+    input_ids    (B, T)       ── text_model ──── (B, W) ── text_projection ──── L2 norm ── text_embeds  (B, E) ──┘
+                                                                                                                 │
+                            loss () ── clip_loss ── logits_per_image (B, B) = exp(logit_scale) * cosine ─────────┘
+
+Symbols    B pairs, T tokens after padding, P patches (with class tokens), S pixels a side, W tower width,
+           H heads, E shared embedding size, I pictures, N captions, K classes.
+Words      "features" come out of a tower or a projection; "embeds" are features of unit norm.
+
+Sections   1 Configurations      2 Losses         3 DualEncoder
+           4 Text tower          5 Vision tower   6 Processor: pictures and captions to tensors
+           7 Checkpoints         8 Data           9 Command line
+
+Sources    Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision" (CLIP)
+           Zhai et al. 2022, "LiT: Zero-Shot Transfer with Locked-image text Tuning"
+           Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training" (SigLIP)
+           Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional Transformers"
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import csv
+import dataclasses
+import difflib
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import re
+import sys
+import typing
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import safetensors
+import safetensors.torch
+import timm
+import tokenizers
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor, nn
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as pixels
+
+LOGIT_SCALE_INIT = 2.6592  # ln(1 / 0.07), cut after four digits as published: cosines start out multiplied by 14.28
+LOGIT_SCALE_MAX = math.log(100)  # CLIP, section 2.5: beyond this, training becomes unstable
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1  Configurations
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Sizes of a BERT-like text tower; the defaults are those of bert-base-uncased.
+
+    raises  ValueError for an unknown family or pooling, or a width that the heads do not divide
+    """
+
+    family: str = "bert"  # a row of TEXT_FAMILIES
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_width: int | None = None  # 4 * width unless given
+    vocab_size: int = 30522
+    max_positions: int = 512  # rows of the position table; see TextEncoder.max_tokens
+    pad_token_id: int = 0
+    type_vocab_size: int = 2
+    embedding_width: int | None = None  # ELECTRA: narrower embeddings than the encoder; width unless given
+    layer_norm_eps: float = 1e-12
+    activation: str = "gelu"  # a row of ACTIVATIONS
+    pooling: str = "cls"  # "cls": first token; "mean": over real tokens; "pooler": first token, then dense + tanh
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+
+    def __post_init__(self):
+        object.__setattr__(self, "mlp_width", self.mlp_width or 4 * self.width)
+        object.__setattr__(self, "embedding_width", self.embedding_width or self.width)
+        one_of("text family", self.family, TEXT_FAMILIES)
+        one_of("text pooling", self.pooling, ("cls", "mean", "pooler"))
+        one_of("activation", self.activation, ACTIVATIONS)
+        if self.width % self.heads:
+            raise ValueError(f"text width {self.width} is not a multiple of {self.heads} heads")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A timm model and how to build it."""
+
+    name: str = "vit_base_patch16_224"  # any name that timm.list_models() knows, tag included
+    args: dict = field(default_factory=dict)  # further arguments of timm.create_model, e.g. {"patch_size": 4}
+    image_size: int | None = None  # pixels a side; the model's own unless given
+    channels: int = 3
+    pooling: str | None = None  # timm's global_pool ("avg", "token", "map", ...); the model's own unless given
+    patch_dropout: float = 0.0  # share of the patches left out of each training picture (FLIP; ViTs only)
+
+
+@dataclass(frozen=True)
+class DualEncoderConfig:
+    """Everything needed to rebuild a DualEncoder without its weights."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    projection_dim: int = 512
+    logit_scale_init: float = LOGIT_SCALE_INIT
+    logit_bias_init: float | None = None  # given: the model has a logit_bias, which siglip_loss needs
+
+    def to_dict(self):
+        """The configuration as plain dictionaries, ready for json."""
+        return {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values):
+        """The inverse of to_dict; raises ValueError for fields that no configuration has."""
+        values = {key: value for key, value in values.items() if key != "model_type"}
+        vision, text = build(VisionConfig, values.pop("vision", {})), build(TextConfig, values.pop("text", {}))
+        return build(cls, {"vision": vision, "text": text, **values})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2  Losses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def clip_loss(image_embeds, text_embeds, logit_scale):
+    """Symmetric contrastive loss over every pair in the batch.
+
+    image_embeds  (B, E)  unit-norm rows
+    text_embeds   (B, E)  unit-norm rows; row i describes picture i
+    logit_scale   ()      natural log of the inverse temperature
+    returns       ()      mean loss in nats: about ln(B) before training, towards 0 as pairs separate
+    raises        ValueError if the two batches differ in shape
+    source        Radford et al. 2021, Figure 3
+    """
+    same_shape(image_embeds, text_embeds)
+    logits_per_image = logit_scale.exp() * image_embeds @ text_embeds.T
+    labels = torch.arange(len(logits_per_image), device=logits_per_image.device)
+    image_to_text = F.cross_entropy(logits_per_image, labels)
+    text_to_image = F.cross_entropy(logits_per_image.T, labels)
+    return (image_to_text + text_to_image) / 2
+
+
+def siglip_loss(image_embeds, text_embeds, logit_scale, logit_bias):
+    """Every cell of the B x B matrix is a yes-or-no question of its own: are these two a pair?
+
+    image_embeds, text_embeds  (B, E)  unit-norm rows; row i describes picture i
+    logit_scale, logit_bias    ()      the published start is ln(10) and -10
+    returns                    ()      binary cross-entropy in nats, summed over the matrix, divided by B
+    raises                     ValueError if the two batches differ in shape
+    source                     Zhai et al. 2023, equation 1 and Algorithm 1
+    """
+    same_shape(image_embeds, text_embeds)
+    logits = logit_scale.exp() * image_embeds @ text_embeds.T + logit_bias
+    is_pair = torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
+    return F.binary_cross_entropy_with_logits(logits, is_pair, reduction="sum") / len(logits)
+
+
+def multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group_ids):
+    """clip_loss where several captions fit a picture: the right answer is shared evenly by the row's whole group.
+
+    clip_loss calls the caption of another dog picture wrong, so its best value is not 0 but about ln(group size).
+    Here the entropy of the shared answer is taken off, so 0 stays the best value. Without repeats it is clip_loss.
+
+    image_embeds, text_embeds  (B, E)  unit-norm rows; row i describes picture i
+    logit_scale                ()      natural log of the inverse temperature
+    group_ids                  (B,)    integers; rows with equal ids describe each other
+    returns                    ()      mean divergence from the shared answer, in nats
+    raises                     ValueError if the batches differ in shape or group_ids is not (B,)
+    source                     Yang et al. 2022, "Unified Contrastive Learning" (UniCL), equations 3 and 4
+    """
+    same_shape(image_embeds, text_embeds)
+    if group_ids.shape != image_embeds.shape[:1]:
+        raise ValueError(f"group_ids has shape {tuple(group_ids.shape)}, expected one id a row: ({len(image_embeds)},)")
+    logits_per_image = logit_scale.exp() * image_embeds @ text_embeds.T
+    same_group = (group_ids[:, None] == group_ids[None, :]).to(logits_per_image.dtype)
+    target = same_group / same_group.sum(dim=1, keepdim=True)
+    best_value = same_group.sum(dim=1).log().mean()
+    image_to_text = F.cross_entropy(logits_per_image, target)
+    text_to_image = F.cross_entropy(logits_per_image.T, target)
+    return (image_to_text + text_to_image) / 2 - best_value
+
+
+def same_shape(image_embeds, text_embeds):
+    if image_embeds.shape != text_embeds.shape:
+        raise ValueError(
+            f"image_embeds {tuple(image_embeds.shape)} and text_embeds {tuple(text_embeds.shape)} must have one shape: "
+            f"row i of one describes row i of the other"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3  DualEncoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TowerOutput:
+    """What a tower returns; P stands for T in the text tower.
+
+    last_hidden_state  (B, P, W)             every position after the last layer; (B, W, h, w) from a convnet
+    pooler_output      (B, W)                one vector a row
+    hidden_states      depth + 1 x (B, P, W)  on request: the embeddings, then the output of each layer
+    attentions         depth x (B, H, P, P)   on request: weights after the softmax, rows sum to 1
+    """
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class DualEncoderOutput:
+    """What DualEncoder returns; fields of a side that was not given stay None."""
+
+    loss: Tensor | None = None  # ()
+    logits_per_image: Tensor | None = None  # (I, N)
+    logits_per_text: Tensor | None = None  # (N, I)
+    text_embeds: Tensor | None = None  # (N, E)
+    image_embeds: Tensor | None = None  # (I, E)
+    text_model_output: TowerOutput | None = None
+    vision_model_output: TowerOutput | None = None
+
+
+class DualEncoder(nn.Module):
+    """Two towers, two linear projections into one space, one temperature.
+
+    config                    DualEncoderConfig
+    vision_model, text_model  ready towers of these configurations; new ones with random weights unless given
+    source                    Radford et al. 2021, Figure 3
+    """
+
+    def __init__(self, config, vision_model=None, text_model=None):
+        super().__init__()
+        self.config = config
+        self.vision_model = vision_model or VisionEncoder(config.vision)
+        self.text_model = text_model or TextEncoder(config.text)
+        self.visual_projection = nn.Linear(self.vision_model.width, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(self.text_model.width, config.projection_dim, bias=False)
+        for projection in (self.visual_projection, self.text_projection):
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init)))
+        if config.logit_bias_init is not None:
+            self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias_init)))
+        self.processor = None  # a Processor, saved and loaded with the weights when there is one
+        self.locked = set()
+
+    def get_image_features(self, pixel_values):
+        """(I, 3, S, S) pixels from the processor to (I, E) projected features, not normalised."""
+        return self.visual_projection(self._run_tower("vision", pixel_values).pooler_output)
+
+    def get_text_features(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None):
+        """(N, T) token ids to (N, E) projected features, not normalised; attention_mask is 1 on real tokens."""
+        output = self._run_tower("text", input_ids, attention_mask, token_type_ids, position_ids)
+        return self.text_projection(output.pooler_output)
+
+    def encode_image(self, pixel_values):
+        """get_image_features with unit norm: (I, E)."""
+        return self._normalize(self.get_image_features(pixel_values))
+
+    def encode_text(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None):
+        """get_text_features with unit norm: (N, E)."""
+        return self._normalize(self.get_text_features(input_ids, attention_mask, token_type_ids, position_ids))
+
+    def forward(
+        self,
+        input_ids=None,
+        pixel_values=None,
+        attention_mask=None,
+        token_type_ids=None,
+        position_ids=None,
+        return_loss=False,
+        output_hidden_states=False,
+        output_attentions=False,
+    ):
+        """Both sides at once, or one of them.
+
+        input_ids       (N, T)        token ids; attention_mask, token_type_ids and position_ids have the same shape
+        pixel_values    (I, 3, S, S)  normalised pixels, as the processor makes them
+        return_loss     adds clip_loss; picture i and caption i must be a pair
+        returns         DualEncoderOutput
+        raises          ValueError if there is nothing to encode, or return_loss is asked for without matching pairs
+        """
+        if input_ids is None and pixel_values is None:
+            raise ValueError("nothing to encode: give input_ids, pixel_values or both")
+        extras = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        output = DualEncoderOutput()
+        if pixel_values is not None:
+            output.vision_model_output = self._run_tower("vision", pixel_values, **extras)
+            output.image_embeds = self._normalize(self.visual_projection(output.vision_model_output.pooler_output))
+        if input_ids is not None:
+            inputs = (input_ids, attention_mask, token_type_ids, position_ids)
+            output.text_model_output = self._run_tower("text", *inputs, **extras)
+            output.text_embeds = self._normalize(self.text_projection(output.text_model_output.pooler_output))
+        if input_ids is not None and pixel_values is not None:
+            output.logits_per_image = self.logit_scale.exp() * output.image_embeds @ output.text_embeds.T
+            output.logits_per_text = output.logits_per_image.T
+        if return_loss:
+            if output.logits_per_image is None:
+                raise ValueError("return_loss needs both input_ids and pixel_values")
+            output.loss = clip_loss(output.image_embeds, output.text_embeds, self.logit_scale)
+        return output
+
+    def lock(self, tower):
+        """Freeze a tower for good: no gradients, evaluation mode even through .train(); its projection still learns.
+
+        tower   "vision" (LiT: the text tower learns to read a finished vision tower) or "text"
+        source  Zhai et al. 2022, section 3
+        """
+        one_of("tower to lock", tower, ("vision", "text"))
+        self.locked.add(tower)
+        self._tower(tower).requires_grad_(False)
+        return self.train(self.training)
+
+    def train(self, mode=True):
+        """Training mode, except that a locked tower stays in evaluation mode: batch-norm statistics are weights too."""
+        super().train(mode)
+        for tower in self.locked:
+            self._tower(tower).eval()
+        return self
+
+    def _tower(self, name):
+        return self.vision_model if name == "vision" else self.text_model
+
+    def _run_tower(self, name, *inputs, **extras):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.locked):
+            return self._tower(name)(*inputs, **extras)
+
+    def _normalize(self, features):
+        # Back to the weights' own precision first: under bf16 autocast a cosine would keep two to three digits only.
+        return F.normalize(features.to(self.logit_scale.dtype), dim=-1)
+
+    @classmethod
+    def from_vision_text_pretrained(cls, vision, text, projection_dim=512, pretrained=True, **overrides):
+        """A dual encoder from two towers; both projections are new and must be trained.
+
+        vision      a timm model name, e.g. "vit_base_patch16_224.augreg_in21k" or "hf-hub:timm/..."
+        text        "scratch": a new tower with the sizes given as text_width, text_depth, text_heads, text_vocab_size
+        pretrained  False starts the vision tower from random weights
+        overrides   fields of DualEncoderConfig, or of the towers' configurations with vision_ or text_ before the name:
+                    vision_image_size=64, vision_args={"patch_size": 4}, text_pooling="mean", logit_scale_init=2.3
+        raises      ValueError for names or fields that do not exist, each with what does
+        """
+        return build_from_towers(cls, vision, text, projection_dim, pretrained, overrides)
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_id):
+        """Load what save_pretrained wrote, in evaluation mode.
+
+        raises  ValueError for a missing folder, missing, unexpected or misshapen weights, naming the first five of each
+        """
+        return load_dual_encoder(cls, folder_or_hub_id)
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors, and the processor's files if the model has a processor.
+
+        Each file is written under a temporary name and then renamed, so a crash never leaves half of one.
+        """
+        save_dual_encoder(self, folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4  Text tower
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Where the families differ from BERT. Positions are counted from 0, or (RoBERTa) from pad_token_id + 1 with padding at
+# pad_token_id itself: 512 tokens then need a table of 514 rows.
+TEXT_FAMILIES = {
+    "bert": {"positions_after_pad": False},
+    "roberta": {"positions_after_pad": True},
+    "distilbert": {"positions_after_pad": False},
+    "electra": {"positions_after_pad": False},
+}
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def masked_attention(query, key, value, is_real=None, dropout=0.0, return_weights=False):
+    """Softmax attention that gives padding no weight.
+
+    query, key, value  (B, H, T, W/H)
+    is_real            (B, 1, 1, T)  True where a key may be attended to; None: everywhere
+    dropout            share of the weights dropped
+    returns            (B, H, T, W/H), and the weights (B, H, T, T) or None
+    source             Vaswani et al. 2017, equation 1
+    """
+    # A fused kernel never shows its weights; and on a CPU its bfloat16 backward pass is 2 to 5 times slower than the
+    # plain products below.
+    slow_kernel = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad
+    if not (return_weights or slow_kernel):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=is_real, dropout_p=dropout), None
+    scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
+    if is_real is not None:
+        scores = scores.masked_fill(~is_real, torch.finfo(scores.dtype).min)
+    weights = F.dropout(scores.softmax(dim=-1), dropout)
+    return weights @ value, weights if return_weights else None
+
+
+def masked_mean(hidden, attention_mask=None):
+    """The mean over real tokens: hidden (B, T, W), attention_mask (B, T) with 1 on real tokens, returns (B, W)."""
+    if attention_mask is None:
+        return hidden.mean(dim=1)
+    weight = attention_mask[:, :, None].to(hidden.dtype)
+    return (hidden * weight).sum(dim=1) / weight.sum(dim=1)
+
+
+def positions_after_pad(input_ids, pad_token_id):
+    """RoBERTa's positions: real tokens count up from pad_token_id + 1, padding stays at pad_token_id; (B, T) to (B, T).
+
+    They follow from the ids, not from the attention mask.
+    """
+    is_real = (input_ids != pad_token_id).long()
+    return is_real.cumsum(dim=1) * is_real + pad_token_id
+
+
+class TextLayer(nn.Module):
+    """One post-LN transformer layer: LN(x + attention(x)), then LN(x + mlp(x)).
+
+    The module names are BERT's published ones, so that loading its weights is a copy.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        width, eps = config.width, config.layer_norm_eps
+        heads = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
+        joined = nn.ModuleDict({"dense": nn.Linear(width, width), "LayerNorm": nn.LayerNorm(width, eps)})
+        self.attention = nn.ModuleDict({"self": heads, "output": joined})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, config.mlp_width)})
+        self.output = nn.ModuleDict(
+            {"dense": nn.Linear(config.mlp_width, width), "LayerNorm": nn.LayerNorm(width, eps)}
+        )
+        self.config = config
+
+    def forward(self, hidden, is_real, return_weights):
+        """hidden (B, T, W), is_real (B, 1, 1, T) or None; returns (B, T, W) and the weights (B, H, T, T) or None."""
+        (B, T, W), config = hidden.shape, self.config
+        query, key, value = (
+            self.attention["self"][name](hidden).view(B, T, config.heads, W // config.heads).transpose(1, 2)
+            for name in ("query", "key", "value")
+        )
+        attention_dropout = config.attention_dropout if self.training else 0.0
+        mixed, weights = masked_attention(query, key, value, is_real, attention_dropout, return_weights)
+        mixed = mixed.transpose(1, 2).reshape(B, T, W)
+        hidden = self._add_and_norm(self.attention["output"], mixed, hidden)
+        inner = ACTIVATIONS[config.activation](self.intermediate["dense"](hidden))
+        return self._add_and_norm(self.output, inner, hidden), weights
+
+    def _add_and_norm(self, block, update, hidden):
+        return block["LayerNorm"](hidden + F.dropout(block["dense"](update), self.config.dropout, self.training))
+
+
+class TextEncoder(nn.Module):
+    """The post-LN encoder that BERT, RoBERTa, DistilBERT and ELECTRA share.
+
+    config  TextConfig
+    source  Devlin et al. 2019, section 3
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.width = config.width
+        tables = {
+            "word_embeddings": nn.Embedding(config.vocab_size, config.embedding_width),
+            "position_embeddings": nn.Embedding(config.max_positions, config.embedding_width),
+            "LayerNorm": nn.LayerNorm(config.embedding_width, config.layer_norm_eps),
+        }
+        if config.type_vocab_size:
+            tables["token_type_embeddings"] = nn.Embedding(config.type_vocab_size, config.embedding_width)
+        self.embeddings = nn.ModuleDict(tables)
+        if config.embedding_width != config.width:
+            self.embeddings_project = nn.Linear(config.embedding_width, config.width)
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(TextLayer(config) for _ in range(config.depth))})
+        if config.pooling == "pooler":
+            self.pooler = nn.ModuleDict({"dense": nn.Linear(config.width, config.width)})
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module):
+        """BERT's own start: normal weights of standard deviation 0.02, zero biases."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    @property
+    def max_tokens(self):
+        """The longest caption this tower can read, in tokens."""
+        after_pad = TEXT_FAMILIES[self.config.family]["positions_after_pad"]
+        return self.config.max_positions - (self.config.pad_token_id + 1 if after_pad else 0)
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        token_type_ids=None,
+        position_ids=None,
+        output_hidden_states=False,
+        output_attentions=False,
+    ):
+        """input_ids (B, T); attention_mask (B, T) is 1 on real tokens; the rest defaults to zeros and to counting.
+
+        returns  TowerOutput; last_hidden_state (B, T, W), pooler_output (B, W)
+        raises   ValueError for captions longer than max_tokens
+        """
+        T = input_ids.shape[1]
+        if self.max_tokens < T:
+            raise ValueError(
+                f"captions of {T} tokens, but this text tower has {self.max_tokens} positions; "
+                f"tokenize with max_length={self.max_tokens}"
+            )
+        hidden = self._embed(input_ids, token_type_ids, position_ids)
+        is_real = None if attention_mask is None else attention_mask[:, None, None, :].bool()
+        hidden_states, attentions = [hidden], []
+        for layer in self.encoder["layer"]:
+            hidden, weights = layer(hidden, is_real, output_attentions)
+            hidden_states.append(hidden)
+            attentions.append(weights)
+        return TowerOutput(
+            last_hidden_state=hidden,
+            pooler_output=self._pool(hidden, attention_mask),
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+    def _embed(self, input_ids, token_type_ids, position_ids):
+        if position_ids is None and TEXT_FAMILIES[self.config.family]["positions_after_pad"]:
+            position_ids = positions_after_pad(input_ids, self.config.pad_token_id)
+        elif position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None, :]
+        hidden = self.embeddings["word_embeddings"](input_ids) + self.embeddings["position_embeddings"](position_ids)
+        if self.config.type_vocab_size:
+            if token_type_ids is None:
+                token_type_ids = torch.zeros_like(input_ids)
+            hidden = hidden + self.embeddings["token_type_embeddings"](token_type_ids)
+        hidden = F.dropout(self.embeddings["LayerNorm"](hidden), self.config.dropout, self.training)
+        return self.embeddings_project(hidden) if self.config.embedding_width != self.config.width else hidden
+
+    def _pool(self, hidden, attention_mask):
+        if self.config.pooling == "mean":
+            return masked_mean(hidden, attention_mask)
+        if self.config.pooling == "pooler":
+            return torch.tanh(self.pooler["dense"](hidden[:, 0]))
+        return hidden[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5  Vision tower
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class VisionEncoder(nn.Module):
+    """Any timm model without its classifier.
+
+    config           VisionConfig
+    pretrained_from  the timm name whose weights to load; position tables are resampled to config.image_size
+    raises           ValueError for a name timm does not know (with near ones) or arguments the model does not take
+    """
+
+    def __init__(self, config, pretrained_from=None):
+        super().__init__()
+        self.config = config
+        # Channels last is the layout that convolutions are fast in; it changes no result.
+        self.trunk = create_trunk(config, pretrained_from).to(memory_format=torch.channels_last)
+        self.width = self.trunk.head_hidden_size
+        self.image_size = config.image_size or self.trunk.pretrained_cfg["input_size"][-1]
+
+    def image_transform(self, crop_pct=None):
+        """The ImageTransform this model was trained with: its mean, std, size, crop and interpolation.
+
+        crop_pct  the share of the picture's shorter side that the crop keeps; the model's own unless given
+        """
+        data = timm.data.resolve_model_data_config(self.trunk)
+        size = self.image_size
+        resize = math.floor(size / (crop_pct or data["crop_pct"]))
+        return ImageTransform(
+            resize=(resize, resize) if data["crop_mode"] == "squash" else resize,
+            crop=(size, size),
+            interpolation=data["interpolation"].replace("random", "bilinear"),
+            mean=tuple(data["mean"]),
+            std=tuple(data["std"]),
+            channels=self.config.channels,
+        )
+
+    def forward(self, pixel_values, output_hidden_states=False, output_attentions=False):
+        """pixel_values (B, 3, S, S) to TowerOutput; pooler_output (B, W) is timm's own pooling, without a classifier.
+
+        raises  ValueError for pixels of another size or channel count, and for attentions of a model that has none
+        """
+        self._check_pixels(pixel_values)
+        hidden_states, attentions = [], []
+        hooks = []
+        if output_hidden_states:
+            hooks += self._record_hidden_states(hidden_states)
+        if output_attentions:
+            hooks += self._record_attentions(attentions)
+        # timm fuses attention on request of each module; see masked_attention for when the fused kernel does not serve.
+        slow_kernel = pixel_values.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+        fused = [module for module in self.trunk.modules() if getattr(module, "fused_attn", False)]
+        try:
+            for module in fused:
+                module.fused_attn = not (output_attentions or slow_kernel)
+            features = self.trunk.forward_features(pixel_values.contiguous(memory_format=torch.channels_last))
+        finally:
+            for module in fused:
+                module.fused_attn = True
+            for hook in hooks:
+                hook.remove()
+        return TowerOutput(
+            last_hidden_state=features,
+            pooler_output=self.trunk.forward_head(features),
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+    def _check_pixels(self, pixel_values):
+        expected = (self.config.channels, self.image_size, self.image_size)
+        # Convnets run at any size; transformers only at the size of their position table.
+        checked = len(expected) if needs_image_size(self.config) else 1
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1 : 1 + checked]) != expected[:checked]:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}, expected (B, {', '.join(map(str, expected))}); "
+                f"the processor saved with the model makes such pixels"
+            )
+
+    def _record_hidden_states(self, into):
+        """Hooks that append the input of the first block and the output of every block."""
+        blocks = getattr(self.trunk, "blocks", None) or getattr(self.trunk, "stages", None)
+        if blocks is None:
+            blocks = [
+                module for name, module in self.trunk.named_children() if re.fullmatch(r"layers?\d*|levels", name)
+            ]
+            blocks = list(blocks[0]) if len(blocks) == 1 else blocks
+        if not blocks:
+            raise ValueError(f"no blocks found in {self.config.name}: its hidden states cannot be recorded")
+        first = blocks[0].register_forward_pre_hook(lambda module, inputs: into.append(inputs[0]))
+        return [first] + [b.register_forward_hook(lambda module, inputs, output: into.append(output)) for b in blocks]
+
+    def _record_attentions(self, into):
+        """Hooks that append each attention layer's weights, which timm sends through a module called attn_drop."""
+        layers = [module for name, module in self.trunk.named_modules() if name.endswith("attn_drop")]
+        if not layers:
+            raise ValueError(f"{self.config.name} has no attention layers: output_attentions needs a transformer")
+        return [layer.register_forward_hook(lambda module, inputs, output: into.append(output)) for layer in layers]
+
+
+def create_trunk(config, pretrained_from=None):
+    """The timm model that a VisionConfig describes, with its classifier left out."""
+    base = config.name.split(".")[0]
+    if not timm.is_model(base):
+        raise ValueError(f"unknown timm model {config.name!r}; {nearest(base, timm.list_models())}")
+    arguments = dict(config.args, num_classes=0, in_chans=config.channels, global_pool=config.pooling)
+    if config.patch_dropout:
+        arguments["patch_drop_rate"] = config.patch_dropout
+    if config.image_size and needs_image_size(config):
+        arguments["img_size"] = config.image_size
+    try:
+        return timm.create_model(pretrained_from or config.name, pretrained=pretrained_from is not None, **arguments)
+    except TypeError as error:  # Python's own: "got an unexpected keyword argument 'patch_drop_rate'"
+        raise ValueError(f"timm's {config.name} cannot be built with {arguments}: {error}") from error
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"timm could not load the weights of {pretrained_from}: {error}") from error
+
+
+def needs_image_size(config):
+    """Whether the model is built for one picture size, as most transformers are; convnets run at any."""
+    return timm.get_pretrained_cfg(config.name).fixed_input_size and not config.args.get("dynamic_img_size")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6  Processor: pictures and captions to tensors
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Pillow's numbers, which preprocessor_config.json uses.
+INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """Any picture to normalised pixels: RGB, resize, centre crop, (pixel / 255 - mean) / std.
+
+    A call is `normalize(resize_and_crop(to_pixels(picture)))`; training puts its augmentation in between.
+    """
+
+    resize: int | tuple[int, int]  # pixels: the shorter side, or (height, width) whatever the proportions
+    crop: tuple[int, int] | None  # (height, width) in pixels
+    interpolation: str = "bicubic"  # a row of INTERPOLATIONS
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # a channel, for pixels from 0 to 1
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    channels: int = 3
+
+    def __call__(self, picture):
+        """A PIL picture, array or tensor to (3, S, S) float32."""
+        return self.normalize(self.resize_and_crop(to_pixels(picture, self.channels)))
+
+    def resize_and_crop(self, image):
+        """(3, height, width) to (3, S, S), same dtype."""
+        height, width = image.shape[-2:]
+        if isinstance(self.resize, int):
+            short, long = min(height, width), max(height, width)
+            other = int(self.resize * long / short)
+            size = (other, self.resize) if height > width else (self.resize, other)
+        else:
+            size = tuple(self.resize)
+        if size != (height, width):
+            image = pixels.resize(image, list(size), InterpolationMode(self.interpolation), antialias=True)
+        return image if self.crop is None else centre_crop(image, self.crop)
+
+    def normalize(self, image):
+        """(..., 3, S, S) uint8, or float from 0 to 1, to normalised float32."""
+        if image.dtype == torch.uint8:
+            image = image.float() / 255
+        mean, std = (torch.tensor(values, device=image.device)[:, None, None] for values in (self.mean, self.std))
+        return (image - mean) / std
+
+    def to_dict(self):
+        """In the words of transformers' preprocessor_config.json."""
+        if isinstance(self.resize, int):
+            size = {"shortest_edge": self.resize}
+        else:
+            size = dict(zip(("height", "width"), self.resize))
+        return {
+            "image_processor_type": "CLIPImageProcessor" if isinstance(self.resize, int) else "ViTImageProcessor",
+            "do_resize": True,
+            "size": size,
+            "resample": INTERPOLATIONS[self.interpolation],
+            "do_center_crop": self.crop is not None,
+            "crop_size": dict(zip(("height", "width"), self.crop or ())),
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "do_convert_rgb": self.channels == 3,
+        }
+
+    @classmethod
+    def from_dict(cls, values):
+        """The inverse of to_dict."""
+        size = values["size"]
+        words = {number: word for word, number in INTERPOLATIONS.items()}
+        return cls(
+            resize=size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"]),
+            crop=(values["crop_size"]["height"], values["crop_size"]["width"]) if values["do_center_crop"] else None,
+            interpolation=words[values["resample"]],
+            mean=tuple(values["image_mean"]),
+            std=tuple(values["image_std"]),
+            channels=len(values["image_mean"]),
+        )
+
+
+def centre_crop(image, size):
+    """(C, height, width) to (C, *size) around the middle; where the picture is smaller, black is added."""
+    (height, width), (new_height, new_width) = image.shape[-2:], size
+    pad_height, pad_width = max(new_height - height, 0), max(new_width - width, 0)
+    if pad_height or pad_width:
+        # The odd pixel goes last, and below the odd margin is cut off last: transformers' rounding, not torchvision's.
+        image = F.pad(
+            image, (pad_width // 2, pad_width - pad_width // 2, pad_height // 2, pad_height - pad_height // 2)
+        )
+        height, width = image.shape[-2:]
+    top, left = (height - new_height) // 2, (width - new_width) // 2
+    return image[..., top : top + new_height, left : left + new_width]
+
+
+def to_pixels(picture, channels=3):
+    """One picture of any common kind to (channels, height, width): uint8, or float from 0 to 1.
+
+    picture  a PIL image of any mode; or a numpy array or tensor, (height, width), channels first or channels last,
+             uint8 or float (0 to 1, or 0 to 255 if any value is above 1); transparency is laid on white
+    raises   ValueError for other shapes and kinds
+    """
+    if isinstance(picture, Image.Image):
+        return pixels.pil_to_tensor(flatten_picture(picture).convert("RGB" if channels == 3 else "L"))
+    if isinstance(picture, np.ndarray):
+        picture = torch.from_numpy(np.ascontiguousarray(picture))
+    if not isinstance(picture, Tensor):
+        raise ValueError(f"a picture is a PIL image, a numpy array or a tensor, not {type(picture).__name__}")
+    image = picture[None] if picture.ndim == 2 else picture
+    if image.ndim != 3 or not {image.shape[0], image.shape[-1]} & {1, 3, 4} or 0 in image.shape:
+        raise ValueError(
+            f"a picture has shape {tuple(picture.shape)}, expected (height, width), (channels, height, width) or "
+            f"(height, width, channels) with 1, 3 or 4 channels"
+        )
+    if image.shape[0] not in (1, 3, 4):
+        image = image.permute(2, 0, 1)
+    if image.dtype != torch.uint8:
+        if not image.is_floating_point():
+            raise ValueError(f"a picture's values are {image.dtype}, expected uint8 or a float type")
+        image = image.float() / 255 if image.max() > 1 else image.float()
+    white = 255 if image.dtype == torch.uint8 else 1
+    if image.shape[0] == 4:
+        opacity = image[3:].float() / white
+        image = (image[:3] * opacity + white * (1 - opacity)).to(image.dtype)
+    if image.shape[0] < channels:
+        return image.expand(channels, -1, -1)
+    return image if image.shape[0] == channels else pixels.rgb_to_grayscale(image)
+
+
+def flatten_picture(picture):
+    """A PIL picture in mode RGB or L as a person would see it: transparency on white, 16-bit gray scaled to 8."""
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture if picture.mode == "L" else picture.convert("RGB")
+
+
+def open_picture(path):
+    """Read a picture file, turned upright; raises ValueError naming a file that is missing or not a picture."""
+    try:
+        with Image.open(path) as picture:
+            return flatten_picture(ImageOps.exif_transpose(picture))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read picture {path}: {error}") from error
+
+
+class Processor:
+    """Captions to token ids and a mask, pictures to pixel_values: what a DualEncoder takes.
+
+    image_transform  ImageTransform, or None for captions alone
+    tokenizer        tokenizers.Tokenizer with padding enabled, and truncation at the text tower's limit; or None
+    raises           ValueError for a tokenizer without padding
+    """
+
+    def __init__(self, image_transform, tokenizer):
+        if tokenizer is not None and tokenizer.padding is None:
+            raise ValueError("the tokenizer has no padding: call tokenizer.enable_padding(pad_id=..., pad_token=...)")
+        self.image_transform = image_transform
+        self.tokenizer = tokenizer
+        self.max_length = tokenizer.truncation["max_length"] if tokenizer and tokenizer.truncation else None
+        self._warned = False
+
+    def __call__(self, text=None, images=None, max_length=None):
+        """Encode captions, pictures or both.
+
+        text        a caption or N of them; padded to the longest, cut at max_length tokens
+        images      a picture or I of them (see to_pixels), of mixed sizes if you like
+        max_length  tokens; the tower's limit unless given
+        returns     {"input_ids" (N, T), "attention_mask" (N, T), "pixel_values" (I, 3, S, S)}, what was asked for
+        raises      ValueError if there is nothing to encode, and for captions that are not strings
+        """
+        if text is None and images is None:
+            raise ValueError("nothing to process: give text, images or both")
+        inputs = {}
+        if text is not None:
+            inputs.update(self._encode_captions([text] if isinstance(text, str) else list(text), max_length))
+        if images is not None:
+            inputs["pixel_values"] = torch.stack([self.image_transform(picture) for picture in as_pictures(images)])
+        return inputs
+
+    def _encode_captions(self, captions, max_length):
+        for i, caption in enumerate(captions):
+            if not isinstance(caption, str):
+                raise ValueError(f"caption {i} is {caption!r} ({type(caption).__name__}), expected a string")
+        limit = min(filter(None, (max_length, self.max_length)), default=None)
+        if limit is None:
+            self.tokenizer.no_truncation()
+        else:
+            self.tokenizer.enable_truncation(limit)
+        encodings = self.tokenizer.encode_batch(captions)
+        cut = sum(bool(encoding.overflowing) for encoding in encodings)
+        if cut and not self._warned:
+            self._warned = True
+            warnings.warn(f"{cut} of {len(captions)} captions were cut to {limit} tokens", stacklevel=3)
+        return {
+            "input_ids": torch.tensor([encoding.ids for encoding in encodings]),
+            "attention_mask": torch.tensor([encoding.attention_mask for encoding in encodings]),
+        }
+
+    def decode(self, ids):
+        """Token ids (T,) back to a caption, without special tokens."""
+        return self.tokenizer.decode(torch.as_tensor(ids).tolist())
+
+    def batch_decode(self, ids):
+        """Token ids (N, T) back to N captions, without special tokens."""
+        return [self.decode(row) for row in ids]
+
+    def save_pretrained(self, folder):
+        """Write tokenizer.json and preprocessor_config.json."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.tokenizer is not None:
+            if self.max_length:
+                self.tokenizer.enable_truncation(self.max_length)
+            write_file(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True))
+        if self.image_transform is not None:
+            write_file(folder / "preprocessor_config.json", json.dumps(self.image_transform.to_dict(), indent=2))
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_id):
+        """Rebuild a processor from the files of save_pretrained; raises ValueError if one is missing."""
+        folder = find_folder(folder_or_hub_id)
+        image_transform = ImageTransform.from_dict(read_json(folder / "preprocessor_config.json"))
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(f"{folder} has no tokenizer.json; it holds {sorted(os.listdir(folder))}")
+        return cls(image_transform, tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
+
+
+def as_pictures(images):
+    """One picture, a list of them or a stacked (I, ...) batch, as a list."""
+    if isinstance(images, Image.Image) or (isinstance(images, (np.ndarray, Tensor)) and images.ndim < 4):
+        return [images]
+    return list(images)
+
+
+def train_tokenizer(captions, vocab_size, max_length=None):
+    """A lower-casing WordPiece tokenizer learned from captions, as BERT's was from its corpus.
+
+    captions    iterable of strings
+    vocab_size  pieces at most, the five special tokens and the single characters included
+    max_length  tokens kept of a caption, [CLS] and [SEP] included; all unless given
+    returns     tokenizers.Tokenizer that pads to the longest of a batch and wraps captions in [CLS] ... [SEP]
+    raises      ValueError if there are no captions
+    """
+    captions = list(captions)
+    if not captions:
+        raise ValueError("no captions to learn a vocabulary from")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
+    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(captions, trainer)
+    ids = {token: tokenizer.token_to_id(token) for token in special}
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])]
+    )
+    tokenizer.enable_padding(pad_id=ids["[PAD]"], pad_token="[PAD]")
+    if max_length:
+        tokenizer.enable_truncation(max_length)
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7  Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+MODEL_TYPE = "dualenc"  # config.json names its writer in model_type, as transformers' files do
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+
+def build_from_towers(cls, vision, text, projection_dim, pretrained, overrides):
+    """See DualEncoder.from_vision_text_pretrained."""
+    sides = {"vision": {}, "text": {}, "": {"projection_dim": projection_dim}}
+    for name, value in overrides.items():
+        side, _, rest = name.partition("_")
+        if side in ("vision", "text"):
+            sides[side][rest] = value
+        else:
+            sides[""][name] = value
+    if text != "scratch":
+        raise ValueError(f"unknown text tower {text!r}, expected 'scratch'")
+    vision_source = vision
+    if vision.startswith("hf-hub:"):
+        # The folder alone must rebuild the model: note the architecture, not the address it came from.
+        _, vision, arguments = timm.models.load_model_config_from_hf(vision.removeprefix("hf-hub:"))
+        sides["vision"]["args"] = {**(arguments or {}), **sides["vision"].get("args", {})}
+    vision_config = build(VisionConfig, {"name": vision, **sides["vision"]})
+    text_config = build(TextConfig, sides["text"])
+    config = build(DualEncoderConfig, {"vision": vision_config, "text": text_config, **sides[""]})
+    return cls(config, vision_model=VisionEncoder(vision_config, pretrained_from=vision_source if pretrained else None))
+
+
+def save_dual_encoder(model, folder):
+    """See DualEncoder.save_pretrained."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / CONFIG_FILE, json.dumps(model.config.to_dict(), indent=2))
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_file(folder / WEIGHTS_FILE, safetensors.torch.save(weights, metadata={"format": "pt"}))
+    if model.processor is not None:
+        model.processor.save_pretrained(folder)
+
+
+def load_dual_encoder(cls, folder_or_hub_id):
+    """See DualEncoder.from_pretrained."""
+    folder = find_folder(folder_or_hub_id)
+    values = read_json(folder / CONFIG_FILE)
+    if values.get("model_type") != MODEL_TYPE:
+        raise ValueError(f"{folder / CONFIG_FILE} has model_type {values.get('model_type')!r}, expected {MODEL_TYPE!r}")
+    model = cls(DualEncoderConfig.from_dict(values))
+    try:
+        weights = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"cannot read weights {folder / WEIGHTS_FILE}: {error}") from error
+    load_strictly(model, weights, folder / WEIGHTS_FILE)
+    if (folder / "tokenizer.json").is_file():
+        model.processor = Processor.from_pretrained(folder)
+    return model.eval()
+
+
+def load_strictly(model, weights, source):
+    """Copy weights into the model; raises ValueError naming the first five missing, unexpected and misshapen ones."""
+    wanted = model.state_dict()
+    faults = {
+        "missing": [name for name in wanted if name not in weights],
+        "unexpected": [name for name in weights if name not in wanted],
+        "misshapen": [
+            f"{name} {tuple(weights[name].shape)}, expected {tuple(wanted[name].shape)}"
+            for name in wanted
+            if name in weights and weights[name].shape != wanted[name].shape
+        ],
+    }
+    if any(faults.values()):
+        report = "; ".join(f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in faults.items() if names)
+        raise ValueError(f"{source} does not fit the model of its config.json: {report}")
+    model.load_state_dict(weights)
+
+
+def find_folder(folder_or_hub_id):
+    """A local folder, or a hub id's folder in huggingface_hub's cache, downloaded if need be; else ValueError."""
+    folder = Path(folder_or_hub_id)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(folder_or_hub_id)) or str(folder_or_hub_id).startswith("."):
+        raise ValueError(f"no folder {folder_or_hub_id}")
+    try:
+        return Path(huggingface_hub.snapshot_download(str(folder_or_hub_id)))
+    except Exception as error:
+        raise ValueError(f"{folder_or_hub_id} is neither a folder nor a hub id within reach: {error}") from error
+
+
+def read_json(path):
+    """A json file's content; raises ValueError naming a file that is missing or not json."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def write_file(path, content):
+    """Write text or bytes under a temporary name, flush, rename: afterwards the old file is there or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8  Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+# What a class name becomes, for training captions and for zero-shot classification alike.
+TEMPLATES = (
+    "a photo of a {}.",
+    "a picture of a {}.",
+    "an image of a {}.",
+    "a small photo of a {}.",
+    "a blurry photo of a {}.",
+    "a close-up photo of a {}.",
+    "a photo of one {}.",
+)
+SPLITS = ("train", "val", "test")
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+CAPTION_SUFFIXES = {".csv", ".tsv", ".jsonl"}
+IMAGE_COLUMNS = ("image", "filepath", "path", "image_path", "filename", "file_name", "file")
+CAPTION_COLUMNS = ("caption", "captions", "text", "title")
+
+# torchvision's data sets: class, then the arguments of each split; where there is one dictionary, the set has no split
+# of its own.
+_BY_TRAIN = {"train": {"train": True}, "test": {"train": False}}
+_BY_SPLIT = {"train": {"split": "train"}, "test": {"split": "test"}}
+_BY_THREE = {**_BY_SPLIT, "val": {"split": "val"}}
+TORCHVISION_SETS = {
+    "mnist": ("MNIST", _BY_TRAIN),
+    "fashionmnist": ("FashionMNIST", _BY_TRAIN),
+    "cifar10": ("CIFAR10", _BY_TRAIN),
+    "cifar100": ("CIFAR100", _BY_TRAIN),
+    "stl10": ("STL10", _BY_SPLIT),
+    "food101": ("Food101", _BY_SPLIT),
+    "flowers102": ("Flowers102", _BY_THREE),
+    "pets": ("OxfordIIITPet", {"train": {"split": "trainval"}, "test": {"split": "test"}}),
+    "dtd": ("DTD", _BY_THREE),
+    "aircraft": ("FGVCAircraft", _BY_THREE),
+    "country211": ("Country211", {**_BY_SPLIT, "val": {"split": "valid"}}),
+    "eurosat": ("EuroSAT", {}),
+    "caltech101": ("Caltech101", {}),
+}
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Pictures, each with all of its captions.
+
+    names     N strings, one a picture: they decide the split and name the picture in messages
+    pictures  indexable by picture number, gives a PIL image
+    captions  N lists of captions
+    labels    N class numbers, and classes, the K class names; None when captions are not made from classes
+    """
+
+    def __init__(self, names, pictures, captions, labels=None, classes=None):
+        self.names, self.pictures, self.captions = names, pictures, captions
+        self.labels, self.classes = labels, classes
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        """Picture i and the list of its captions."""
+        return self.pictures[i], self.captions[i]
+
+    def select(self, indices):
+        """The pairs at these picture numbers."""
+        indices = list(indices)
+        return Pairs(
+            [self.names[i] for i in indices],
+            Selected(self.pictures, indices),
+            [self.captions[i] for i in indices],
+            self.labels and [self.labels[i] for i in indices],
+            self.classes,
+        )
+
+    def group_of(self, i):
+        """Pictures of one group share their captions: the class where there are classes, else the picture itself."""
+        return self.labels[i] if self.labels else i
+
+    def caption_table(self):
+        """Every caption once a group: (captions, the group of each caption, the group of each picture)."""
+        groups = [self.group_of(i) for i in range(len(self))]
+        table = {(caption, group): None for group, captions in zip(groups, self.captions) for caption in captions}
+        return [caption for caption, _ in table], [group for _, group in table], groups
+
+
+class Selected(Sequence):
+    """Some items of a sequence, fetched when asked for."""
+
+    def __init__(self, items, indices):
+        self.items, self.indices = items, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        return self.items[self.indices[i]]
+
+
+class PictureFiles(Sequence):
+    """Picture files, opened when asked for."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        return open_picture(self.paths[i])
+
+
+def load_pairs(
+    spec,
+    split="train",
+    data_root="data",
+    images=None,
+    val_fraction=0.1,
+    templates=TEMPLATES,
+    seed=0,
+    download=False,
+):
+    """Pictures with captions from a data spec.
+
+    spec          "shapes"; a torchvision set such as "cifar10"; a folder with a subfolder a class; a folder of pictures
+                  with .txt files of the same name; a .csv, .tsv or .jsonl caption file; "coco:captions.json" or
+                  "flickr:captions.txt"
+    split         "train", "val" or "test". The data's own where it has one (its test part serves as val if it has no
+                  val part); else val and test are the val_fraction of the pictures whose names hash lowest, and train
+                  is the rest
+    data_root     where torchvision's sets lie, or go with download=True
+    images        the picture folder of coco: and flickr:, unless it is the caption file's own
+    templates     what class names become: strings with {} in them
+    seed          draws the shapes
+    returns       Pairs
+    raises        ValueError for an unknown spec (listing what there is), and for pictures or captions that are missing,
+                  naming file and line
+    """
+    one_of("split", split, SPLITS)
+    spec = str(spec)
+    kind, _, rest = spec.partition(":")
+    path = Path(spec)
+    if spec == "shapes":
+        return ShapesPairs(split, seed=seed)
+    if spec in TORCHVISION_SETS:
+        pairs, own = torchvision_pairs(spec, split, data_root, templates, download)
+    elif kind in ("coco", "flickr") and rest:
+        pairs, own = {"coco": coco_pairs, "flickr": flickr_pairs}[kind](Path(rest), split, images)
+    elif path.is_dir():
+        pairs, own = folder_pairs(path, split, templates)
+    elif path.suffix.lower() in CAPTION_SUFFIXES:
+        pairs, own = caption_file_pairs(path), False
+    else:
+        raise ValueError(
+            f"unknown data {spec!r}: neither a folder or caption file ({', '.join(sorted(CAPTION_SUFFIXES))}) here, "
+            f"nor a data set; {nearest(spec, ['shapes', *TORCHVISION_SETS])}"
+        )
+    return pairs if own else pairs.select(hashed_split(pairs.names, split, val_fraction))
+
+
+def hashed_split(names, split, val_fraction):
+    """The numbers of a split's pictures. A name's hash decides, so new files never move old ones across."""
+    held_out = [int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < val_fraction * 2**32 for name in names]
+    return [i for i, out in enumerate(held_out) if out != (split == "train")]
+
+
+def class_captions(labels, classes, templates):
+    """The captions of each picture: its class name in every template."""
+    for template in templates:
+        if "{}" not in template:
+            raise ValueError(f"template {template!r} has no {{}} for the class name")
+    readable = [re.sub(r"[_\s]+", " ", name).strip() for name in classes]
+    by_class = [[template.replace("{}", name) for template in templates] for name in readable]
+    return [by_class[label] for label in labels], readable
+
+
+def torchvision_pairs(name, split, data_root, templates, download):
+    class_name, splits = TORCHVISION_SETS[name]
+    arguments = (splits.get(split) or splits["test"]) if splits else {}
+    try:
+        data = getattr(torchvision.datasets, class_name)(str(data_root), download=download, **arguments)
+    except RuntimeError as error:
+        raise ValueError(f"{name} is not below {data_root} ({error}); --download fetches it") from error
+    labels = getattr(data, "targets", None) or getattr(data, "_labels", None) or getattr(data, "labels", None)
+    if labels is None:
+        labels = [data[i][1] for i in range(len(data))]
+    labels = [int(label) for label in labels]
+    captions, classes = class_captions(labels, getattr(data, "classes", None) or data.categories, templates)
+    names = [f"{name}/{split}/{i}" for i in range(len(data))]
+    return Pairs(names, FirstOfEach(data), captions, labels, classes), bool(splits)
+
+
+class FirstOfEach(Sequence):
+    """The pictures of a torchvision data set, whose items are (picture, label)."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return flatten_picture(self.items[i][0])
+
+
+def folder_pairs(folder, split, templates):
+    """A folder of class folders, or of pictures with captions in .txt files; with or without train/, val/, test/."""
+    own = (folder / "train").is_dir()
+    if own:
+        parts = [split, "test" if split == "val" else "val"]
+        present = [part for part in parts[: 1 if split == "train" else 2] if (folder / part).is_dir()]
+        if not present:
+            raise ValueError(f"{folder} has train/ but neither val/ nor test/; add one, or move train/'s content up")
+        folder = folder / present[0]
+    if any(path.is_dir() and has_pictures(path) for path in folder.iterdir()):
+        return class_folder_pairs(folder, templates), own
+    return text_file_pairs(folder), own
+
+
+def has_pictures(folder):
+    return any(path.suffix.lower() in PICTURE_SUFFIXES for path in folder.rglob("*"))
+
+
+def class_folder_pairs(folder, templates):
+    class_folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    paths, labels = [], []
+    for label, class_folder in enumerate(class_folders):
+        found = sorted(path for path in class_folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+        if not found:
+            raise ValueError(f"class folder {class_folder} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
+        paths += found
+        labels += [label] * len(found)
+    captions, classes = class_captions(labels, [path.name for path in class_folders], templates)
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    return Pairs(names, PictureFiles(paths), captions, labels, classes)
+
+
+def text_file_pairs(folder):
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    if not paths:
+        raise ValueError(f"{folder} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
+    rows = []
+    for path in paths:
+        text_path = path.with_suffix(".txt")
+        if not text_path.is_file():
+            raise ValueError(f"picture {path} has no caption file {text_path.name} beside it")
+        lines = [(text_path, number, line.strip()) for number, line in enumerate(read_text(text_path).splitlines(), 1)]
+        filled = [(f"{file}, line {number}", path, line) for file, number, line in lines if line]
+        if not filled:
+            raise ValueError(f"caption file {text_path} is empty")
+        rows += filled
+    return pairs_from_rows(rows, folder)
+
+
+def caption_file_pairs(path):
+    """A table of pictures and captions, columns found by name, one row a caption."""
+    if not path.is_file():
+        raise ValueError(f"no caption file {path}")
+    rows = []
+    for line, row in jsonl_rows(path) if path.suffix.lower() == ".jsonl" else table_rows(path):
+        if not rows:
+            image_column = find_column(row, IMAGE_COLUMNS, "picture", path)
+            caption_column = find_column(row, CAPTION_COLUMNS, "caption", path)
+        image, captions = row.get(image_column), row.get(caption_column)
+        for caption in captions if isinstance(captions, list) else [captions]:
+            rows.append((f"{path}, line {line}", path.parent / image if image else None, caption))
+    return pairs_from_rows(rows, path.parent)
+
+
+def read_text(path):
+    """A text file as UTF-8, or UTF-16 if it starts with that byte-order mark."""
+    data = Path(path).read_bytes()
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not {encoding} text: {error}") from error
+
+
+def table_rows(path):
+    """(line number, {column: cell}) for each row of a csv or tsv file; the header tells the separator."""
+    text = read_text(path)
+    header = text.partition("\n")[0]
+    separator = max("\t,;|", key=header.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+    for row in reader:
+        yield reader.line_num, row
+
+
+def jsonl_rows(path):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not json: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number} is not a json object")
+            yield number, row
+
+
+def find_column(row, accepted, kind, path):
+    for name in accepted:
+        for column in row:
+            if column and column.strip().lower() == name:
+                return column
+    there = ", ".join(str(column) for column in row)
+    raise ValueError(f"{path} has no {kind} column: it has {there}; expected one of {', '.join(accepted)}")
+
+
+def pairs_from_rows(rows, root):
+    """Pairs from (where, picture path, caption) rows; the rows of one picture are brought together."""
+    captions_of = {}
+    for where, path, caption in rows:
+        if path is None:
+            raise ValueError(f"{where}: no picture named")
+        if not isinstance(caption, str) or not caption.strip():
+            raise ValueError(f"{where}: empty caption for {path}")
+        if path not in captions_of and not path.is_file():
+            raise ValueError(f"{where}: missing picture {path}")
+        captions_of.setdefault(path, []).append(caption.strip())
+    if not captions_of:
+        raise ValueError(f"no pairs below {root}")
+    names = [Path(os.path.relpath(path, root)).as_posix() for path in captions_of]
+    return Pairs(names, PictureFiles(list(captions_of)), list(captions_of.values()))
+
+
+def coco_pairs(path, split, images):
+    """COCO's captions_*.json, or Karpathy's dataset_*.json, which has splits of its own."""
+    data, root = read_json(path), Path(images or path.parent)
+    entries = data.get("images", [])
+    if entries and "sentences" in entries[0]:
+        own = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}[split]
+        rows = [
+            (
+                f"{path}, picture {entry['filename']}",
+                root / entry.get("filepath", "") / entry["filename"],
+                sentence["raw"],
+            )
+            for entry in entries
+            if entry["split"] in own
+            for sentence in entry["sentences"]
+        ]
+        return pairs_from_rows(rows, root), True
+    if "annotations" not in data:
+        raise ValueError(f"{path} is no COCO caption file: it has {', '.join(data)}; expected images and annotations")
+    files = {entry["id"]: root / entry["file_name"] for entry in entries}
+    rows = [
+        (f"{path}, annotation {note.get('id')}", files.get(note["image_id"]), note["caption"])
+        for note in data["annotations"]
+    ]
+    return pairs_from_rows(rows, root), False
+
+
+def flickr_pairs(path, split, images):
+    """Flickr8k's token file (picture.jpg#0, tab, caption), or the tables of both Flickr sets."""
+    if path.suffix.lower() == ".json":
+        return coco_pairs(path, split, images)
+    root, rows = Path(images or path.parent), []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        match = re.match(r"\s*(?P<image>[^#,|\t]+?)\s*(?:#\d+\s*\t|\|\s*\d+\s*\||,|\t)\s*(?P<caption>.*?)\s*$", line)
+        if match is None:
+            raise ValueError(
+                f"{path}, line {number} is no Flickr caption: {line!r}; expected picture.jpg#0<tab>caption"
+            )
+        if number == 1 and Path(match["image"]).suffix.lower() not in PICTURE_SUFFIXES:
+            continue  # a header
+        rows.append((f"{path}, line {number}", root / match["image"], match["caption"].strip('"')))
+    return pairs_from_rows(rows, root), False
+
+
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (40, 80, 220),
+    "yellow": (240, 210, 40),
+    "purple": (140, 60, 180),
+    "orange": (245, 140, 30),
+    "black": (20, 20, 20),
+    "gray": (140, 140, 140),
+}
+SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
+SIZES = {"small": 0.1, "large": 0.18}  # radius as a share of the picture's side
+OPPOSITE = {"left of": "right of", "above": "below"}
+HELD_OUT_OBJECTS = {("red", "star"), ("green", "cross"), ("blue", "triangle"), ("yellow", "circle")}
+
+
+class ShapesPairs(Pairs):
+    """Drawn pictures such as "a small red circle left of a large blue star": data that needs no download.
+
+    Two objects, each with a size, a colour and a shape, beside or above each other: 18,240 scenes. Which adjective goes
+    with which noun, and their order, decide the picture. Held out are a tenth of the scenes, and all scenes with one of
+    HELD_OUT_OBJECTS, whose colour and shape are seen in training, but never together. Each held-out picture has its
+    mirror beside it, the same objects having changed places, so that a bag of words cannot tell the two captions apart.
+
+    split  "train", "val" or "test"; val and test are the same pictures
+    seed   draws scenes and pictures
+    count  pictures; of 512 held out, half show an object never seen, and each has a caption of its own
+    side   pixels
+    """
+
+    def __init__(self, split="train", seed=0, count=None, side=64):
+        one_of("split", split, SPLITS)
+        if split == "train":
+            scenes = training_scenes(random.Random(f"shapes train {seed}"), count or 20_000)
+        else:
+            scenes = held_out_scenes(random.Random(f"shapes held out {seed}"), count or 512)
+        names = [f"shapes/{seed}/{'train' if split == 'train' else 'held-out'}/{i}" for i in range(len(scenes))]
+        captions = [[describe(*scene, random.Random(name))] for name, scene in zip(names, scenes)]
+        super().__init__(names, DrawnScenes(scenes, names, side), captions)
+
+
+class DrawnScenes(Sequence):
+    """Scenes, drawn when asked for; a picture's name decides its details, so it always looks the same."""
+
+    def __init__(self, scenes, names, side):
+        self.scenes, self.names, self.side = scenes, names, side
+
+    def __len__(self):
+        return len(self.scenes)
+
+    def __getitem__(self, i):
+        return draw_scene(*self.scenes[i], random.Random(self.names[i]), self.side)
+
+
+def random_object(rng):
+    return rng.choice(list(SIZES)), rng.choice(list(COLOURS)), rng.choice(SHAPES)
+
+
+def is_held_out(first, relation, second):
+    """A scene and its mirror are held out together."""
+    if first[1:] in HELD_OUT_OBJECTS or second[1:] in HELD_OUT_OBJECTS:
+        return True
+    key = f"{sorted([first, second])} {relation}"
+    return hashlib.sha256(key.encode()).digest()[0] < 26  # a tenth of 256
+
+
+def random_scenes(rng):
+    """Endless scenes (object, relation, other object); the relation is "left of" or "above"."""
+    while True:
+        first, relation, second = random_object(rng), rng.choice(list(OPPOSITE)), random_object(rng)
+        if first != second:
+            yield first, relation, second
+
+
+def training_scenes(rng, count):
+    scenes = (scene for scene in random_scenes(rng) if not is_held_out(*scene))
+    return [next(scenes) for _ in range(count)]
+
+
+def held_out_scenes(rng, count):
+    """Half with an object that training never shows, half new compositions of known ones; mirrors side by side."""
+    scenes = {}
+    candidates = random_scenes(rng)
+    for want_new_object in (True, False):
+        while len(scenes) < count // (2 if want_new_object else 1):
+            first, relation, second = next(candidates)
+            new_object = any(thing[1:] in HELD_OUT_OBJECTS for thing in (first, second))
+            if new_object == want_new_object and is_held_out(first, relation, second):
+                scenes[first, relation, second] = scenes[second, relation, first] = None
+    return list(scenes)
+
+
+def describe(first, relation, second, rng):
+    """One of the scene's two descriptions: A left of B is also B right of A."""
+    if rng.random() < 0.5:
+        first, relation, second = second, OPPOSITE[relation], first
+    return f"a {' '.join(first)} {relation} a {' '.join(second)}"
+
+
+def draw_scene(first, relation, second, rng, side):
+    """A PIL picture, side x side pixels; positions, sizes and colours vary a little with rng."""
+    background = tuple(rng.randint(225, 255) for _ in range(3))
+    picture = Image.new("RGB", (side, side), background)
+    draw = ImageDraw.Draw(picture)
+    for thing, along in ((first, 0.27), (second, 0.73)):
+        size, colour, shape = thing
+        along, across = along + rng.uniform(-0.04, 0.04), 0.5 + rng.uniform(-0.12, 0.12)
+        centre = (along, across) if relation == "left of" else (across, along)
+        fill = tuple(min(255, max(0, value + rng.randint(-15, 15))) for value in COLOURS[colour])
+        draw_shape(draw, shape, [side * c for c in centre], side * SIZES[size] * rng.uniform(0.9, 1.1), fill)
+    return picture
+
+
+def draw_shape(draw, shape, centre, radius, fill):
+    x, y = centre
+    if shape == "circle":
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+        return
+    if shape == "cross":
+        arm = radius / 3
+        draw.rectangle((x - arm, y - radius, x + arm, y + radius), fill=fill)
+        draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=fill)
+        return
+    # Corners around the centre, as distance (share of the radius) and angle (turns from straight up).
+    corners = {
+        "square": [(1.15, 0.125 + i / 4) for i in range(4)],
+        "diamond": [(1.1, i / 4) for i in range(4)],
+        "triangle": [(1.1, i / 3) for i in range(3)],
+        "star": [(1.2 if i % 2 == 0 else 0.5, i / 10) for i in range(10)],
+    }[shape]
+    turn = 2 * math.pi
+    draw.polygon([(x + d * radius * math.sin(a * turn), y - d * radius * math.cos(a * turn)) for d, a in corners], fill)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9  Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def one_of(what, got, accepted):
+    """Raise ValueError unless got is among the accepted values."""
+    if got not in accepted:
+        raise ValueError(f"unknown {what} {got!r}; {nearest(got, accepted)}")
+
+
+def nearest(got, known):
+    """The end of an error message: the known names that look like what was got, or all of them if there are few."""
+    known = [str(name) for name in known]
+    near = difflib.get_close_matches(str(got), known, n=5)
+    if len(known) > 20:
+        return f"the nearest names are {', '.join(near)}" if near else "no known name is near it"
+    return f"expected {', '.join(known)}" + (f" (did you mean {near[0]}?)" if near else "")
+
+
+def build(config_class, values):
+    """config_class(**values), or ValueError naming a field it does not have."""
+    known = [f.name for f in dataclasses.fields(config_class)]
+    for name in values:
+        one_of(f"field of {config_class.__name__}", name, known)
+    return config_class(**values)
+
+
+def knob(default, help, group="other", choices=None):
+    """A dataclass field that carries its own --help line."""
+    factory = {"default_factory": lambda: dict(default)} if isinstance(default, dict) else {"default": default}
+    return field(**factory, metadata={"help": help, "group": group, "choices": choices})
+
+
+class FlagParser(argparse.ArgumentParser):
+    """An argument parser whose error for a misspelt flag names the nearest ones."""
+
+    def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        if unknown:
+            message = f"unknown flag {unknown[1]}; {nearest(unknown[1], self._option_string_actions)}"
+        super().error(message)
+
+
+def flag_parser(config_class, description):
+    """A parser with one flag a field of the dataclass: --kebab-case, strict types, --x/--no-x for booleans."""
+    parser = FlagParser(description=description, allow_abbrev=False)
+    hints = typing.get_type_hints(config_class)
+    groups = {}
+    for f in dataclasses.fields(config_class):
+        kind = hints[f.name]
+        kind = next((k for k in typing.get_args(kind) if k is not type(None)), kind) if kind is not dict else kind
+        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        flag, metadata = "--" + f.name.replace("_", "-"), f.metadata
+        shown = "" if default in (None, "", {}) else f" (default: {default})"
+        options = {"default": default, "help": metadata["help"] + shown}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif kind is dict:
+            options.update(nargs="*", action=KeyValues, metavar="NAME=VALUE")
+        else:
+            options.update(type=kind, choices=metadata["choices"])
+            if not metadata["choices"]:
+                options["metavar"] = kind.__name__.upper()
+        group = groups.setdefault(metadata["group"], parser.add_argument_group(metadata["group"]))
+        group.add_argument(flag, **options)
+    return parser
+
+
+class KeyValues(argparse.Action):
+    """--flag a=1 b=(2,3): a dictionary; values are Python literals, or strings where they are not."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        pairs = {}
+        for text in values:
+            name, equals, value = text.partition("=")
+            if not equals:
+                parser.error(f"{option_string} takes name=value, got {text!r}")
+            try:
+                pairs[name] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                pairs[name] = value
+        setattr(namespace, self.dest, pairs)
+
+
+def pick_device(name):
+    """The torch.device called name, "auto" being CUDA where there is some; raises ValueError for CUDA without any."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {name} was asked for, but torch sees no CUDA device; use --device cpu")
+    return torch.device(name)
+
+
+def pick_precision(name, device):
+    """ "bf16" or "fp32"; "auto" takes bf16 where the hardware computes in it, not where it is only emulated."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if device.type == "cpu" and hardware else "fp32"
+
+
+def autocast(device, precision):
+    """The context in which towers run: bf16 autocast, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def run_script(main):
+    """Call main and end the process: a ValueError becomes one line on standard error and exit status 2."""
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
