@@ -1,0 +1,73 @@
+"""Small towers, captions and pictures that the tests share."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dualenc
+
+CAPTIONS = (
+    "a small red circle left of a large blue star",
+    "two dogs",
+    "the quick brown fox jumps over the lazy dog",
+    "a photo of a café",
+)
+TINY_TEXT = {"text_width": 32, "text_depth": 2, "text_heads": 4, "text_pooling": "mean", "text_max_positions": 32}
+TINY_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 4, "patch_size": 8}
+
+
+@pytest.fixture
+def tokenizer():
+    return dualenc.train_tokenizer(CAPTIONS, vocab_size=200, max_length=32)
+
+
+@pytest.fixture
+def make_model(tokenizer):
+    """A function that builds a tiny dual encoder with a processor; its arguments override the defaults."""
+
+    def make(vision="vit_tiny_patch16_224", image_size=32, vision_args=None, projection_dim=16, seed=0, **overrides):
+        torch.manual_seed(seed)
+        if vision_args is None:
+            vision_args = TINY_VIT if vision.startswith("vit") else {}
+        model = dualenc.DualEncoder.from_vision_text_pretrained(
+            vision,
+            "scratch",
+            projection_dim=projection_dim,
+            pretrained=False,
+            vision_args=vision_args,
+            vision_image_size=image_size,
+            text_vocab_size=tokenizer.get_vocab_size(),
+            **{**TINY_TEXT, **overrides},
+        )
+        # The published start of 0.02 makes towers this narrow nearly constant; larger weights tell captions apart.
+        for name, weight in model.text_model.named_parameters():
+            if weight.ndim == 2:
+                torch.nn.init.normal_(weight, std=0.3)
+        model.processor = dualenc.Processor(model.vision_model.image_transform(), tokenizer)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def pictures():
+    """Four random RGB pictures of different sizes."""
+    rng = np.random.default_rng(0)
+    sizes = ((40, 60), (33, 33), (70, 35), (32, 90))
+    return [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+
+
+def fails_like(got, right, mistakes, what, tolerance=1e-5):
+    """Assert that got equals right; if not, the message names the well-known mistake whose value it has."""
+    got, right = (torch.as_tensor(value, dtype=torch.float64) for value in (got, right))
+    assert got.shape == right.shape, f"{what} has shape {tuple(got.shape)}, expected {tuple(right.shape)}"
+    if torch.allclose(got, right, rtol=tolerance, atol=tolerance):
+        return
+    looks = [
+        name
+        for name, value in mistakes.items()
+        if torch.allclose(got, torch.as_tensor(value, dtype=torch.float64), atol=1e-4)
+    ]
+    hint = f"it looks like: {', '.join(looks)}" if looks else "it matches no well-known mistake"
+    pytest.fail(f"{what} is off by up to {(got - right).abs().max():.2g}; {hint}")
