@@ -100,7 +100,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A timm model and how to build it."""
+    """A timm model and how to build it; raises ValueError for channels other than 3 (RGB) and 1 (gray)."""
 
     name: str = "vit_base_patch16_224"  # any name that timm.list_models() knows, tag included
     args: dict = field(default_factory=dict)  # further arguments of timm.create_model, e.g. {"patch_size": 4}
@@ -108,6 +108,9 @@ class VisionConfig:
     channels: int = 3
     pooling: str | None = None  # timm's global_pool ("avg", "token", "map", ...); the model's own unless given
     patch_dropout: float = 0.0  # share of the patches left out of each training picture (FLIP; ViTs only)
+
+    def __post_init__(self):
+        one_of("number of channels", self.channels, (1, 3))
 
 
 @dataclass(frozen=True)
@@ -597,9 +600,8 @@ class VisionEncoder(nn.Module):
             resize=(resize, resize) if data["crop_mode"] == "squash" else resize,
             crop=(size, size),
             interpolation=data["interpolation"].replace("random", "bilinear"),
-            mean=tuple(data["mean"]),
-            std=tuple(data["std"]),
-            channels=self.config.channels,
+            mean=channel_values(data["mean"], self.config.channels),
+            std=channel_values(data["std"], self.config.channels),
         )
 
     def forward(self, pixel_values, output_hidden_states=False, output_attentions=False):
@@ -682,6 +684,11 @@ def create_trunk(config, pretrained_from=None):
         raise ValueError(f"timm could not load the weights of {pretrained_from}: {error}") from error
 
 
+def channel_values(values, channels):
+    """A mean or std a channel; gray pictures take the average of the three colours'."""
+    return tuple(values) if channels == len(values) else (sum(values) / len(values),) * channels
+
+
 def needs_image_size(config):
     """Whether the model is built for one picture size, as most transformers are; convnets run at any."""
     return timm.get_pretrained_cfg(config.name).fixed_input_size and not config.args.get("dynamic_img_size")
@@ -707,7 +714,11 @@ class ImageTransform:
     interpolation: str = "bicubic"  # a row of INTERPOLATIONS
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # a channel, for pixels from 0 to 1
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    channels: int = 3
+
+    @property
+    def channels(self):
+        """3 for RGB, 1 for gray."""
+        return len(self.mean)
 
     def __call__(self, picture):
         """A PIL picture, array or tensor to (3, S, S) float32."""
@@ -765,7 +776,6 @@ class ImageTransform:
             interpolation=words[values["resample"]],
             mean=tuple(values["image_mean"]),
             std=tuple(values["image_std"]),
-            channels=len(values["image_mean"]),
         )
 
 
@@ -793,7 +803,7 @@ def to_pixels(picture, channels=3):
     if isinstance(picture, Image.Image):
         return pixels.pil_to_tensor(flatten_picture(picture).convert("RGB" if channels == 3 else "L"))
     if isinstance(picture, np.ndarray):
-        picture = torch.from_numpy(np.ascontiguousarray(picture))
+        picture = torch.tensor(np.ascontiguousarray(picture))
     if not isinstance(picture, Tensor):
         raise ValueError(f"a picture is a PIL image, a numpy array or a tensor, not {type(picture).__name__}")
     image = picture[None] if picture.ndim == 2 else picture
@@ -802,7 +812,7 @@ def to_pixels(picture, channels=3):
             f"a picture has shape {tuple(picture.shape)}, expected (height, width), (channels, height, width) or "
             f"(height, width, channels) with 1, 3 or 4 channels"
         )
-    if image.shape[0] not in (1, 3, 4):
+    if image.shape[0] not in (1, 3) and image.shape[-1] in (1, 3, 4):
         image = image.permute(2, 0, 1)
     if image.dtype != torch.uint8:
         if not image.is_floating_point():
@@ -937,13 +947,25 @@ def train_tokenizer(captions, vocab_size, max_length=None):
     captions = list(captions)
     if not captions:
         raise ValueError("no captions to learn a vocabulary from")
+    normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    # The trainer numbers the pieces inside words as it meets them, from a hash table in random order, and breaks ties by
+    # number. Named beforehand, they make the vocabulary the same every time.
+    words = (pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(caption)) for caption in captions)
+    inner = sorted({"##" + character for pairs in words for word, _ in pairs for character in word[1:]})
+    learner = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    learner.normalizer, learner.pre_tokenizer = normalizer, pre_tokenizer
+    trainer = tokenizers.trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=special + inner, show_progress=False
+    )
+    learner.train_from_iterator(captions, trainer)
+
+    vocabulary = dict(sorted(learner.get_vocab().items(), key=lambda item: item[1]))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
     tokenizer.decoder = tokenizers.decoders.WordPiece()
-    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.add_special_tokens(special)
     ids = {token: tokenizer.token_to_id(token) for token in special}
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])]

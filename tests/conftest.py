@@ -41,7 +41,7 @@ def make_model(tokenizer):
             **{**TINY_TEXT, **overrides},
         )
         # The published start of 0.02 makes towers this narrow nearly constant; larger weights tell captions apart.
-        for name, weight in model.text_model.named_parameters():
+        for weight in model.text_model.parameters():
             if weight.ndim == 2:
                 torch.nn.init.normal_(weight, std=0.3)
         model.processor = dualenc.Processor(model.vision_model.image_transform(), tokenizer)

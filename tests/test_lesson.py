@@ -124,12 +124,14 @@ def test_multi_positive_loss_without_repeats_is_clip_loss_and_with_them_can_reac
     groups = torch.tensor([0, 0, 1, 1])
     embeds = torch.eye(2)[groups]
     assert dualenc.multi_positive_clip_loss(embeds, embeds, torch.tensor(math.log(100.0)), groups).abs() < 1e-5
-    assert dualenc.clip_loss(embeds, embeds, torch.tensor(math.log(100.0))).item() == pytest.approx(math.log(2), abs=1e-5)
+    assert dualenc.clip_loss(embeds, embeds, torch.tensor(math.log(100.0))).item() == pytest.approx(
+        math.log(2), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("extra", [(), (torch.tensor(0.0),), (torch.arange(3),)])
 def test_losses_refuse_sides_of_different_shape(extra):
-    loss = {0: dualenc.clip_loss, 1: dualenc.siglip_loss}.get(len(extra), None)
+    loss = {0: dualenc.clip_loss, 1: dualenc.siglip_loss}.get(len(extra))
     if extra and extra[0].ndim:
         loss = dualenc.multi_positive_clip_loss
     with pytest.raises(ValueError, match=r"\(3, 4\).*\(2, 4\)"):

@@ -21,7 +21,10 @@ def make_encoder(**overrides):
 
 def layer_norm(x, weights, name, eps):
     centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+    return (
+        centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * weights[f"{name}.weight"]
+        + weights[f"{name}.bias"]
+    )
 
 
 def linear(x, weights, name):
