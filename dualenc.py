@@ -950,8 +950,8 @@ def train_tokenizer(captions, vocab_size, max_length=None):
     normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
     pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    # The trainer numbers the pieces inside words as it meets them, from a hash table in random order, and breaks ties by
-    # number. Named beforehand, they make the vocabulary the same every time.
+    # The trainer numbers the pieces inside words in the random order of a hash table, and breaks ties by number. Named
+    # beforehand, they make the vocabulary the same every time.
     words = (pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(caption)) for caption in captions)
     inner = sorted({"##" + character for pairs in words for word, _ in pairs for character in word[1:]})
     learner = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
@@ -1264,9 +1264,8 @@ def torchvision_pairs(name, split, data_root, templates, download):
         data = getattr(torchvision.datasets, class_name)(str(data_root), download=download, **arguments)
     except RuntimeError as error:
         raise ValueError(f"{name} is not below {data_root} ({error}); --download fetches it") from error
-    labels = getattr(data, "targets", None) or getattr(data, "_labels", None) or getattr(data, "labels", None)
-    if labels is None:
-        labels = [data[i][1] for i in range(len(data))]
+    # torchvision has no one name for the labels; each of these saves decoding all pictures to read them.
+    labels = next(getattr(data, name) for name in ("targets", "labels", "_labels", "y") if hasattr(data, name))
     labels = [int(label) for label in labels]
     captions, classes = class_captions(labels, getattr(data, "classes", None) or data.categories, templates)
     names = [f"{name}/{split}/{i}" for i in range(len(data))]
@@ -1441,7 +1440,7 @@ def flickr_pairs(path, split, images):
         return coco_pairs(path, split, images)
     root, rows = Path(images or path.parent), []
     for number, line in enumerate(read_text(path).splitlines(), 1):
-        match = re.match(r"\s*(?P<image>[^#,|\t]+?)\s*(?:#\d+\s*\t|\|\s*\d+\s*\||,|\t)\s*(?P<caption>.*?)\s*$", line)
+        match = re.match(r"\s*(?P<image>[^#,|\t]+?)\s*(?:#\d+\s*\t|\|\s*\w+\s*\||,|\t)\s*(?P<caption>.*?)\s*$", line)
         if match is None:
             raise ValueError(
                 f"{path}, line {number} is no Flickr caption: {line!r}; expected picture.jpg#0<tab>caption"
@@ -1680,6 +1679,14 @@ def pick_device(name):
     return torch.device(name)
 
 
+def pick_workers(count, device):
+    """How many processes read pictures; -1 picks: up to 8 beside a GPU, one on a CPU, whose cores are busy computing."""
+    if count >= 0:
+        return count
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(8 if device.type == "cuda" else 1, cores - 1)
+
+
 def pick_precision(name, device):
     """ "bf16" or "fp32"; "auto" takes bf16 where the hardware computes in it, not where it is only emulated."""
     if name != "auto":
@@ -1696,7 +1703,7 @@ def autocast(device, precision):
 
 
 def run_script(main):
-    """Call main and end the process: a ValueError becomes one line on standard error and exit status 2."""
+    """Call main and end the process: a ValueError becomes one line on standard error and exit status 1."""
     try:
         main()
     except ValueError as error:

@@ -41,7 +41,7 @@ class EvalConfig:
         choices=("auto", "retrieval", "zeroshot"),
     )
     batch_size: int = knob(EVAL_BATCH, "pictures or captions a step", "speed")
-    workers: int = knob(0, "processes that read pictures", "speed")
+    workers: int = knob(-1, "processes that read pictures; -1 picks", "speed")
     precision: str = knob("auto", "arithmetic of the towers", "speed", choices=("auto", "bf16", "fp32"))
     device: str = knob("auto", "auto, cpu, cuda or cuda:N", "speed")
     json: str = knob("", "file to write the numbers to", "output")
@@ -274,7 +274,8 @@ def main(argv=None):
 
     precision = dualenc.pick_precision(config.precision, device)
     tasks = None if config.task == "auto" else [config.task]
-    results = evaluate(model, pairs, tasks, templates, precision, config.batch_size, config.workers)
+    workers = dualenc.pick_workers(config.workers, device)
+    results = evaluate(model, pairs, tasks, templates, precision, config.batch_size, workers)
     print(f"model       {checkpoint}   {precision} on {device}")
     print("\n".join(describe(results)))
     if config.json:

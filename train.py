@@ -162,7 +162,7 @@ def stack_batch(items):
 
 def make_loader(pairs, model, config, device, first_step, steps):
     """Batches from first_step on; on CUDA they are pinned and fetched ahead."""
-    workers = config.workers if config.workers >= 0 else 0
+    workers = dualenc.pick_workers(config.workers, device)
     return torch.utils.data.DataLoader(
         TrainingPairs(pairs, model.processor.image_transform, config),
         batch_sampler=Batches(len(pairs), config.batch_size, config.seed, first_step, steps),
@@ -298,7 +298,7 @@ def open_metrics(out, step):
     return log
 
 
-def open_run(config, argv):
+def open_run(config, argv, device):
     """Make the run folder and note what is run with what; returns it."""
     name = Path(config.data.partition(":")[2] or config.data).stem
     out = Path(config.out or f"runs/{name}")
@@ -312,6 +312,7 @@ def open_run(config, argv):
     record = {
         "flags": dataclasses.asdict(config),
         "command": ["train.py", *(sys.argv[1:] if argv is None else argv)],
+        "device": str(device),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
     }
     dualenc.write_file(out / evaluation.RUN_CONFIG, json.dumps(record, indent=2) + "\n")
@@ -334,7 +335,7 @@ def read_flags(argv):
     return config
 
 
-def check(config, pairs):
+def check(config, pairs, held_out):
     """Raise ValueError for a recipe that cannot learn."""
     if config.batch_size < 2:
         raise ValueError(
@@ -346,6 +347,8 @@ def check(config, pairs):
             f"{config.data} has {len(pairs)} training pictures, fewer than one batch of {config.batch_size}: pictures "
             f"would repeat within a batch, as wrong answers to themselves; take --batch-size {len(pairs)} or less"
         )
+    if not len(held_out):
+        raise ValueError(f"no pictures are held out of {config.data}: raise --val-fraction ({config.val_fraction})")
 
 
 # ---- Watching -------------------------------------------------------------------------------------------------------
@@ -500,7 +503,7 @@ def main(argv=None):
     device = dualenc.pick_device(config.device)
     precision = dualenc.pick_precision(config.precision, device)
     pairs, held_out, templates = load_data(config)
-    check(config, pairs)
+    check(config, pairs, held_out)
     steps = config.steps or round(config.epochs * (len(pairs) // config.batch_size))
     eval_every = config.eval_every or math.ceil(steps / 5)
 
@@ -521,7 +524,7 @@ def main(argv=None):
         torch.set_rng_state(state["rng"])
 
     # 3. The run folder and the head of the printout.
-    out = Path(config.resume) if config.resume else open_run(config, argv)
+    out = Path(config.resume) if config.resume else open_run(config, argv, device)
     log = open_metrics(out, state["step"])
     introduce(config, model, pairs, held_out, steps, device, precision)
 

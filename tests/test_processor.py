@@ -49,8 +49,8 @@ def test_every_form_of_a_picture_gives_the_same_pixels(picture):
     right = transform(picture)
     for name, form in forms.items():
         assert torch.equal(transform(form), right), name
-    for name, form in floats.items():  # resized without rounding to whole grey levels
-        assert (transform(form) - right).abs().max() < 0.6 / 255 / 0.2, name
+    for name, form in floats.items():  # resized without rounding to a whole grey level
+        assert (transform(form) - right).abs().max() < 1.01 / 255 / 0.2, name
 
 
 def test_batches_and_mixed_sizes_are_stacked(picture, tokenizer):

@@ -1,0 +1,324 @@
+"""Claims about data specs: what is read, how it is split, and what a user is told about mistakes."""
+
+import csv
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dualenc
+
+
+def save_picture(path, colour="red", size=(8, 8)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def all_splits(spec, **options):
+    return {split: dualenc.load_pairs(spec, split, **options) for split in dualenc.SPLITS}
+
+
+# ---- Splits ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_pictures_captions_never_straddle_the_split(tmp_path):
+    """Split by the picture's name: train and test share no picture, together they are everything, rows in any order."""
+    rows = [(f"{i}.png", f"caption {j} of {i}") for i in range(60) for j in range(3)]
+    for i in range(60):
+        save_picture(tmp_path / f"{i}.png")
+    np.random.default_rng(0).shuffle(rows)
+    with open(tmp_path / "captions.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("image", "caption"), *rows])
+    splits = all_splits(tmp_path / "captions.csv", val_fraction=0.3)
+    train, test = splits["train"], splits["test"]
+    assert not set(train.names) & set(test.names) and len(train) + len(test) == 60
+    assert 8 <= len(test) <= 28, "about 30% of 60"
+    assert splits["val"].names == test.names
+    for pairs in (train, test):
+        for name, captions in zip(pairs.names, pairs.captions):
+            assert sorted(captions) == [f"caption {j} of {name[:-4]}" for j in range(3)]
+
+
+def test_a_split_depends_on_names_alone():
+    """New pictures never move old ones, and the share held out is the share asked for."""
+    names = [f"picture{i}.jpg" for i in range(10_000)]
+    out = {names[i] for i in dualenc.hashed_split(names, "test", 0.1)}
+    assert len(out) == pytest.approx(1000, abs=100)
+    more = [*names, "new.jpg"][::-1]
+    assert {more[i] for i in dualenc.hashed_split(more, "test", 0.1)} - {"new.jpg"} == out
+    assert {names[i] for i in dualenc.hashed_split(names, "train", 0.1)} == set(names) - out
+    assert dualenc.hashed_split(names, "test", 0.0) == []
+
+
+# ---- Caption files --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "header", [("image", "caption"), ("filepath", "title"), ("path", "text"), (" Image", "Caption ")]
+)
+@pytest.mark.parametrize("separator", [",", "\t", ";", "|"])
+def test_columns_are_found_by_name_and_separators_sniffed(tmp_path, header, separator):
+    save_picture(tmp_path / "sub" / "a.png", "blue")
+    lines = [separator.join(["id", *header]), separator.join(["1", "sub/a.png", '"a, b; c | d"'])]
+    (tmp_path / "c.csv").write_text("\n".join(lines), encoding="utf-8-sig")
+    (pairs,) = [p for p in all_splits(tmp_path / "c.csv").values() if len(p)][:1]
+    picture, captions = pairs[0]
+    assert captions == ["a, b; c | d"] and picture.getpixel((0, 0)) == (0, 0, 255) and pairs.names == ["sub/a.png"]
+
+
+def test_captions_are_text_whatever_they_look_like(tmp_path):
+    """ "None" and "NA" are captions; quotes may hold separators, quotes and line ends; the file may be UTF-16."""
+    save_picture(tmp_path / "a.png")
+    captions = ["None", "NA", "null", 'say "hi", twice', "two\nlines", "piñata 日本 🎉"]
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        with open(tmp_path / "c.csv", "w", newline="", encoding=encoding) as file:
+            csv.writer(file).writerows([("image", "caption"), *(("a.png", caption) for caption in captions)])
+        pairs = dualenc.load_pairs(tmp_path / "c.csv", "train", val_fraction=0.0)
+        assert pairs.captions == [captions], encoding
+
+
+def test_jsonl_rows_may_hold_one_caption_or_several(tmp_path):
+    save_picture(tmp_path / "a.png")
+    save_picture(tmp_path / "b.png")
+    rows = [
+        {"image": "a.png", "text": ["one", "two"]},
+        {"image": "b.png", "text": "three"},
+        {"image": "a.png", "text": "4"},
+    ]
+    (tmp_path / "c.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    pairs = dualenc.load_pairs(tmp_path / "c.jsonl", "train", val_fraction=0.0)
+    assert dict(zip(pairs.names, pairs.captions)) == {"a.png": ["one", "two", "4"], "b.png": ["three"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.csv", "image,words\na.png,x", r"no caption column: it has image, words; expected one of caption"),
+        ("c.csv", "img,caption\na.png,x", r"no picture column: it has img, caption; expected one of image, filepath"),
+        ("c.csv", "image,caption\na.png,x\nb.png,y", r"c.csv, line 3: missing picture .*b.png"),
+        ("c.csv", "image,caption\na.png,x\na.png,  ", r"c.csv, line 3: empty caption for .*a.png"),
+        ("c.csv", "image,caption\na.png", r"c.csv, line 2: empty caption"),
+        ("c.csv", "image,caption\n,x", r"c.csv, line 2: no picture named"),
+        ("c.csv", "image,caption\n", r"no pairs below"),
+        ("c.csv", b"image,caption\na.png,\xff\xfa", r"c.csv is not utf-8-sig text"),
+        ("c.jsonl", '{"image": "a.png", "caption": "x"}\n{bad', r"c.jsonl, line 2 is not json"),
+        ("c.jsonl", "[1]", r"c.jsonl, line 1 is not a json object"),
+        ("c.jsonl", '{"image": "a.png", "caption": 3}', r"c.jsonl, line 1: empty caption"),
+    ],
+)
+def test_mistakes_in_caption_files_are_named_with_file_and_line(tmp_path, name, content, message):
+    save_picture(tmp_path / "a.png")
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        dualenc.load_pairs(tmp_path / name, "train", val_fraction=0.0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("cifar11", r"unknown data 'cifar11'.*did you mean cifar10"),
+        ("no_such_folder/", r"unknown data 'no_such_folder/'"),
+        ("missing.csv", r"no caption file missing.csv"),
+    ],
+)
+def test_unknown_data_is_refused_with_what_there_is(spec, message):
+    with pytest.raises(ValueError, match=message):
+        dualenc.load_pairs(spec)
+    with pytest.raises(ValueError, match="unknown split 'valid'; expected train, val, test"):
+        dualenc.load_pairs("shapes", "valid")
+
+
+# ---- Folders --------------------------------------------------------------------------------------------------------
+
+
+def test_class_folders_become_captions_through_templates(tmp_path):
+    for name, colour in (("big_dog", "red"), ("cat", "blue")):
+        for i in range(3):
+            save_picture(tmp_path / name / f"{i}.jpg", colour)
+    pairs = dualenc.load_pairs(tmp_path, "train", val_fraction=0.0, templates=("a {}.", "one {}"))
+    assert pairs.classes == ["big dog", "cat"] and pairs.labels == [0, 0, 0, 1, 1, 1]
+    assert pairs.captions[0] == ["a big dog.", "one big dog"] and pairs.names[0] == "big_dog/0.jpg"
+    assert pairs[5][0].getpixel((0, 0))[2] > 200
+    captions, caption_groups, picture_groups = pairs.caption_table()
+    assert captions == ["a big dog.", "one big dog", "a cat.", "one cat"] and caption_groups == [0, 0, 1, 1]
+    assert picture_groups == pairs.labels
+    with pytest.raises(ValueError, match="template 'a photo' has no {} for the class name"):
+        dualenc.load_pairs(tmp_path, templates=("a photo",))
+
+
+def test_own_splits_of_a_folder_are_used(tmp_path):
+    for split, count in (("train", 4), ("test", 2)):
+        for i in range(count):
+            save_picture(tmp_path / split / "dog" / f"{i}.png")
+    splits = all_splits(tmp_path)
+    assert {name: len(pairs) for name, pairs in splits.items()} == {"train": 4, "val": 2, "test": 2}
+    save_picture(tmp_path / "val" / "dog" / "0.png")
+    assert len(dualenc.load_pairs(tmp_path, "val")) == 1 and len(dualenc.load_pairs(tmp_path, "test")) == 2
+
+
+def test_incomplete_folders_are_refused(tmp_path):
+    save_picture(tmp_path / "a" / "train" / "dog" / "0.png")
+    with pytest.raises(ValueError, match="has train/ but neither val/ nor test/"):
+        dualenc.load_pairs(tmp_path / "a", "test")
+    save_picture(tmp_path / "b" / "dog" / "0.png")
+    (tmp_path / "b" / "cat").mkdir()
+    with pytest.raises(ValueError, match="class folder .*cat holds no pictures"):
+        dualenc.load_pairs(tmp_path / "b")
+    (tmp_path / "c").mkdir()
+    with pytest.raises(ValueError, match="holds no pictures"):
+        dualenc.load_pairs(tmp_path / "c")
+
+
+def test_pictures_with_text_files_have_a_caption_a_line(tmp_path):
+    save_picture(tmp_path / "a.png")
+    save_picture(tmp_path / "b.jpg")
+    (tmp_path / "a.txt").write_text("one\n\n two \n")
+    with pytest.raises(ValueError, match=r"b.jpg has no caption file b.txt beside it"):
+        dualenc.load_pairs(tmp_path)
+    (tmp_path / "b.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"caption file .*b.txt is empty"):
+        dualenc.load_pairs(tmp_path)
+    (tmp_path / "b.txt").write_text("three")
+    pairs = dualenc.load_pairs(tmp_path, val_fraction=0.0)
+    assert dict(zip(pairs.names, pairs.captions)) == {"a.png": ["one", "two"], "b.jpg": ["three"]}
+
+
+# ---- COCO, Flickr, torchvision --------------------------------------------------------------------------------------
+
+
+def test_coco_captions_are_joined_by_picture_id(tmp_path):
+    save_picture(tmp_path / "pictures" / "x.jpg")
+    data = {
+        "images": [{"id": 7, "file_name": "x.jpg"}],
+        "annotations": [{"id": 1, "image_id": 7, "caption": "one "}, {"id": 2, "image_id": 7, "caption": "two"}],
+    }
+    (tmp_path / "captions.json").write_text(json.dumps(data))
+    spec, images = f"coco:{tmp_path / 'captions.json'}", tmp_path / "pictures"
+    assert dualenc.load_pairs(spec, images=images, val_fraction=0.0).captions == [["one", "two"]]
+    data["annotations"][1]["image_id"] = 8
+    (tmp_path / "captions.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="annotation 2: no picture named"):
+        dualenc.load_pairs(spec, images=images)
+    (tmp_path / "captions.json").write_text('{"info": 1}')
+    with pytest.raises(ValueError, match="no COCO caption file: it has info"):
+        dualenc.load_pairs(spec)
+
+
+def test_karpathys_splits_are_the_datas_own(tmp_path):
+    entries = []
+    for i, split in enumerate(["train", "restval", "val", "test"]):
+        save_picture(tmp_path / "part" / f"{i}.jpg")
+        sentences = [{"raw": f"caption {i}"}]
+        entries.append({"filename": f"{i}.jpg", "filepath": "part", "split": split, "sentences": sentences})
+    (tmp_path / "d.json").write_text(json.dumps({"images": entries}))
+    for kind in ("coco", "flickr"):
+        splits = all_splits(f"{kind}:{tmp_path / 'd.json'}")
+        got = {split: [c for captions in pairs.captions for c in captions] for split, pairs in splits.items()}
+        assert got == {"train": ["caption 0", "caption 1"], "val": ["caption 2"], "test": ["caption 3"]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a.jpg#0\tOne dog , running .\na.jpg#1\tTwo",
+        'image,caption\na.jpg,"One dog , running ."\na.jpg,Two',
+        "image_name| comment_number| comment\na.jpg| 0| One dog , running .\na.jpg| 1| Two",
+    ],
+)
+def test_flickr_caption_files_of_all_three_kinds_are_read(tmp_path, text):
+    save_picture(tmp_path / "a.jpg")
+    (tmp_path / "f.txt").write_text(text)
+    pairs = dualenc.load_pairs(f"flickr:{tmp_path / 'f.txt'}", val_fraction=0.0)
+    assert pairs.captions == [["One dog , running .", "Two"]]
+    (tmp_path / "f.txt").write_text("just words")
+    with pytest.raises(ValueError, match="line 1 is no Flickr caption: 'just words'"):
+        dualenc.load_pairs(f"flickr:{tmp_path / 'f.txt'}")
+
+
+def write_idx(path, array):
+    """The file format of MNIST: type and dimensions, then bytes."""
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(header + array.tobytes())
+
+
+def test_torchvision_sets_are_read_by_name_with_their_own_splits(tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 6), ("t10k", 3)):
+        write_idx(raw / f"{part}-images-idx3-ubyte", rng.integers(0, 256, (count, 28, 28), dtype=np.uint8))
+        write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8))
+    splits = all_splits("fashionmnist", data_root=tmp_path, templates=("a {}",))
+    assert {name: len(pairs) for name, pairs in splits.items()} == {"train": 6, "val": 3, "test": 3}
+    assert splits["test"].captions == [["a T-shirt/top"], ["a Trouser"], ["a Pullover"]]
+    assert splits["test"][0][0].mode == "L" and splits["train"].classes[5] == "Sandal"
+    with pytest.raises(ValueError, match="cifar10 is not below .*--download fetches it"):
+        dualenc.load_pairs("cifar10", data_root=tmp_path)
+
+
+@pytest.mark.parametrize("name", dualenc.TORCHVISION_SETS)
+def test_every_listed_torchvision_set_exists_and_takes_its_arguments(name, tmp_path):
+    """Absent data is the only complaint: class, split names and arguments are right."""
+    for split in dualenc.SPLITS:
+        with pytest.raises(ValueError, match=f"{name} is not below"):
+            dualenc.load_pairs(name, split, data_root=tmp_path)
+
+
+# ---- Shapes ---------------------------------------------------------------------------------------------------------
+
+
+def test_shapes_come_from_the_seed_alone():
+    one, two, other = (dualenc.ShapesPairs("train", seed=seed, count=20) for seed in (0, 0, 1))
+    assert one.captions == two.captions != other.captions
+    assert all(np.array_equal(one[i][0], two[i][0]) for i in range(20))
+    assert one[3][0].size == (64, 64) and dualenc.ShapesPairs("train", count=1, side=32)[0][0].size == (32, 32)
+
+
+def test_held_out_shapes_are_512_distinct_captions_never_seen_in_training():
+    train, test = dualenc.load_pairs("shapes"), dualenc.load_pairs("shapes", "test")
+    seen = {frozenset([a, b]) for a, _, b in train.pictures.scenes}
+    assert len(test) == len({captions[0] for captions in test.captions}) == 512
+    assert not {tuple(c) for c in train.captions} & {tuple(c) for c in test.captions}
+    objects = {thing[1:] for scene in train.pictures.scenes for thing in (scene[0], scene[2])}
+    assert not objects & dualenc.HELD_OUT_OBJECTS
+    assert {colour for colour, _ in objects} == set(dualenc.COLOURS) and {s for _, s in objects} == set(dualenc.SHAPES)
+    scenes = test.pictures.scenes
+    new = [any(thing[1:] in dualenc.HELD_OUT_OBJECTS for thing in (a, b)) for a, _, b in scenes]
+    assert Counter(new) == {True: 256, False: 256}
+    known = [frozenset([a, b]) for (a, _, b), is_new in zip(scenes, new) if not is_new]
+    assert any(pair in seen for pair in known), "the same objects are known in other arrangements"
+    assert not set(scenes) & set(train.pictures.scenes)
+    assert all((b, relation, a) in scenes for a, relation, b in scenes), "each has its mirror"
+
+
+def test_shapes_look_like_their_captions():
+    """Where the caption says it is and in the colour it says, there is a thing of about the size it says."""
+    pairs = dualenc.ShapesPairs("test", count=64)
+    for i, (first, relation, second) in enumerate(pairs.pictures.scenes):
+        image = np.asarray(pairs[i][0], dtype=int)
+        half = (slice(None), slice(0, 32)) if relation == "left of" else (slice(0, 32), slice(None))
+        other = (slice(None), slice(32, 64)) if relation == "left of" else (slice(32, 64), slice(None))
+        for (size, colour, _), part in ((first, half), (second, other)):
+            near = (np.abs(image[part] - dualenc.COLOURS[colour]).max(-1) <= 20).sum()
+            smallest, largest = {"small": (30, 190), "large": (130, 640)}[size]
+            assert smallest <= near <= largest, (pairs.captions[i], size, colour, near)
+
+
+def test_shape_captions_say_the_scene_in_one_of_two_ways():
+    a, b = ("small", "red", "circle"), ("large", "blue", "star")
+    import random
+
+    said = {dualenc.describe(a, "left of", b, random.Random(seed)) for seed in range(20)}
+    assert said == {"a small red circle left of a large blue star", "a large blue star right of a small red circle"}
+    said = {dualenc.describe(a, "above", b, random.Random(seed)) for seed in range(20)}
+    assert said == {"a small red circle above a large blue star", "a large blue star below a small red circle"}
+
+
+def test_selected_pairs_keep_picture_captions_and_label_together():
+    pairs = dualenc.Pairs(list("abc"), [0, 1, 2], [["x"], ["y"], ["z"]], [0, 1, 0], ["k", "l"])
+    some = pairs.select([2, 1])
+    assert (some.names, [some[i] for i in range(2)], some.labels) == (["c", "b"], [(2, ["z"]), (1, ["y"])], [0, 1])
+    assert isinstance(some, torch.utils.data.Dataset) and len(some.pictures) == 2

@@ -1,0 +1,446 @@
+"""Claims about training: the recipe's parts, and whole runs in process on a few drawn pictures."""
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import fails_like
+
+import dualenc
+import eval as evaluation
+import train
+
+ROOT = Path(train.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def captions_file(tmp_path_factory):
+    """40 drawn pictures, the first of them with two captions."""
+    folder = tmp_path_factory.mktemp("drawn")
+    pairs = dualenc.ShapesPairs(count=40, side=32)
+    rows = []
+    for i in range(len(pairs)):
+        picture, captions = pairs[i]
+        picture.save(folder / f"{i}.png")
+        rows += [(f"{i}.png", caption) for caption in captions + [f"drawing {i}"] * (i == 0)]
+    with open(folder / "captions.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("image", "caption"), *rows])
+    return folder / "captions.csv"
+
+
+@pytest.fixture
+def run(captions_file, tmp_path):
+    """A function that trains a tiny model: run("name", flag=value) returns (metrics, run folder)."""
+
+    def go(name="run", **flags):
+        settings = {
+            "data": captions_file,
+            "vision": "test_resnet",
+            "vision_args": [],
+            "image_size": 32,
+            "text_width": 16,
+            "text_depth": 1,
+            "text_heads": 2,
+            "projection_dim": 8,
+            "batch_size": 8,
+            "steps": 6,
+            "precision": "fp32",
+            "workers": 0,
+            "log_every": 2,
+            "eval_every": 3,
+            "out": tmp_path / name,
+            **flags,
+        }
+        argv = []
+        for key, value in settings.items():
+            flag = "--" + key.replace("_", "-")
+            if isinstance(value, bool):
+                argv.append(flag if value else flag.replace("--", "--no-"))
+            elif isinstance(value, list):
+                argv += [flag, *map(str, value)]
+            else:
+                argv += [flag, str(value)]
+        return train.main(argv), Path(settings["out"])
+
+    return go
+
+
+def weights(folder):
+    return dualenc.DualEncoder.from_pretrained(folder).state_dict()
+
+
+def same_weights(one, two):
+    one, two = weights(one), weights(two)
+    return all(torch.equal(one[name], two[name]) for name in one)
+
+
+def log_of(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    clocks = ("pairs_per_s", "data_share")
+    return [{name: value for name, value in line.items() if name not in clocks} for line in lines]
+
+
+# ---- Parts of the recipe --------------------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
+    rates = [train.learning_rate(step, 100, 0.1, 2.0) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[10] == pytest.approx(2.0) and max(rates) == pytest.approx(2.0)
+    assert rates[55] == pytest.approx(1.0) and rates[99] < 0.001
+    assert rates[10:] == pytest.approx([1 + math.cos(math.pi * i / 90) for i in range(90)])
+    assert train.learning_rate(0, 10, 0.0, 1.0) == 1.0, "no warm-up: full rate at once"
+
+
+def test_weight_decay_is_kept_off_norms_biases_positions_and_the_temperature(make_model):
+    model = make_model(logit_bias_init=-1.0)
+    groups = train.make_optimizer(model, train.TrainConfig(weight_decay=0.3)).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0] and groups[0]["fused"]
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    decayed, kept = ({names[id(weight)] for weight in group["params"]} for group in groups)
+    assert decayed | kept == set(names.values()) and not decayed & kept
+    for name in names.values():
+        free = any(
+            word in name for word in ("bias", "norm", "Norm", "pos_embed", "position_embeddings", "cls_token", "logit")
+        )
+        assert (name in kept) == free, name
+    model.lock("text")
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    trained = [
+        names[id(w)] for group in train.make_optimizer(model, train.TrainConfig()).param_groups for w in group["params"]
+    ]
+    assert not any(name.startswith("text_model") for name in trained) and "text_projection.weight" in trained
+
+
+def test_batches_visit_every_picture_once_an_epoch_in_a_new_order():
+    batches = list(train.Batches(21, 4, seed=0, first_step=0, steps=15))
+    assert len(batches) == len(train.Batches(21, 4, 0, 0, 15)) == 15
+    for epoch in range(3):
+        keys = [key for batch in batches[5 * epoch : 5 * epoch + 5] for key in batch]
+        assert {e for e, _ in keys} == {epoch} and len({i for _, i in keys}) == 20, "whole batches, no repeats"
+    orders = [[i for batch in batches[5 * e : 5 * e + 5] for _, i in batch] for e in range(3)]
+    assert orders[0] != orders[1] != orders[2] and orders[0] != sorted(orders[0])
+    assert list(train.Batches(21, 4, 0, 7, 15)) == batches[7:], "a resumed run goes on where it was"
+    assert list(train.Batches(21, 4, 1, 0, 15)) != batches
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_picture_arrives_with_one_of_its_own_captions(captions_file, make_model, workers):
+    """Pixels, caption and number of a row belong together, and workers change nothing."""
+    config = train.TrainConfig(batch_size=8, workers=workers)
+    pairs, model = dualenc.load_pairs(captions_file, val_fraction=0.0), make_model()
+    loader = train.make_loader(pairs, model, config, torch.device("cpu"), 0, 15)
+    drawn = set()
+    for images, captions, numbers in loader:
+        assert images.dtype == torch.uint8 and images.shape == (8, 3, 32, 32)
+        for image, caption, i in zip(images, captions, numbers):
+            picture, own = pairs[i]
+            assert caption in own
+            assert torch.equal(image, model.processor.image_transform.resize_and_crop(dualenc.to_pixels(picture)))
+            drawn.add((i, caption))
+    assert len(drawn) == 41, "over three epochs both captions of a picture are drawn"
+
+
+def test_augmentation_follows_from_the_key_alone(captions_file, make_model):
+    pairs, transform = dualenc.load_pairs(captions_file, val_fraction=0.0), make_model().processor.image_transform
+    augmented = train.TrainingPairs(pairs, transform, train.TrainConfig(crop_scale=0.3, flip=True))
+    assert torch.equal(augmented[0, 5][0], augmented[0, 5][0])
+    assert not torch.equal(augmented[0, 5][0], augmented[1, 5][0])
+    flips = train.TrainingPairs(pairs, transform, train.TrainConfig(flip=True))
+    plain = train.TrainingPairs(pairs, transform, train.TrainConfig())[0, 5][0]
+    seen = [flips[epoch, 5][0] for epoch in range(20)]
+    mirrored = transform.resize_and_crop(dualenc.to_pixels(pairs[5][0]).flip(-1))
+    assert all(torch.equal(image, plain) or torch.equal(image, mirrored) for image in seen)
+    assert 3 <= sum(torch.equal(image, mirrored) for image in seen) <= 17
+
+
+def test_random_crops_keep_proportions_and_at_least_the_share_asked_for():
+    import random
+
+    image = torch.arange(40 * 60).view(1, 40, 60)
+    shares = []
+    for seed in range(200):
+        crop = train.random_crop(image, 0.25, random.Random(seed))
+        height, width = crop.shape[-2:]
+        assert width / height == pytest.approx(1.5, abs=0.1)
+        assert torch.equal(crop - crop[0, 0, 0], image[:, :height, :width]), "one connected part"
+        shares.append(height * width / image.numel())
+    assert 0.23 <= min(shares) < 0.35 and 0.9 < max(shares) <= 1
+
+
+def test_pairs_with_one_class_or_word_for_word_one_caption_are_one_group():
+    plain = dualenc.Pairs(list("abcd"), None, [["x"], ["y"], ["x"], ["z"]])
+    assert train.pair_groups(plain, ["x", "y", "x", "z"], [0, 1, 2, 3]).tolist() == [0, 1, 0, 2]
+    labelled = dualenc.Pairs(list("abcd"), None, [["x"]] * 4, [5, 3, 3, 5], ["?"] * 6)
+    assert train.pair_groups(labelled, ["p", "q", "r", "s"], [0, 1, 2, 3]).tolist() == [0, 1, 1, 0]
+
+
+def test_the_printed_chance_and_floor_are_losses_that_embeddings_can_have(make_model):
+    """Chance: all embeddings alike. Floor: perfect embeddings, alike within a group."""
+    model = make_model(logit_bias_init=0.0)
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(100))
+    groups = torch.tensor([0, 1, 0, 2, 0, 1])
+    alike, perfect = torch.ones(6, 4) / 2, torch.eye(3)[groups]
+    for name in ("clip", "multi-positive"):
+        chance, floor = train.reference_losses(name, groups)
+        assert train.compute_loss(name, model, alike, alike, groups).item() == pytest.approx(chance, abs=1e-5), name
+        assert train.compute_loss(name, model, perfect, perfect, groups).item() == pytest.approx(floor, abs=1e-5), name
+    chance, _ = train.reference_losses("siglip", groups)
+    constants = []
+    for logit in torch.linspace(-4, 2, 601):
+        with torch.no_grad():
+            model.logit_bias.fill_(logit)
+        constants.append(train.compute_loss("siglip", model, alike * 0, alike * 0, groups).item())
+    assert chance == pytest.approx(min(constants), abs=1e-3), "the best constant answer"
+
+
+def test_in_batch_accuracy_counts_both_directions_and_any_right_answer():
+    images = torch.eye(4)
+    texts = torch.eye(4)[[0, 1, 3, 2]]  # the last two changed places
+    assert train.in_batch_accuracy(images, texts, torch.arange(4)) == 0.5
+    assert train.in_batch_accuracy(images, texts, torch.tensor([0, 1, 2, 2])) == 1.0
+    one_way = torch.tensor([[1.0, 0.0], [0.9, 0.1]])
+    assert train.in_batch_accuracy(one_way, torch.eye(2), torch.arange(2)) == 0.75
+
+
+def test_a_step_descends_the_named_loss_clips_its_gradient_and_clamps_the_temperature(make_model, pictures):
+    batch = (
+        torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8),
+        ["two dogs", "fox", "star", "circle"],
+        [0, 1, 2, 3],
+    )
+    for name in ("clip", "siglip", "multi-positive"):
+        model = make_model("test_resnet", logit_bias_init=-1.0 if name == "siglip" else None).train()
+        with torch.no_grad():
+            model.logit_scale.fill_(9.0)
+        config = train.TrainConfig(loss=name, clip_grad=0.5, lr=1e-2)
+        optimizer = train.make_optimizer(model, config)
+        groups = torch.tensor([0, 1, 2, 0])
+        first = train.train_step(model, optimizer, config, batch, groups, "fp32")
+        norm = torch.stack([w.grad.norm() for w in model.parameters() if w.grad is not None]).norm()
+        assert norm <= 0.5001
+        assert model.logit_scale.item() == pytest.approx(math.log(100))
+        for _ in range(15):
+            last = train.train_step(model, optimizer, config, batch, groups, "fp32")
+        assert last["loss"] < first["loss"], name
+        assert set(first) == {"loss", "chance_loss", "floor_loss", "in_batch_acc"}
+
+
+def test_bf16_steps_come_close_to_float32_ones(make_model):
+    """The towers run in bfloat16; weights, gradients and the loss stay in float32."""
+    batch = (
+        torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8),
+        ["two dogs", "fox", "star", "circle"],
+        [0, 1, 2, 3],
+    )
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        model, config = make_model().train(), train.TrainConfig()
+        step = train.train_step(model, train.make_optimizer(model, config), config, batch, torch.arange(4), precision)
+        losses[precision] = step["loss"]
+        assert all(w.dtype == w.grad.dtype == torch.float32 for w in model.parameters() if w.grad is not None)
+    assert losses["fp32"] != losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
+
+
+# ---- Whole runs -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_writes_what_design_promises(run, capsys):
+    metrics, out = run(steps=60, eval_every=20, lr=3e-3, val_fraction=0.2)
+    lines = log_of(out)
+    steps = [line for line in lines if "loss" in line]
+    assert steps[-1]["loss"] < 0.5 * steps[0]["loss"] and steps[-1]["in_batch_acc"] > 0.8
+    assert steps[0]["chance_loss"] == pytest.approx(math.log(8))
+    names = {"step", "loss", "chance_loss", "in_batch_acc", "logit_scale", "lr", "pairs_per_s", "data_share"}
+    assert names <= set(json.loads((out / "metrics.jsonl").read_text().splitlines()[0]))
+    assert [line["step"] for line in lines if "i2t_r1" in line] == [20, 40, 60]
+    assert metrics == max(
+        (line for line in lines if "i2t_r1" in line), key=lambda line: (train.score(line), line["step"])
+    )
+    record = json.loads((out / "train_config.json").read_text())
+    assert record["flags"]["lr"] == 3e-3 and record["versions"]["torch"] == torch.__version__
+    assert record["command"][0] == "train.py" and "--lr" in record["command"] and record["device"] == "cpu"
+    assert (out / "last" / "training_state.pt").exists() and not (out / "best" / "training_state.pt").exists()
+    printed = capsys.readouterr().out
+    assert "chance 2.079" in printed and f"python eval.py {out}" in printed and "scale 14." in printed
+
+
+def test_eval_prints_the_runs_numbers_again_from_the_folder(run):
+    metrics, out = run()
+    again = evaluation.main([str(out), "--device", "cpu", "--precision", "fp32"])["retrieval"]
+    assert {name: metrics[name] for name in again} == again
+    last = evaluation.main([str(out / "last"), "--precision", "fp32"])["retrieval"]
+    assert last.keys() == again.keys()
+
+
+def test_the_same_seed_gives_the_same_run_whatever_the_workers(run):
+    _, one = run("one")
+    _, two = run("two", workers=2)
+    _, other = run("other", seed=1)
+    assert same_weights(one / "last", two / "last") and log_of(one) == log_of(two)
+    assert not same_weights(one / "last", other / "last")
+
+
+@pytest.mark.parametrize("stop_at", [1, 4])
+def test_a_run_cut_short_and_resumed_equals_one_that_was_not(run, monkeypatch, stop_at):
+    """Dropout, order, captions, crops, optimiser and metrics: to the bit."""
+    flags = {"crop_scale": 0.5, "steps": 8, "eval_every": 2, "lr": 1e-2}
+    _, whole = run("whole", **flags)
+    step, calls = train.train_step, []
+
+    def stopping_step(*args):
+        calls.append(1)
+        if len(calls) == stop_at + 3:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", stopping_step)
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", **flags)
+    monkeypatch.setattr(train, "train_step", step)
+    cut = whole.with_name("cut")
+    train.main(["--resume", str(cut)])
+    assert same_weights(whole / "last", cut / "last") and same_weights(whole / "best", cut / "best")
+    assert log_of(whole) == log_of(cut)
+
+
+def test_resuming_with_other_flags_is_refused_by_name(run):
+    _, out = run()
+    with pytest.raises(ValueError, match="these differ from .*: lr, batch_size|: batch_size, lr"):
+        train.main(["--resume", str(out), "--lr", "0.5", "--batch-size", "16"])
+    train.main(["--resume", str(out), "--log-every", "1"])  # nothing left to do, and harmless
+
+
+def test_a_run_folder_is_not_overwritten_unless_asked(run):
+    _, out = run()
+    kept = weights(out / "last")
+    with pytest.raises(ValueError, match="already holds a run: go on with --resume"):
+        run(seed=3)
+    assert all(torch.equal(kept[name], tensor) for name, tensor in weights(out / "last").items())
+    run(seed=3, overwrite=True)
+    assert json.loads((out / "train_config.json").read_text())["flags"]["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"batch_size": 1}, "batch_size is 1: with one pair there is nothing to tell it from"),
+        ({"batch_size": 100}, r"has 3\d training pictures, fewer than one batch of 100"),
+        ({"device": "cuda"}, "torch sees no CUDA device; use --device cpu"),
+        ({"vision": "resnet19"}, "unknown timm model 'resnet19'"),
+        ({"data": "chiffres"}, "unknown data 'chiffres'"),
+        ({"lr": 1e30, "clip_grad": 0}, "the loss is no longer a number at step .*last good checkpoint"),
+        ({"val_fraction": 0.0}, "no pictures are held out"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_with_the_reason(run, flags, message):
+    if "device" in flags and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    with pytest.raises(ValueError, match=message):
+        run(**flags)
+
+
+def test_a_locked_tower_and_its_statistics_survive_a_run_unchanged(run):
+    _, out = run(lock="vision", steps=4, eval_every=1)
+    config = train.TrainConfig(**json.loads((out / "train_config.json").read_text())["flags"])
+    torch.manual_seed(config.seed)
+    start = train.make_model(config, train.load_data(config)[0]).state_dict()
+    for name, tensor in weights(out / "last").items():
+        if name.startswith("vision_model"):
+            assert torch.equal(tensor, start[name]), name
+    assert not torch.equal(weights(out / "last")["visual_projection.weight"], start["visual_projection.weight"])
+
+
+def test_siglip_and_multi_positive_runs_and_class_folders_work(run, tmp_path, captions_file):
+    for i in range(40):
+        name = "dog" if i % 2 else "red_fox"
+        for split in ("train", "test"):
+            (tmp_path / "classes" / split / name).mkdir(parents=True, exist_ok=True)
+            target = tmp_path / "classes" / split / name / f"{i}.png"
+            target.write_bytes((captions_file.parent / f"{i}.png").read_bytes())
+    for loss in ("siglip", "multi-positive"):
+        metrics, out = run(loss, data=tmp_path / "classes", loss=loss, flip=True)
+        assert metrics["n_classes"] == 2 and 0 <= metrics["zs_top1"] <= 1 and "zs_class_top1" not in metrics
+        assert evaluation.main([str(out), "--precision", "fp32"])["zeroshot"]["zs_top1"] == metrics["zs_top1"]
+    assert "logit_bias" in weights(tmp_path / "siglip" / "best")
+
+
+def test_bad_flags_end_the_script_with_one_line(captions_file):
+    """As a user meets it: exit status 1, one line on standard error, no traceback."""
+    command = [sys.executable, str(ROOT / "train.py"), "--data", "nowhere.csv"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=captions_file.parent)
+    assert done.returncode == 1 and done.stderr == "train.py: error: no caption file nowhere.csv\n"
+
+
+# ---- Command line ---------------------------------------------------------------------------------------------------
+
+
+def test_every_field_is_a_flag_with_a_help_line_that_shows_its_default(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for name, value in vars(train.TrainConfig()).items():
+        assert "--" + name.replace("_", "-") in said
+        if isinstance(value, float):
+            assert f"(default: {value})" in said, name
+
+
+def test_flags_are_typed_strictly():
+    parser = dualenc.flag_parser(train.TrainConfig, "")
+    parsed = parser.parse_args(
+        ["--flip", "--no-pretrained", "--vision-args", "layers=(1,2)", "act=relu", "--lr", "1e-4"]
+    )
+    assert parsed.flip is True and parsed.pretrained is False and parsed.lr == 1e-4
+    assert parsed.vision_args == {"layers": (1, 2), "act": "relu"}
+    for wrong in (
+        ["--steps", "1.5"],
+        ["--flip", "yes"],
+        ["--loss", "clap"],
+        ["--vision-args", "layers"],
+        ["--batch", "8"],
+    ):
+        with pytest.raises(SystemExit):
+            parser.parse_args(wrong)
+
+
+def test_importing_has_no_side_effects():
+    """No seeding, no environment edits, no printing, no thread counts."""
+    code = (
+        "import os, torch; torch.manual_seed(5); before = dict(os.environ), torch.get_num_threads()\n"
+        "import dualenc, eval, train\n"
+        "assert before == (dict(os.environ), torch.get_num_threads()) and torch.initial_seed() == 5"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ})
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+
+
+def test_workers_are_as_many_as_asked_for_or_as_fit_the_machine():
+    assert dualenc.pick_workers(3, torch.device("cpu")) == 3 and dualenc.pick_workers(0, torch.device("cuda")) == 0
+    cores = len(os.sched_getaffinity(0))
+    assert dualenc.pick_workers(-1, torch.device("cpu")) == min(1, cores - 1)
+    assert dualenc.pick_workers(-1, torch.device("cuda")) == min(8, cores - 1)
+
+
+def test_precision_follows_the_hardware(monkeypatch):
+    cpu = torch.device("cpu")
+    for amx, avx, expected in ((False, False, "fp32"), (True, False, "bf16"), (False, True, "bf16")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
+        assert dualenc.pick_precision("auto", cpu) == expected
+    assert dualenc.pick_precision("fp32", cpu) == "fp32"
+    assert dualenc.pick_device("cpu") == cpu
+
+
+def test_fails_like_names_the_mistake():
+    """The helper that other tests lean on: it fails on a difference and says what it looks like."""
+    with pytest.raises(pytest.fail.Exception, match="off by up to 1; it looks like: twice as much"):
+        fails_like(2.0, 1.0, {"twice as much": 2.0, "half": 0.5}, "x")
+    with pytest.raises(AssertionError, match="shape"):
+        fails_like(torch.zeros(2), torch.zeros(3), {}, "x")
