@@ -681,7 +681,8 @@ def create_trunk(config, pretrained_from=None):
     except TypeError as error:  # Python's own: "got an unexpected keyword argument 'patch_drop_rate'"
         raise ValueError(f"timm's {config.name} cannot be built with {arguments}: {error}") from error
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"timm could not load the weights of {pretrained_from}: {error}") from error
+        weights = f"the weights of {pretrained_from}" if pretrained_from else "random weights"
+        raise ValueError(f"timm could not build {config.name} with {weights}: {error}") from error
 
 
 def channel_values(values, channels):
@@ -1680,7 +1681,7 @@ def pick_device(name):
 
 
 def pick_workers(count, device):
-    """How many processes read pictures; -1 picks: up to 8 beside a GPU, one on a CPU, whose cores are busy computing."""
+    """How many processes read pictures; -1 picks: up to 8 beside a GPU, one where the cores themselves compute."""
     if count >= 0:
         return count
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -29,6 +29,13 @@ import eval as evaluation
 from dualenc import knob
 
 BETAS, EPSILON = (0.9, 0.98), 1e-6  # CLIP, table 19
+SIGLIP_BIAS = -10.0  # SigLIP, section 3.2
+# The vision tower of --vision scratch: a ResNet-10 of half the width, quick on a CPU.
+SCRATCH_VISION = {
+    "name": "resnet18",
+    "args": {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256), "stem_width": 32},
+    "image_size": 64,
+}
 STATE_FILE = "training_state.pt"
 
 
@@ -47,14 +54,12 @@ class TrainConfig:
     )
     flip: bool = knob(False, "augmentation: mirror every other picture (not where captions say left or right)", "data")
 
-    vision: str = knob("resnet18", "timm model name", "towers")
-    vision_args: dict = knob(
-        {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256), "stem_width": 32},
-        "further arguments of timm.create_model",
-        "towers",
+    vision: str = knob("scratch", "timm model name; scratch: a small residual network for 64 pixels", "towers")
+    vision_args: dict = knob({}, "further arguments of timm.create_model", "towers")
+    pretrained: bool | None = knob(
+        None, "load timm's weights; by default if --vision names some with a tag, as in resnet18.a1_in1k", "towers"
     )
-    pretrained: bool = knob(False, "start from timm's weights (vision)", "towers")
-    image_size: int = knob(64, "pixels a side; 0 for the vision tower's own", "towers")
+    image_size: int = knob(0, "pixels a side; the vision tower's own unless given", "towers")
     patch_dropout: float = knob(0.0, "share of patches left out while training (ViTs)", "towers")
     text: str = knob("scratch", "scratch: a new text tower", "towers")
     text_width: int = knob(192, "width of a new text tower", "towers")
@@ -181,13 +186,22 @@ def make_model(config, pairs):
     """The towers that the flags name, with a processor: a new tokenizer is learned from the captions."""
     captions = [caption for several in pairs.captions for caption in several]
     tokenizer = dualenc.train_tokenizer(dict.fromkeys(captions), config.vocab_size, config.max_tokens)
+    vision, args, size = config.vision, config.vision_args, config.image_size or None
+    if vision == "scratch":
+        vision, args, size = (
+            SCRATCH_VISION["name"],
+            {**SCRATCH_VISION["args"], **args},
+            size or SCRATCH_VISION["image_size"],
+        )
+    names_weights = "." in vision or ":" in vision
+    pretrained = names_weights if config.pretrained is None else config.pretrained
     model = dualenc.DualEncoder.from_vision_text_pretrained(
-        config.vision,
+        vision,
         config.text,
         projection_dim=config.projection_dim,
-        pretrained=config.pretrained,
-        vision_args=config.vision_args,
-        vision_image_size=config.image_size or None,
+        pretrained=pretrained,
+        vision_args=args,
+        vision_image_size=size,
         vision_patch_dropout=config.patch_dropout,
         text_width=config.text_width,
         text_depth=config.text_depth,
@@ -195,10 +209,10 @@ def make_model(config, pairs):
         text_pooling=config.text_pooling,
         text_vocab_size=tokenizer.get_vocab_size(),
         text_max_positions=config.max_tokens,
-        logit_bias_init=-10.0 if config.loss == "siglip" else None,
+        logit_bias_init=SIGLIP_BIAS if config.loss == "siglip" else None,
     )
     # A tower without weights has learned nothing about a crop: show it the whole picture.
-    transform = model.vision_model.image_transform(crop_pct=None if config.pretrained else 1.0)
+    transform = model.vision_model.image_transform(crop_pct=None if pretrained else 1.0)
     model.processor = dualenc.Processor(transform, tokenizer)
     if config.lock:
         model.lock(config.lock)
@@ -434,7 +448,7 @@ def introduce(config, model, pairs, held_out, steps, device, precision):
     defaults = vars(TrainConfig())
     changed = [f"{name}={value}" for name, value in vars(config).items() if value != defaults[name]]
     print(f"data     {config.data}   {len(pairs):,} pictures, {n_captions:,} captions; {len(held_out):,} held out")
-    towers = f"{config.vision} ({millions(model.vision_model)}) + {text.family} {text.depth}x{text.width}"
+    towers = f"{model.config.vision.name} ({millions(model.vision_model)}) + {text.family} {text.depth}x{text.width}"
     sizes = f"({millions(model.text_model)}) -> {config.projection_dim}"
     print(f"model    {towers} {sizes}   trainable {millions(model, trainable=True)} of {millions(model)}")
     print(f"run      batch_size={config.batch_size} steps={steps}   torch {torch.__version__}   {device} {precision}")

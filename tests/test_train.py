@@ -358,6 +358,27 @@ def test_a_locked_tower_and_its_statistics_survive_a_run_unchanged(run):
     assert not torch.equal(weights(out / "last")["visual_projection.weight"], start["visual_projection.weight"])
 
 
+def test_a_vision_name_with_a_tag_asks_for_its_weights_and_a_bare_one_does_not(run, monkeypatch):
+    """A tag names weights; without network and cache they cannot be had, and that is said."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(ROOT / "no cache here"))
+    message = "could not build test_resnet.r160_in1k with the weights of test_resnet.r160_in1k"
+    with pytest.raises(ValueError, match=message):
+        run(vision="test_resnet.r160_in1k")
+    with pytest.raises(ValueError, match="could not build test_resnet with the weights of test_resnet"):
+        run(pretrained=True)
+    _, out = run(vision="test_resnet.r160_in1k", pretrained=False, steps=2)
+    assert json.loads((out / "best" / "config.json").read_text())["vision"]["name"] == "test_resnet.r160_in1k"
+
+
+def test_the_towers_of_scratch_are_the_small_ones(run):
+    _, out = run(vision="scratch", image_size=0, steps=2)
+    vision = json.loads((out / "best" / "config.json").read_text())["vision"]
+    assert vision["name"] == train.SCRATCH_VISION["name"] and vision["image_size"] == train.SCRATCH_VISION["image_size"]
+    preprocessor = json.loads((out / "best" / "preprocessor_config.json").read_text())
+    assert preprocessor["size"] == {"shortest_edge": 64}, "a new tower sees the whole picture"
+
+
 def test_siglip_and_multi_positive_runs_and_class_folders_work(run, tmp_path, captions_file):
     for i in range(40):
         name = "dog" if i % 2 else "red_fox"
