@@ -235,6 +235,7 @@ def test_a_locked_tower_stays_in_eval_mode_without_gradients_while_the_rest_lear
     model = make_model(vision="test_resnet", text_dropout=0.5)
     model.lock(tower).train()
     locked, free = (model.vision_model, model.text_model)[:: 1 if tower == "vision" else -1]
+    assert not any(weight.requires_grad for weight in locked.parameters()), "an optimiser would decay them"
     assert not any(module.training for module in locked.modules()) and free.training and model.training
     inputs = model.processor(text=list(CAPTIONS), images=pictures)
     model(**inputs, return_loss=True).loss.backward()
