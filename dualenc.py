@@ -1485,7 +1485,7 @@ class ShapesPairs(Pairs):
     def __init__(self, split="train", seed=0, count=None, side=64):
         one_of("split", split, SPLITS)
         if split == "train":
-            scenes = training_scenes(random.Random(f"shapes train {seed}"), count or 20_000)
+            scenes = training_scenes(random.Random(f"shapes train {seed}"), count or 10_000)
         else:
             scenes = held_out_scenes(random.Random(f"shapes held out {seed}"), count or 512)
         names = [f"shapes/{seed}/{'train' if split == 'train' else 'held-out'}/{i}" for i in range(len(scenes))]
