@@ -30,7 +30,7 @@ import csv
 import dataclasses
 import difflib
 import hashlib
-import io
+import itertools
 import json
 import math
 import os
@@ -39,7 +39,9 @@ import re
 import sys
 import typing
 import warnings
+import zlib
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,6 +61,7 @@ from torchvision.transforms.v2 import functional as pixels
 
 LOGIT_SCALE_INIT = 2.6592  # ln(1 / 0.07), cut after four digits as published: cosines start out multiplied by 14.28
 LOGIT_SCALE_MAX = math.log(100)  # CLIP, section 2.5: beyond this, training becomes unstable
+MAX_SIDE = 8192  # pixels; a checkpoint that asks for larger pictures is broken or means harm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1  Configurations
@@ -69,7 +72,7 @@ LOGIT_SCALE_MAX = math.log(100)  # CLIP, section 2.5: beyond this, training beco
 class TextConfig:
     """Sizes of a BERT-like text tower; the defaults are those of bert-base-uncased.
 
-    raises  ValueError for an unknown family or pooling, or a width that the heads do not divide
+    raises  ValueError for an unknown family or pooling, sizes below 1, or a width that the heads do not divide
     """
 
     family: str = "bert"  # a row of TEXT_FAMILIES
@@ -91,6 +94,10 @@ class TextConfig:
     def __post_init__(self):
         object.__setattr__(self, "mlp_width", self.mlp_width or 4 * self.width)
         object.__setattr__(self, "embedding_width", self.embedding_width or self.width)
+        for name in ("width", "depth", "heads", "mlp_width", "vocab_size", "max_positions", "embedding_width"):
+            at_least(f"text {name}", getattr(self, name), 1)
+        for name in ("pad_token_id", "type_vocab_size", "dropout", "attention_dropout", "layer_norm_eps"):
+            at_least(f"text {name}", getattr(self, name), 0)
         one_of("text family", self.family, TEXT_FAMILIES)
         one_of("text pooling", self.pooling, ("cls", "mean", "pooler"))
         one_of("activation", self.activation, ACTIVATIONS)
@@ -111,6 +118,11 @@ class VisionConfig:
 
     def __post_init__(self):
         one_of("number of channels", self.channels, (1, 3))
+        if self.image_size is not None and not 1 <= self.image_size <= MAX_SIDE:
+            raise ValueError(f"vision image_size is {self.image_size}, expected 1 to {MAX_SIDE} pixels")
+        for name in ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+            if name in self.args:
+                raise ValueError(f"vision args hold {name}: they describe a tower, and must not name files to read")
 
 
 @dataclass(frozen=True)
@@ -129,7 +141,7 @@ class DualEncoderConfig:
 
     @classmethod
     def from_dict(cls, values):
-        """The inverse of to_dict; raises ValueError for fields that no configuration has."""
+        """The inverse of to_dict; raises ValueError for fields that no configuration has, or of the wrong type."""
         values = {key: value for key, value in values.items() if key != "model_type"}
         vision, text = build(VisionConfig, values.pop("vision", {})), build(TextConfig, values.pop("text", {}))
         return build(cls, {"vision": vision, "text": text, **values})
@@ -716,6 +728,18 @@ class ImageTransform:
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # a channel, for pixels from 0 to 1
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
+    def __post_init__(self):
+        sides = (*([self.resize] if isinstance(self.resize, int) else self.resize), *(self.crop or ()))
+        if not all(isinstance(side, int) and 1 <= side <= MAX_SIDE for side in sides):
+            raise ValueError(
+                f"pictures of {self.resize}, cropped to {self.crop}: expected 1 to {MAX_SIDE} pixels a side"
+            )
+        if not (len(self.mean) == len(self.std) in (1, 3) and min(self.std) > 0):
+            raise ValueError(
+                f"pictures of mean {self.mean} and std {self.std}: expected 1 or 3 channels, a std above 0 for each"
+            )
+        one_of("interpolation", self.interpolation, INTERPOLATIONS)
+
     @property
     def channels(self):
         """3 for RGB, 1 for gray."""
@@ -727,6 +751,8 @@ class ImageTransform:
 
     def resize_and_crop(self, image):
         """(3, height, width) to (3, S, S), same dtype."""
+        if isinstance(self.resize, int) and self.crop is not None:
+            image = shorten_strip(image)
         height, width = image.shape[-2:]
         if isinstance(self.resize, int):
             short, long = min(height, width), max(height, width)
@@ -780,6 +806,17 @@ class ImageTransform:
         )
 
 
+def shorten_strip(image, longest=32):
+    """The middle of a picture more than `longest` times as long as it is wide; others unchanged.
+
+    The centre crop keeps that middle only, while resizing the shorter side of a whole 1 x 60,000 strip to 224 pixels
+    would take nine gigabytes. What is cut is even, so the middle stays where it is.
+    """
+    height, width = image.shape[-2:]
+    cuts = [max(0, n - longest * min(height, width)) // 2 for n in (height, width)]
+    return image[..., cuts[0] : height - cuts[0], cuts[1] : width - cuts[1]]
+
+
 def centre_crop(image, size):
     """(C, height, width) to (C, *size) around the middle; where the picture is smaller, black is added."""
     (height, width), (new_height, new_width) = image.shape[-2:], size
@@ -829,9 +866,13 @@ def to_pixels(picture, channels=3):
 
 
 def flatten_picture(picture):
-    """A PIL picture in mode RGB or L as a person would see it: transparency on white, 16-bit gray scaled to 8."""
-    if picture.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    """A PIL picture in mode RGB or L as a person would see it: transparency on white, deep gray scaled to 8 bits."""
+    if picture.mode.startswith("I") or picture.mode == "F":
+        values = np.nan_to_num(np.asarray(picture).astype(np.float64))
+        # 16-bit files say so; of others only the values tell what white is.
+        white = 1 if values.max() <= 1 else 255 if values.max() <= 255 else 65535
+        white = 65535 if picture.mode.startswith("I;16") else white
+        return Image.fromarray((values.clip(0, white) / white * 255).astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
@@ -840,11 +881,25 @@ def flatten_picture(picture):
 
 def open_picture(path):
     """Read a picture file, turned upright; raises ValueError naming a file that is missing or not a picture."""
-    try:
+    with blamed_on(path, "cannot read picture"):
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise ValueError("no such file")
         with Image.open(path) as picture:
+            if picture.format == "EPS":  # a program; Pillow would have Ghostscript run it
+                raise ValueError("PostScript is not read")
             return flatten_picture(ImageOps.exif_transpose(picture))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read picture {path}: {error}") from error
+
+
+@contextmanager
+def blamed_on(path, what="cannot read"):
+    """Whatever goes wrong inside becomes a ValueError that names the file: parsers of broken files raise all kinds."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        raise ValueError(f"{what} {path}: {kind}{error}") from error
 
 
 class Processor:
@@ -915,18 +970,24 @@ class Processor:
         if self.tokenizer is not None:
             if self.max_length:
                 self.tokenizer.enable_truncation(self.max_length)
-            write_file(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True))
+            write_file(folder / TOKENIZER_FILE, self.tokenizer.to_str(pretty=True))
         if self.image_transform is not None:
             write_file(folder / "preprocessor_config.json", json.dumps(self.image_transform.to_dict(), indent=2))
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id):
-        """Rebuild a processor from the files of save_pretrained; raises ValueError if one is missing."""
+        """Rebuild a processor from the files of save_pretrained; raises ValueError if one is missing or broken."""
         folder = find_folder(folder_or_hub_id)
-        image_transform = ImageTransform.from_dict(read_json(folder / "preprocessor_config.json"))
-        if not (folder / "tokenizer.json").is_file():
-            raise ValueError(f"{folder} has no tokenizer.json; it holds {sorted(os.listdir(folder))}")
-        return cls(image_transform, tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
+        pictures, captions = (
+            checkpoint_file(folder, "preprocessor_config.json"),
+            checkpoint_file(folder, TOKENIZER_FILE),
+        )
+        with blamed_on(pictures):
+            image_transform = ImageTransform.from_dict(read_json(pictures))
+        if not captions.is_file():
+            raise ValueError(f"{folder} has no {TOKENIZER_FILE}; it holds {sorted(os.listdir(folder))}")
+        with blamed_on(captions):
+            return cls(image_transform, tokenizers.Tokenizer.from_file(str(captions)))
 
 
 def as_pictures(images):
@@ -982,7 +1043,7 @@ def train_tokenizer(captions, vocab_size, max_length=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 MODEL_TYPE = "dualenc"  # config.json names its writer in model_type, as transformers' files do
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
 
 
 def build_from_towers(cls, vision, text, projection_dim, pretrained, overrides):
@@ -1013,7 +1074,8 @@ def save_dual_encoder(model, folder):
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / CONFIG_FILE, json.dumps(model.config.to_dict(), indent=2))
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_file(folder / WEIGHTS_FILE, safetensors.torch.save(weights, metadata={"format": "pt"}))
+    metadata = {"format": "pt", "crc32": checksum(weights)}
+    write_file(folder / WEIGHTS_FILE, safetensors.torch.save(weights, metadata=metadata))
     if model.processor is not None:
         model.processor.save_pretrained(folder)
 
@@ -1021,36 +1083,116 @@ def save_dual_encoder(model, folder):
 def load_dual_encoder(cls, folder_or_hub_id):
     """See DualEncoder.from_pretrained."""
     folder = find_folder(folder_or_hub_id)
-    values = read_json(folder / CONFIG_FILE)
+    config_path, weights_path = checkpoint_file(folder, CONFIG_FILE), checkpoint_file(folder, WEIGHTS_FILE)
+    values = read_json(config_path)
     if values.get("model_type") != MODEL_TYPE:
-        raise ValueError(f"{folder / CONFIG_FILE} has model_type {values.get('model_type')!r}, expected {MODEL_TYPE!r}")
-    model = cls(DualEncoderConfig.from_dict(values))
-    try:
-        weights = safetensors.torch.load_file(folder / WEIGHTS_FILE)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"cannot read weights {folder / WEIGHTS_FILE}: {error}") from error
-    load_strictly(model, weights, folder / WEIGHTS_FILE)
-    if (folder / "tokenizer.json").is_file():
+        raise ValueError(f"{config_path} has model_type {values.get('model_type')!r}, expected {MODEL_TYPE!r}")
+    with blamed_on(weights_path, "cannot read weights"):
+        weights = read_weights(weights_path)
+    with blamed_on(config_path, "cannot build the model of"):
+        check_numbers(values, weights)
+        config = DualEncoderConfig.from_dict(values)
+        shapes = build_without_memory(cls, config, weights).state_dict()
+    check_weights(shapes, weights, weights_path)
+    model = cls(config)
+    model.load_state_dict(weights)
+    if (folder / TOKENIZER_FILE).is_file():
         model.processor = Processor.from_pretrained(folder)
+        check_token_ids(model.processor.tokenizer, config.text.vocab_size, folder / TOKENIZER_FILE)
     return model.eval()
 
 
-def load_strictly(model, weights, source):
-    """Copy weights into the model; raises ValueError naming the first five missing, unexpected and misshapen ones."""
-    wanted = model.state_dict()
+def checkpoint_file(folder, name):
+    """The path of a checkpoint's file; raises ValueError if it is a link that leads out of the folder."""
+    path, home = (folder / name).resolve(), folder.resolve()
+    # The hub's cache keeps contents in blobs/, and in each of snapshots/'s folders links to them.
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(path.is_relative_to(home) for home in homes):
+        raise ValueError(f"{folder / name} is a link to {path}, outside its folder; put the file itself there")
+    return folder / name
+
+
+def read_weights(path):
+    """{name: tensor} of a safetensors file; raises ValueError if they are not the weights that were written."""
+    with safetensors.safe_open(path, "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+        written = (file.metadata() or {}).get("crc32")
+    if written is not None and written != checksum(weights):
+        raise ValueError(
+            f"the weights have checksum {checksum(weights)}, but {written} was written: the file is damaged"
+        )
+    return weights
+
+
+def checksum(weights):
+    """CRC-32 of all weights by name, as eight hexadecimal digits."""
+    crc = 0
+    for _, tensor in sorted(weights.items()):
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
+
+
+def check_numbers(values, weights, small=100_000):
+    """Raise ValueError for a whole number in a config that no size in its weights can explain."""
+    bound = max([small, len(weights)] + [n for tensor in weights.values() for n in tensor.shape])
+    for name, value in values.items():
+        if isinstance(value, dict):
+            check_numbers(value, weights)
+        elif any(isinstance(n, int) and n > bound for n in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"{name} is {value}, but no side of its weights is longer than {bound:,}")
+
+
+def build_without_memory(cls, config, weights):
+    """The model on the meta device, where weights have shapes but take no memory.
+
+    raises  ValueError once it has many more weights than the file, however deep its config says it is
+    """
+    left = 4 * len(weights) + 1000  # some towers make a weight and replace it
+
+    def count(module, name, weight):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(f"the config describes far more than the {len(weights)} weights there are")
+
+    counting = nn.modules.module.register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            return cls(config)
+    finally:
+        counting.remove()
+
+
+def check_weights(wanted, weights, source):
+    """Raise ValueError naming the first five weights that are missing, unexpected, misshapen or of the wrong type."""
+
+    def differs(name, attribute):
+        got, expected = getattr(weights[name], attribute), getattr(wanted[name], attribute)
+        return got.is_floating_point != expected.is_floating_point if attribute == "dtype" else got != expected
+
+    both = [name for name in wanted if name in weights]
     faults = {
         "missing": [name for name in wanted if name not in weights],
         "unexpected": [name for name in weights if name not in wanted],
         "misshapen": [
             f"{name} {tuple(weights[name].shape)}, expected {tuple(wanted[name].shape)}"
-            for name in wanted
-            if name in weights and weights[name].shape != wanted[name].shape
+            for name in both
+            if differs(name, "shape")
+        ],
+        "of the wrong type": [
+            f"{name} {weights[name].dtype}, expected {wanted[name].dtype}" for name in both if differs(name, "dtype")
         ],
     }
     if any(faults.values()):
         report = "; ".join(f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in faults.items() if names)
         raise ValueError(f"{source} does not fit the model of its config.json: {report}")
-    model.load_state_dict(weights)
+
+
+def check_token_ids(tokenizer, vocab_size, source):
+    """Raise ValueError if the tokenizer can produce an id for which the text tower has no row."""
+    ids = {*tokenizer.get_vocab().values(), *tokenizer.encode("").ids, tokenizer.padding["pad_id"]}
+    if max(ids) >= vocab_size:
+        raise ValueError(f"{source} has token id {max(ids)}, but the text tower's table ends at {vocab_size - 1}")
 
 
 def find_folder(folder_or_hub_id):
@@ -1067,21 +1209,29 @@ def find_folder(folder_or_hub_id):
 
 
 def read_json(path):
-    """A json file's content; raises ValueError naming a file that is missing or not json."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
+    """The object in a json file; raises ValueError naming a file that is missing, or holds something else."""
+    with blamed_on(path):
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"a json object was expected, not {type(values).__name__}")
+        return values
 
 
 def write_file(path, content):
-    """Write text or bytes under a temporary name, flush, rename: afterwards the old file is there or the new one."""
+    """Write text or bytes under a temporary name, flush, rename: afterwards the old file is there or the new one.
+
+    raises  ValueError naming the file if that fails, as on a full disk
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content.encode("utf-8") if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(f"cannot write {path}: {error.strerror}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1182,16 +1332,46 @@ class Selected(Sequence):
 
 
 class PictureFiles(Sequence):
-    """Picture files, opened when asked for."""
+    """Picture files, opened when asked for; rows and source say where each was named, for messages."""
 
-    def __init__(self, paths):
-        self.paths = paths
+    def __init__(self, paths, rows=None, source=""):
+        self.paths, self.rows, self.source = paths, rows, source
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, i):
-        return open_picture(self.paths[i])
+        try:
+            return open_picture(self.paths[i])
+        except ValueError as error:
+            raise ValueError(f"{self.source}{self.rows[i]}: {error}" if self.rows else str(error)) from error
+
+
+class Readable(torch.utils.data.Dataset):
+    """For each picture of pairs why it cannot be read, or an empty string."""
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, i):
+        try:
+            to_pixels(self.pairs.pictures[i])
+        except ValueError as error:
+            return str(error)
+        return ""
+
+
+def drop_unreadable(pairs, workers=0):
+    """(the pairs whose pictures can be read, {name: reason} of the others); every picture is read once."""
+    loader = torch.utils.data.DataLoader(
+        Readable(pairs), batch_size=64, num_workers=workers, collate_fn=list, generator=torch.Generator()
+    )
+    reasons = [reason for batch in loader for reason in batch]
+    bad = {pairs.names[i]: reason for i, reason in enumerate(reasons) if reason}
+    return pairs.select(i for i, reason in enumerate(reasons) if not reason), bad
 
 
 def load_pairs(
@@ -1203,6 +1383,7 @@ def load_pairs(
     templates=TEMPLATES,
     seed=0,
     download=False,
+    allow_outside=False,
 ):
     """Pictures with captions from a data spec.
 
@@ -1216,6 +1397,7 @@ def load_pairs(
     images        the picture folder of coco: and flickr:, unless it is the caption file's own
     templates     what class names become: strings with {} in them
     seed          draws the shapes
+    allow_outside lets a caption file name pictures by relative paths that climb out of its folder
     returns       Pairs
     raises        ValueError for an unknown spec (listing what there is), and for pictures or captions that are missing,
                   naming file and line
@@ -1229,11 +1411,11 @@ def load_pairs(
     if spec in TORCHVISION_SETS:
         pairs, own = torchvision_pairs(spec, split, data_root, templates, download)
     elif kind in ("coco", "flickr") and rest:
-        pairs, own = {"coco": coco_pairs, "flickr": flickr_pairs}[kind](Path(rest), split, images)
+        pairs, own = {"coco": coco_pairs, "flickr": flickr_pairs}[kind](Path(rest), split, images, allow_outside)
     elif path.is_dir():
         pairs, own = folder_pairs(path, split, templates)
     elif path.suffix.lower() in CAPTION_SUFFIXES:
-        pairs, own = caption_file_pairs(path), False
+        pairs, own = caption_file_pairs(path, allow_outside), False
     else:
         raise ValueError(
             f"unknown data {spec!r}: neither a folder or caption file ({', '.join(sorted(CAPTION_SUFFIXES))}) here, "
@@ -1283,7 +1465,8 @@ class FirstOfEach(Sequence):
         return len(self.items)
 
     def __getitem__(self, i):
-        return flatten_picture(self.items[i][0])
+        with blamed_on(f"{i} of {type(self.items).__name__}", "cannot read picture"):
+            return flatten_picture(self.items[i][0])
 
 
 def folder_pairs(folder, split, templates):
@@ -1327,120 +1510,174 @@ def text_file_pairs(folder):
         text_path = path.with_suffix(".txt")
         if not text_path.is_file():
             raise ValueError(f"picture {path} has no caption file {text_path.name} beside it")
-        lines = [(text_path, number, line.strip()) for number, line in enumerate(read_text(text_path).splitlines(), 1)]
-        filled = [(f"{file}, line {number}", path, line) for file, number, line in lines if line]
+        filled = [
+            (f"{text_path}, line {number}", path.relative_to(folder), line)
+            for number, line in text_lines(text_path)
+            if line.strip()
+        ]
         if not filled:
             raise ValueError(f"caption file {text_path} is empty")
         rows += filled
     return pairs_from_rows(rows, folder)
 
 
-def caption_file_pairs(path):
+def caption_file_pairs(path, allow_outside):
     """A table of pictures and captions, columns found by name, one row a caption."""
     if not path.is_file():
         raise ValueError(f"no caption file {path}")
-    rows = []
+    return pairs_from_rows(caption_file_rows(path), path.parent, f"{path}, line ", allow_outside)
+
+
+def caption_file_rows(path):
+    """(line number, picture, caption) of each caption."""
+    columns = None
     for line, row in jsonl_rows(path) if path.suffix.lower() == ".jsonl" else table_rows(path):
-        if not rows:
+        if columns is None:
             image_column = find_column(row, IMAGE_COLUMNS, "picture", path)
-            caption_column = find_column(row, CAPTION_COLUMNS, "caption", path)
-        image, captions = row.get(image_column), row.get(caption_column)
-        for caption in captions if isinstance(captions, list) else [captions]:
-            rows.append((f"{path}, line {line}", path.parent / image if image else None, caption))
-    return pairs_from_rows(rows, path.parent)
+            columns = image_column, find_column(row, CAPTION_COLUMNS, "caption", path)
+        image, captions = (row.get(column) for column in columns)
+        for caption in captions if isinstance(captions, list) and captions else [captions]:
+            yield line, image, caption
 
 
-def read_text(path):
-    """A text file as UTF-8, or UTF-16 if it starts with that byte-order mark."""
-    data = Path(path).read_bytes()
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+def text_lines(path):
+    """(number from 1, line with its end) of a text file: UTF-8, or UTF-16 if it starts with that byte-order mark."""
+    with open(path, "rb") as file:
+        encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    number = 0
     try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not {encoding} text: {error}") from error
+        with open(path, encoding=encoding, newline="") as file:
+            for number, line in enumerate(file, 1):
+                yield number, line
+    except UnicodeError as error:
+        raise ValueError(f"{path} is not {encoding} text after line {number}: {error}; save it as UTF-8") from error
 
 
 def table_rows(path):
     """(line number, {column: cell}) for each row of a csv or tsv file; the header tells the separator."""
-    text = read_text(path)
-    header = text.partition("\n")[0]
+    lines = (line for _, line in text_lines(path))
+    header = next(lines, "")
     separator = max("\t,;|", key=header.count)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
-    for row in reader:
-        yield reader.line_num, row
+    # Strict: else a quote that is never closed would quietly swallow the rows below it.
+    settings = {"delimiter": separator, "skipinitialspace": True, "strict": True}
+    columns, number = None, 1
+    reader = csv.reader(itertools.chain([header], lines), **settings)
+    try:
+        for cells in reader:
+            if cells and columns is None:
+                columns = [cell.strip() for cell in cells]
+            elif cells:
+                if any(cell.strip() for cell in cells[len(columns) :]):
+                    raise ValueError(
+                        f"{path}, line {number} has {len(cells)} cells, but the header names {len(columns)} columns: "
+                        f"quote captions that hold the separator {separator!r}"
+                    )
+                yield number, dict(zip(columns, cells))
+            number = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}, line {number}: {error}; a cell that starts with a quote must end with one, and quotes inside it "
+            f"are doubled"
+        ) from error
 
 
 def jsonl_rows(path):
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in text_lines(path):
         if line.strip():
-            try:
+            with blamed_on(f"{path}, line {number}", "no json object in"):
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not json: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number} is not a json object")
+                if not isinstance(row, dict):
+                    raise ValueError(f"got {type(row).__name__}")
             yield number, row
 
 
 def find_column(row, accepted, kind, path):
     for name in accepted:
-        for column in row:
-            if column and column.strip().lower() == name:
-                return column
+        found = [column for column in row if column.strip().lower() == name]
+        if found:
+            return found[0]
     there = ", ".join(str(column) for column in row)
     raise ValueError(f"{path} has no {kind} column: it has {there}; expected one of {', '.join(accepted)}")
 
 
-def pairs_from_rows(rows, root):
-    """Pairs from (where, picture path, caption) rows; the rows of one picture are brought together."""
-    captions_of = {}
-    for where, path, caption in rows:
-        if path is None:
-            raise ValueError(f"{where}: no picture named")
+def pairs_from_rows(rows, root, source="", allow_outside=False):
+    """Pairs from rows of (where, picture, caption); a picture's rows are brought together, equal rows count once.
+
+    where    a line number, say: source and where together begin every message
+    picture  its path from root; outside of root only if absolute, or with allow_outside
+    raises   ValueError for a caption or picture that is missing, or no text
+    """
+    captions_of, first_rows = {}, []
+    for where, picture, caption in rows:
+        place = f"{source}{where}"
+        if not picture:
+            raise ValueError(f"{place}: no picture named")
+        picture = str(picture)
         if not isinstance(caption, str) or not caption.strip():
-            raise ValueError(f"{where}: empty caption for {path}")
-        if path not in captions_of and not path.is_file():
-            raise ValueError(f"{where}: missing picture {path}")
-        captions_of.setdefault(path, []).append(caption.strip())
+            got = "empty caption" if caption in (None, "") or isinstance(caption, str) else f"caption {caption!r}"
+            raise ValueError(f"{place}: {got} for {picture}")
+        with blamed_on(place, "no text in"):  # json can hold half a character: "\ud83d"
+            caption.encode()
+        path = os.path.normpath(os.path.join(root, picture))
+        if path not in captions_of:
+            if (
+                not (allow_outside or os.path.isabs(picture))
+                and os.path.normpath(picture).split(os.sep)[0] == os.pardir
+            ):
+                raise ValueError(
+                    f"{place}: picture {picture} lies outside {root}; name it by its absolute path, or --allow-outside"
+                )
+            if not os.path.isfile(path):
+                raise ValueError(f"{place}: missing picture {path}")
+            captions_of[path] = []
+            first_rows.append(where)
+        captions_of[path].append(caption.strip())
     if not captions_of:
         raise ValueError(f"no pairs below {root}")
     names = [Path(os.path.relpath(path, root)).as_posix() for path in captions_of]
-    return Pairs(names, PictureFiles(list(captions_of)), list(captions_of.values()))
+    captions = [list(dict.fromkeys(several)) for several in captions_of.values()]
+    return Pairs(names, PictureFiles(list(captions_of), first_rows, source), captions)
 
 
-def coco_pairs(path, split, images):
+def coco_pairs(path, split, images, allow_outside):
     """COCO's captions_*.json, or Karpathy's dataset_*.json, which has splits of its own."""
     data, root = read_json(path), Path(images or path.parent)
-    entries = data.get("images", [])
-    if entries and "sentences" in entries[0]:
-        own = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}[split]
-        rows = [
-            (
-                f"{path}, picture {entry['filename']}",
-                root / entry.get("filepath", "") / entry["filename"],
-                sentence["raw"],
-            )
-            for entry in entries
-            if entry["split"] in own
-            for sentence in entry["sentences"]
-        ]
-        return pairs_from_rows(rows, root), True
-    if "annotations" not in data:
-        raise ValueError(f"{path} is no COCO caption file: it has {', '.join(data)}; expected images and annotations")
-    files = {entry["id"]: root / entry["file_name"] for entry in entries}
-    rows = [
-        (f"{path}, annotation {note.get('id')}", files.get(note["image_id"]), note["caption"])
-        for note in data["annotations"]
+    with blamed_on(path, "cannot find COCO captions in"):
+        entries = data.get("images", [])
+        own = bool(entries) and "sentences" in entries[0]
+        rows = karpathy_rows(entries, split) if own else coco_rows(data, entries)
+    return pairs_from_rows(rows, root, f"{path}, ", allow_outside), own
+
+
+def karpathy_rows(entries, split):
+    parts = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}[split]
+    return [
+        (f"picture {entry['filename']}", os.path.join(entry.get("filepath", ""), entry["filename"]), sentence["raw"])
+        for entry in entries
+        if entry["split"] in parts
+        for sentence in entry["sentences"]
     ]
-    return pairs_from_rows(rows, root), False
 
 
-def flickr_pairs(path, split, images):
+def coco_rows(data, entries):
+    if "annotations" not in data:
+        raise ValueError(f"it has {', '.join(data)}; expected images and annotations")
+    files = {entry["id"]: entry["file_name"] for entry in entries}
+    notes = data["annotations"]
+    return [(f"annotation {note.get('id')}", files.get(note["image_id"]), note["caption"]) for note in notes]
+
+
+def flickr_pairs(path, split, images, allow_outside):
     """Flickr8k's token file (picture.jpg#0, tab, caption), or the tables of both Flickr sets."""
     if path.suffix.lower() == ".json":
-        return coco_pairs(path, split, images)
-    root, rows = Path(images or path.parent), []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+        return coco_pairs(path, split, images, allow_outside)
+    if not path.is_file():
+        raise ValueError(f"no caption file {path}")
+    return pairs_from_rows(flickr_rows(path), Path(images or path.parent), f"{path}, line ", allow_outside), False
+
+
+def flickr_rows(path):
+    for number, line in text_lines(path):
         match = re.match(r"\s*(?P<image>[^#,|\t]+?)\s*(?:#\d+\s*\t|\|\s*\w+\s*\||,|\t)\s*(?P<caption>.*?)\s*$", line)
         if match is None:
             raise ValueError(
@@ -1448,8 +1685,7 @@ def flickr_pairs(path, split, images):
             )
         if number == 1 and Path(match["image"]).suffix.lower() not in PICTURE_SUFFIXES:
             continue  # a header
-        rows.append((f"{path}, line {number}", root / match["image"], match["caption"].strip('"')))
-    return pairs_from_rows(rows, root), False
+        yield number, match["image"], match["caption"].strip('"')
 
 
 COLOURS = {
@@ -1606,11 +1842,23 @@ def nearest(got, known):
     return f"expected {', '.join(known)}" + (f" (did you mean {near[0]}?)" if near else "")
 
 
+def at_least(what, got, minimum):
+    """Raise ValueError unless got is a number of at least the minimum."""
+    if not minimum <= got < math.inf:
+        raise ValueError(f"{what} is {got}, expected at least {minimum}")
+
+
 def build(config_class, values):
-    """config_class(**values), or ValueError naming a field it does not have."""
-    known = [f.name for f in dataclasses.fields(config_class)]
-    for name in values:
-        one_of(f"field of {config_class.__name__}", name, known)
+    """config_class(**values), or ValueError naming a field it does not have, or a value of the wrong type."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{config_class.__name__} is {values!r}, expected fields by name")
+    hints = typing.get_type_hints(config_class)
+    for name, value in values.items():
+        one_of(f"field of {config_class.__name__}", name, hints)
+        kinds = [typing.get_origin(kind) or kind for kind in typing.get_args(hints[name]) or (hints[name],)]
+        kinds += [int] * (float in kinds) + [list] * (tuple in kinds)
+        if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds):
+            raise ValueError(f"{name} is {value!r}, expected {' or '.join(kind.__name__ for kind in kinds)}")
     return config_class(**values)
 
 
@@ -1675,9 +1923,13 @@ def pick_device(name):
     """The torch.device called name, "auto" being CUDA where there is some; raises ValueError for CUDA without any."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {name} was asked for, but torch sees no CUDA device; use --device cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}: {error}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
 
 
 def pick_workers(count, device):
@@ -1704,8 +1956,11 @@ def autocast(device, precision):
 
 
 def run_script(main):
-    """Call main and end the process: a ValueError becomes one line on standard error and exit status 1."""
+    """Call main and end the process: errors become one line on standard error and exit status 1; Ctrl-C gives 130."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to stop
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -235,7 +235,7 @@ def read_lines(path, default):
         return default
     if not Path(path).is_file():
         raise ValueError(f"no file {path}")
-    lines = [line.strip() for line in dualenc.read_text(path).splitlines() if line.strip()]
+    lines = [line.strip() for _, line in dualenc.text_lines(path) if line.strip()]
     if not lines:
         raise ValueError(f"{path} is empty")
     return tuple(lines)
