@@ -120,9 +120,8 @@ class VisionConfig:
         one_of("number of channels", self.channels, (1, 3))
         if self.image_size is not None and not 1 <= self.image_size <= MAX_SIDE:
             raise ValueError(f"vision image_size is {self.image_size}, expected 1 to {MAX_SIDE} pixels")
-        for name in ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-            if name in self.args:
-                raise ValueError(f"vision args hold {name}: they describe a tower, and must not name files to read")
+        if "checkpoint_path" in self.args:
+            raise ValueError("vision args hold checkpoint_path: they describe a tower, and must not name a file to read")
 
 
 @dataclass(frozen=True)
