@@ -22,7 +22,8 @@ import dualenc
 from dualenc import knob
 
 RUN_CONFIG = "train_config.json"  # beside the checkpoints in a run folder
-DATA_FLAGS = ("data", "data_root", "images", "val_fraction", "templates", "seed")  # what a run's held-out data hangs on
+# What a run's held-out data hangs on.
+DATA_FLAGS = ("data", "data_root", "images", "val_fraction", "templates", "seed", "allow_outside")
 EVAL_BATCH = 256
 
 
@@ -32,6 +33,10 @@ class EvalConfig:
     split: str = knob("test", "which part of the data", "data", choices=dualenc.SPLITS)
     data_root: str = knob("", "where torchvision's data sets lie", "data")
     images: str = knob("", "picture folder of coco: and flickr: caption files", "data")
+    allow_outside: bool = knob(False, "let a caption file name pictures by paths that climb out of its folder", "data")
+    on_bad_picture: str = knob(
+        "", "skip pictures that cannot be read, or stop; as the run did unless given", "data", ("", "error", "skip")
+    )
     classes: str = knob("", "text file with one class name a line, for zero-shot over other classes", "data")
     templates: str = knob("", "text file with one template a line, {} for the class name", "data")
     task: str = knob(
@@ -74,7 +79,7 @@ def embed_pictures(model, pictures, precision="fp32", batch_size=EVAL_BATCH, wor
     for batch in tqdm(loader, desc="pictures", disable=None, leave=False):
         with dualenc.autocast(device, precision):
             rows.append(model.encode_image(transform.normalize(batch.to(device))).float().cpu())
-    return torch.cat(rows)
+    return finite(torch.cat(rows))
 
 
 @torch.no_grad()
@@ -85,7 +90,18 @@ def embed_captions(model, captions, precision="fp32", batch_size=EVAL_BATCH):
         inputs = model.processor(text=captions[start : start + batch_size])
         with dualenc.autocast(device, precision):
             rows.append(model.encode_text(**{name: t.to(device) for name, t in inputs.items()}).float().cpu())
-    return torch.cat(rows)
+    return finite(torch.cat(rows))
+
+
+class NotFinite(ValueError):
+    """Embeddings of which some are not numbers: all comparisons with them fail, and every rank would be the first."""
+
+
+def finite(embeds):
+    """The same rows, or NotFinite."""
+    if not embeds.isfinite().all():
+        raise NotFinite("embeddings are not finite numbers: the weights or the pictures' values are broken")
+    return embeds
 
 
 # ---- Retrieval ------------------------------------------------------------------------------------------------------
@@ -246,7 +262,8 @@ def find_checkpoint(run):
     folder = Path(run)
     home = folder if (folder / RUN_CONFIG).is_file() else folder.parent
     flags = dualenc.read_json(home / RUN_CONFIG)["flags"] if (home / RUN_CONFIG).is_file() else {}
-    return (folder / "best" if (folder / "best").is_dir() else run), flags
+    # train.py replaces best by way of best.old; if it is killed in between, only that is there.
+    return next((f for f in (folder / "best", folder / "best.old") if f.is_dir()), run), flags
 
 
 def main(argv=None):
@@ -269,6 +286,9 @@ def main(argv=None):
     spec = {**own, **given}
     templates = read_lines(spec.pop("templates", ""), dualenc.TEMPLATES)
     pairs = dualenc.load_pairs(spec.pop("data"), config.split, templates=templates, **spec)
+    if (config.on_bad_picture or (not config.data and flags.get("on_bad_picture"))) == "skip":
+        pairs, bad = dualenc.drop_unreadable(pairs, config.workers)
+        print("".join(f"skipped     {name}: {reason}\n" for name, reason in bad.items()), end="")
     if config.classes:
         pairs = with_classes(pairs, read_lines(config.classes, None), templates)
 

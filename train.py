@@ -9,16 +9,25 @@ python train.py --resume runs/cifar
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import io
 import json
 import math
 import platform
 import random
+import shlex
 import shutil
+import signal
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two runs into one folder go unnoticed
+    fcntl = None
 
 import timm
 import torch
@@ -36,7 +45,9 @@ SCRATCH_VISION = {
     "args": {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256), "stem_width": 32},
     "image_size": 64,
 }
-STATE_FILE = "training_state.pt"
+STATE_FILE, METRICS_FILE, LOCK_FILE, BAD_PICTURES = "training_state.pt", "metrics.jsonl", "run.lock", "bad_pictures.txt"
+BAD_SHARE = 0.01  # of the pictures; when more are bad, --on-bad-picture skip stops too
+BAD_STEPS_IN_A_ROW = 10  # --on-bad-step skip stops then: more of them will not help
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,13 @@ class TrainConfig:
     images: str = knob("", "picture folder of coco: and flickr: caption files", "data")
     val_fraction: float = knob(0.1, "share of the pictures held out, where the data has no split of its own", "data")
     templates: str = knob("", "text file with one template a line, {} for the class name", "data")
+    allow_outside: bool = knob(False, "let a caption file name pictures by paths that climb out of its folder", "data")
+    on_bad_picture: str = knob(
+        "error",
+        f"skip: leave out pictures that cannot be read, list them in {BAD_PICTURES}; error beyond {BAD_SHARE:.0%}",
+        "data",
+        choices=("error", "skip"),
+    )
     crop_scale: float = knob(
         1.0, "augmentation: smallest share of a picture that a random crop keeps; 1 for none", "data"
     )
@@ -84,6 +102,12 @@ class TrainConfig:
     weight_decay: float = knob(0.05, "off norms, biases, position tables and logit_scale", "optimisation")
     warmup: float = knob(0.05, "share of the steps in which the learning rate rises", "optimisation")
     clip_grad: float = knob(1.0, "largest gradient norm; 0 for no limit", "optimisation")
+    on_bad_step: str = knob(
+        "error",
+        f"skip: no update where loss or gradient is not finite; error after {BAD_STEPS_IN_A_ROW} in a row",
+        "optimisation",
+        choices=("error", "skip"),
+    )
     seed: int = knob(0, "of weights, order, augmentation and drawn shapes", "optimisation")
 
     precision: str = knob(
@@ -102,8 +126,12 @@ class TrainConfig:
     log_every: int = knob(50, "steps between printed lines", "output")
 
 
-# Flags that may change when a run is resumed: they decide what is shown and how fast, not what is learned.
-FREE_ON_RESUME = {"resume", "out", "eval_every", "overwrite", "workers", "log_every", "data_root", "download", "device"}
+# Flags that may change when a run is resumed: they decide what is shown, how fast, and when to give up, not what is
+# learned.
+FREE_ON_RESUME = {
+    *("resume", "out", "overwrite", "eval_every", "log_every", "workers", "device"),
+    *("data_root", "download", "allow_outside", "on_bad_picture", "on_bad_step"),
+}
 
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
@@ -112,7 +140,8 @@ FREE_ON_RESUME = {"resume", "out", "eval_every", "overwrite", "workers", "log_ev
 class TrainingPairs(torch.utils.data.Dataset):
     """(epoch, picture number) to (uint8 pixels (3, S, S), a caption, the picture's number).
 
-    The key alone decides crop, mirroring and caption, so neither workers nor a resumed run change what is seen.
+    The key alone decides crop, mirroring and caption, so neither workers nor a resumed run change what is seen. For a
+    picture that cannot be read, (None, the reason, the picture's number): an error would stop the worker.
     """
 
     def __init__(self, pairs, transform, config):
@@ -121,7 +150,10 @@ class TrainingPairs(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, i = key
         rng = random.Random(f"{self.config.seed} {epoch} {i}")
-        picture, captions = self.pairs[i]
+        try:
+            picture, captions = self.pairs[i]
+        except ValueError as error:
+            return None, str(error), i
         image = dualenc.to_pixels(picture, self.transform.channels)
         if self.config.crop_scale < 1:
             image = random_crop(image, self.config.crop_scale, rng)
@@ -161,8 +193,10 @@ class Batches(torch.utils.data.Sampler):
 
 
 def stack_batch(items):
-    images, captions, numbers = zip(*items)
-    return torch.stack(images), list(captions), list(numbers)
+    """(images (B, 3, S, S), B captions, B picture numbers, {number: reason} of the pictures left out)."""
+    bad = {i: reason for image, reason, i in items if image is None}
+    images, captions, numbers = zip(*[item for item in items if item[0] is not None] or [((), (), ())])
+    return torch.stack(images) if len(bad) < len(items) else None, list(captions), list(numbers), bad
 
 
 def make_loader(pairs, model, config, device, first_step, steps):
@@ -175,8 +209,52 @@ def make_loader(pairs, model, config, device, first_step, steps):
         collate_fn=stack_batch,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
+        worker_init_fn=leave_signals_to_the_run,
         generator=torch.Generator(),  # else it would draw from the generator that dropout uses
     )
+
+
+def leave_signals_to_the_run(worker):
+    """Ctrl-C reaches every process of a terminal; the run itself decides when its workers end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class DataFault(ValueError):
+    """Training cannot go on with this data, but the weights are good and worth saving."""
+
+
+class BadPictures:
+    """What to do with pictures that cannot be read: stop, or list them in a file of the run folder and count them.
+
+    total  pictures, of which BAD_SHARE may be bad
+    found  {name: reason}, together with those of the run that this one resumes
+    """
+
+    def __init__(self, out, policy, total):
+        self.path, self.policy, self.total = out / BAD_PICTURES, policy, total
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        self.found = dict(line.split("\t", 1) for line in lines)
+
+    def check(self, batch, names):
+        """Take note of a batch's bad pictures; raises DataFault if they are reason to stop."""
+        _, captions, _, bad = batch
+        self.add({names[i]: reason for i, reason in bad.items()})
+        if len(captions) < 2:
+            raise DataFault("fewer than two pictures of this batch can be read; a larger --batch-size would go on")
+
+    def add(self, reasons):
+        """Take note of {name: reason}; raises DataFault if that is reason to stop."""
+        if reasons and self.policy == "error":
+            raise DataFault(f"{next(iter(reasons.values()))} (--on-bad-picture skip leaves such pictures out)")
+        new = {name: " ".join(reason.split()) for name, reason in reasons.items() if name not in self.found}
+        if new:
+            self.found.update(new)
+            dualenc.write_file(self.path, "".join(f"{name}\t{reason}\n" for name, reason in self.found.items()))
+        if len(self.found) > BAD_SHARE * self.total:
+            raise DataFault(
+                f"{len(self.found)} of {self.total:,} pictures cannot be read, more than {BAD_SHARE:.0%}; {self.path} "
+                f"lists them"
+            )
 
 
 # ---- Model and optimiser --------------------------------------------------------------------------------------------
@@ -264,14 +342,26 @@ def compute_loss(name, model, image_embeds, text_embeds, groups):
 
 def reference_losses(name, groups):
     """(chance, floor) in nats: the loss of guessing, and the best reachable while groups of pairs look alike."""
-    B, size = len(groups), groups.bincount()[groups].double()
-    alike = size.log().mean().item()
-    if name == "siglip":
-        p = 1 / B  # the best constant answer says "a pair" with the share of pairs
-        return -math.log(p) - (B - 1) * math.log1p(-p), 0.0
-    if name == "multi-positive":
-        return math.log(B) - alike, 0.0
-    return math.log(B), alike
+
+    def guessing(n):
+        """The loss of a pair that cannot be told from n - 1 others."""
+        if name == "siglip":  # the best constant answer says "a pair" with the share of pairs
+            return math.log(n) - (n - 1) * math.log1p(-1 / n) if n > 1 else 0.0
+        return math.log(n)
+
+    sizes = groups.bincount()[groups].tolist()
+    chance, floor = guessing(len(groups)), sum(map(guessing, sizes)) / len(sizes)
+    return (chance - floor, 0.0) if name == "multi-positive" else (chance, floor)
+
+
+def data_losses(config, pairs, batches=10):
+    """(chance, floor) in nats of a batch drawn at random from the data, the mean over some."""
+    rng, losses = random.Random(f"floor {config.seed}"), []
+    for _ in range(batches):
+        numbers = rng.sample(range(len(pairs)), config.batch_size)
+        captions = [rng.choice(pairs.captions[i]) for i in numbers]
+        losses.append(reference_losses(config.loss, pair_groups(pairs, captions, numbers)))
+    return tuple(sum(values) / batches for values in zip(*losses))
 
 
 @torch.no_grad()
@@ -286,51 +376,96 @@ def in_batch_accuracy(image_embeds, text_embeds, groups):
 
 
 def save_checkpoint(folder, model, state=None):
-    """Write a whole checkpoint beside the old one, then swap the two: at every moment one of them is complete."""
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    """Write a whole checkpoint beside the old one, then swap the two: at every moment one of them is complete.
+
+    raises  ValueError if it cannot be written, as on a full disk; the old one is still there then
+    """
+    new, old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(new)
-    if state is not None:
-        torch.save(state, new / STATE_FILE)
+    try:
+        model.save_pretrained(new)
+        if state is not None:
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            dualenc.write_file(new / STATE_FILE, buffer.getbuffer())
+    except (OSError, ValueError) as error:
+        shutil.rmtree(new, ignore_errors=True)
+        kept = f"{folder} is as it was" if folder.exists() else f"there is no {folder} yet"
+        raise ValueError(f"{error}; {kept}") from error
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def open_metrics(out, step):
-    """A function that appends one object to metrics.jsonl; lines after step, of a run cut short, are dropped."""
-    path = out / "metrics.jsonl"
-    kept = path.read_text().splitlines() if path.exists() else []
-    dualenc.write_file(path, "".join(line + "\n" for line in kept if json.loads(line)["step"] <= step))
-
-    def log(line):
-        with open(path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    return log
+def finish_swap(folder):
+    """Do the rest of a save_checkpoint that was killed between its two renames."""
+    new, old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
+    if old.exists() and not folder.exists():
+        new.rename(folder)
 
 
-def open_run(config, argv, device):
-    """Make the run folder and note what is run with what; returns it."""
+def drop_metrics_after(out, step):
+    """Drop the lines of metrics.jsonl that a run cut short wrote after its last checkpoint: they come again."""
+    path = out / METRICS_FILE
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]  # a full disk may have cut the last one
+    dualenc.write_file(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
+
+
+def claim_run(config):
+    """(the run folder, a lock on it that lasts as long as this process holds it).
+
+    raises  ValueError if another process holds it, or if it has a run that is neither resumed nor overwritten
+    """
     name = Path(config.data.partition(":")[2] or config.data).stem
-    out = Path(config.out or f"runs/{name}")
-    if (out / evaluation.RUN_CONFIG).exists():
-        if not config.overwrite:
-            raise ValueError(
-                f"{out} already holds a run: go on with --resume {out}, or --overwrite it, or name another --out"
-            )
-        shutil.rmtree(out)
+    out = Path(config.resume or config.out or f"runs/{name}")
+    if (out / evaluation.RUN_CONFIG).exists() and not (config.resume or config.overwrite):
+        raise ValueError(
+            f"{out} already holds a run: go on with --resume {out}, or --overwrite it, or name another --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / LOCK_FILE, "w")  # noqa: SIM115 (held until the process ends)
+    if fcntl:
+        try:
+            # Unlike flock's, this lock is not inherited by workers, which may outlive a killed run for seconds.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"another process trains into {out}: stop it, or name another --out ({error})") from error
+    for checkpoint in ("last", "best"):
+        finish_swap(out / checkpoint)
+    return out, lock
+
+
+def open_run(out, config, pairs, argv, device):
+    """Clear the run folder and note what is run with what; a resumed run must find the data it began with."""
+    path, data = out / evaluation.RUN_CONFIG, fingerprint(pairs)
+    if config.resume:
+        if dualenc.read_json(path).get("data_sha256") != data:
+            raise ValueError(f"{config.data} has changed since {out} began with it: start a new run")
+        return
+    for old in out.iterdir():
+        if old.is_dir():
+            shutil.rmtree(old)
+        elif old.name != LOCK_FILE:
+            old.unlink()
     record = {
         "flags": dataclasses.asdict(config),
         "command": ["train.py", *(sys.argv[1:] if argv is None else argv)],
         "device": str(device),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+        "data_sha256": data,
     }
-    dualenc.write_file(out / evaluation.RUN_CONFIG, json.dumps(record, indent=2) + "\n")
-    return out
+    dualenc.write_file(path, json.dumps(record, indent=2) + "\n")
+
+
+def fingerprint(pairs):
+    """A hash of all names and captions: a resumed run must find the data it began with."""
+    digest = hashlib.sha256()
+    for name, captions in zip(pairs.names, pairs.captions):
+        digest.update("\0".join([name, *captions, ""]).encode())
+    return digest.hexdigest()
 
 
 def read_flags(argv):
@@ -343,7 +478,11 @@ def read_flags(argv):
     stored["vision_args"] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["vision_args"].items()}
     parser.set_defaults(**stored)
     config = TrainConfig(**vars(parser.parse_args(argv)))
-    changed = [name for name, value in stored.items() if getattr(config, name) != value and name not in FREE_ON_RESUME]
+    changed = [
+        f"--{name.replace('_', '-')} (was {value!r})"
+        for name, value in stored.items()
+        if getattr(config, name) != value and name not in FREE_ON_RESUME
+    ]
     if changed:
         raise ValueError(f"a resumed run keeps its flags, but these differ from {config.resume}: {', '.join(changed)}")
     return config
@@ -363,6 +502,56 @@ def check(config, pairs, held_out):
         )
     if not len(held_out):
         raise ValueError(f"no pictures are held out of {config.data}: raise --val-fraction ({config.val_fraction})")
+    dualenc.at_least("--log-every", config.log_every, 1)
+    for name in ("steps", "eval_every", "epochs", "lr", "weight_decay", "warmup", "clip_grad"):
+        dualenc.at_least(f"--{name.replace('_', '-')}", getattr(config, name), 0)
+    chance, floor = data_losses(config, pairs)
+    if chance - floor < 1e-6:
+        raise ValueError(
+            f"all training pictures of {config.data} share their caption or class: there is nothing to tell apart, and "
+            f"the loss cannot fall below its floor of {floor:.3f}, which is chance"
+        )
+    if same_pictures(pairs):
+        raise ValueError(
+            f"the training pictures of {config.data} look the same, pixel for pixel: there is nothing to tell apart, "
+            f"and the loss cannot fall below its floor of {chance:.3f}, which is chance"
+        )
+
+
+def same_pictures(pairs, sample=16):
+    """Whether pictures drawn at random are all one picture; usually the second one settles it."""
+    images = []
+    for i in random.Random("same pictures").sample(range(len(pairs)), min(sample, len(pairs))):
+        try:
+            images.append(dualenc.to_pixels(pairs.pictures[i]))
+        except ValueError:  # training will say what to do about it
+            continue
+        if not torch.equal(images[0], images[-1]):
+            return False
+    return len(images) > 1
+
+
+# ---- Stopping -------------------------------------------------------------------------------------------------------
+
+
+class StopSignals:
+    """Inside, the first SIGINT or SIGTERM is noted, so that the step can be finished; the next one stops at once.
+
+    received  the signal's number, or None
+    """
+
+    def __enter__(self):
+        self.received = None
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        self.received = signal.Signals(number)
+        self.__exit__()
 
 
 # ---- Watching -------------------------------------------------------------------------------------------------------
@@ -375,8 +564,9 @@ class Meter:
         self.steps, self.batch_size = steps, batch_size
         self.reset()
 
-    def reset(self):
-        self.sums, self.count = {}, 0
+    def reset(self, sums=None, count=0):
+        """Start anew, or with what a run that is resumed had counted since its last line."""
+        self.sums, self.count = sums or {}, count
         self.started, self.waited, self.timed_steps = time.perf_counter(), 0.0, 0
 
     def fetch(self, loader):
@@ -384,7 +574,12 @@ class Meter:
         batches = iter(loader)
         for _ in range(len(loader)):
             asked = time.perf_counter()
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except RuntimeError as error:
+                raise DataFault(
+                    f"a worker that reads pictures ended ({error}); perhaps memory: try fewer --workers"
+                ) from error
             self.waited += time.perf_counter() - asked
             yield batch
 
@@ -422,6 +617,7 @@ def describe_step(line, steps, batch_size):
         f"step {line['step']:>6,}/{steps:,}   loss {line['loss']:.3f} (chance {line['chance_loss']:.3f}{floor})   "
         f"acc {line['in_batch_acc']:.1%}   scale {math.exp(line['logit_scale']):.1f}   lr {line['lr']:.1e}   "
         f"{line['pairs_per_s']:,.0f} pairs/s   data {line['data_share']:.0%}   {left // 60:.0f}:{left % 60:02.0f} left"
+        + (f"   {line['bad_steps']} steps skipped" if line["bad_steps"] else "")
     )
 
 
@@ -452,23 +648,77 @@ def introduce(config, model, pairs, held_out, steps, device, precision):
     sizes = f"({millions(model.text_model)}) -> {config.projection_dim}"
     print(f"model    {towers} {sizes}   trainable {millions(model, trainable=True)} of {millions(model)}")
     print(f"run      batch_size={config.batch_size} steps={steps}   torch {torch.__version__}   {device} {precision}")
+    chance, floor = data_losses(config, pairs)
+    if floor > 0.01:
+        print(f"loss     chance {chance:.3f}, floor {floor:.3f}: pairs of one caption or class cannot be told apart")
     print(f"flags    {' '.join(changed) or 'defaults'}", flush=True)
 
 
 # ---- Main -----------------------------------------------------------------------------------------------------------
 
 
-def load_data(config):
-    """(training pairs, held-out pairs, templates) that the flags name."""
+def load_data(config, device):
+    """(training pairs, held-out pairs, {name: reason} of held-out pictures left out, templates) that the flags name."""
     templates = evaluation.read_lines(config.templates, dualenc.TEMPLATES)
     source = {name: getattr(config, name) for name in evaluation.DATA_FLAGS if name not in ("data", "templates")}
-    source.update(templates=templates, download=config.download)
-    return *(dualenc.load_pairs(config.data, split, **source) for split in ("train", "val")), templates
+    source.update(templates=templates, download=config.download, allow_outside=config.allow_outside)
+    pairs, held_out = (dualenc.load_pairs(config.data, split, **source) for split in ("train", "val"))
+    unreadable = {}
+    if config.on_bad_picture == "skip":
+        held_out, unreadable = dualenc.drop_unreadable(held_out, dualenc.pick_workers(config.workers, device))
+    return pairs, held_out, unreadable, templates
+
+
+@dataclass
+class Run:
+    """What the steps of a run share; state is what a checkpoint keeps of it beside weights, optimiser and meter."""
+
+    config: TrainConfig
+    out: Path
+    device: torch.device
+    precision: str
+    pairs: dualenc.Pairs
+    held_out: dualenc.Pairs
+    templates: tuple
+    steps: int
+    bad_pictures: BadPictures
+    meter: Meter
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    state: dict
+
+    def log(self, line):
+        """Append one object to metrics.jsonl."""
+        path = self.out / METRICS_FILE
+        with dualenc.blamed_on(path, "cannot write"), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def load_run(config, pairs, out, device, meter):
+    """(model, optimizer, state): new ones, or as the last checkpoint of a resumed run left them, the meter too."""
+    torch.manual_seed(config.seed)
+    state = {"step": 0, "best": None, "saved": None, "bad_steps": 0, "bad_steps_in_a_row": 0}
+    last = out / "last"
+    resumed = config.resume and last.exists()  # a run may be killed before its first checkpoint
+    model = dualenc.DualEncoder.from_pretrained(last) if resumed else make_model(config, pairs)
+    if config.lock:
+        model.lock(config.lock)
+    model.to(device).train()
+    optimizer = make_optimizer(model, config)
+    if resumed:
+        with dualenc.blamed_on(last / STATE_FILE):
+            state = torch.load(last / STATE_FILE, weights_only=True)
+            optimizer.load_state_dict(state.pop("optimizer"))
+            meter.reset(**state.pop("meter"))
+    return model, optimizer, state
 
 
 def train_step(model, optimizer, config, batch, groups, precision):
-    """Forward, loss, backward, update; returns what to log of it."""
-    images, captions, _ = batch
+    """Forward, loss, backward, update; returns what to log of it, or None if loss or gradient are not finite.
+
+    Then the weights stay as they are.
+    """
+    images, captions, *_ = batch
     device = model.logit_scale.device
     inputs = {name: tensor.to(device) for name, tensor in model.processor(text=captions).items()}
     with dualenc.autocast(device, precision):
@@ -479,8 +729,9 @@ def train_step(model, optimizer, config, batch, groups, precision):
     loss = compute_loss(config.loss, model, image_embeds, text_embeds, groups)
     optimizer.zero_grad()
     loss.backward()
-    if config.clip_grad:
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
+    if not (loss.isfinite() and norm.isfinite()):
+        return None
     optimizer.step()
     with torch.no_grad():
         model.logit_scale.clamp_(max=dualenc.LOGIT_SCALE_MAX)
@@ -489,20 +740,52 @@ def train_step(model, optimizer, config, batch, groups, precision):
     return {"loss": loss.item(), "chance_loss": chance, "floor_loss": floor, "in_batch_acc": accuracy}
 
 
-def evaluate_and_save(out, model, optimizer, held_out, templates, precision, done, best):
-    """Evaluate, write the last checkpoint with all that resuming needs, and the best one if this is it.
+def not_finite(run, what):
+    """A ValueError that says where numbers broke, and what is left."""
+    state, lr, scale = run.state, run.optimizer.param_groups[0]["lr"], run.model.logit_scale.exp().item()
+    saved = "no checkpoint was saved yet"
+    if state["saved"] is not None:
+        saved = f"the last good checkpoint is {run.out / 'last'}, of step {state['saved']}"
+    return ValueError(
+        f"step {state['step'] + 1}: {what} (learning rate {lr:.1e}, scale {scale:.1f}); {saved}; try a lower --lr, "
+        f"--precision fp32, or --on-bad-step skip"
+    )
 
-    returns  (the evaluation's numbers by name, the best evaluation's)
-    """
-    results = evaluation.evaluate(model, held_out, templates=templates, precision=precision)
+
+def take_bad_step(run):
+    """Count a step without an update; raises ValueError if it is reason to stop."""
+    run.state["bad_steps"] += 1
+    run.state["bad_steps_in_a_row"] += 1
+    in_a_row = run.state["bad_steps_in_a_row"]
+    if run.config.on_bad_step == "error" or in_a_row >= BAD_STEPS_IN_A_ROW:
+        raise not_finite(run, f"loss or gradient are no longer finite numbers, {in_a_row} in a row")
+
+
+def save_last(run):
+    """Write the last checkpoint with all that resuming needs."""
+    run.state["saved"] = run.state["step"]
+    meter = {"sums": run.meter.sums, "count": run.meter.count}
+    state = {**run.state, "optimizer": run.optimizer.state_dict(), "meter": meter}
+    save_checkpoint(run.out / "last", run.model, state)
+
+
+def evaluate_and_save(run):
+    """Evaluate, log and print it; write the last checkpoint, and the best one if this is it."""
+    try:
+        results = evaluation.evaluate(run.model, run.held_out, templates=run.templates, precision=run.precision)
+    except evaluation.NotFinite as error:
+        raise not_finite(run, str(error)) from error
+    except ValueError as error:
+        raise DataFault(f"cannot evaluate: {error}") from error
     numbers = {name: value for task in results.values() for name, value in task.items() if name != "zs_class_top1"}
-    line = {"step": done, **numbers}
+    line, best = {"step": run.state["step"], **numbers}, run.state["best"]
     if best is None or score(line) >= score(best):
-        best = line
-        save_checkpoint(out / "best", model)
-    state = {"step": done, "best": best, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
-    save_checkpoint(out / "last", model, state)
-    return line, best
+        run.state["best"] = line
+        save_checkpoint(run.out / "best", run.model)
+    run.log(line)  # before the checkpoint: a run that is resumed drops the lines after its checkpoint, and repeats them
+    save_last(run)
+    saved = run.out / ("best" if line is run.state["best"] else "last")
+    print(describe_evaluation(line, run.steps, saved), flush=True)
 
 
 def score(line):
@@ -510,65 +793,90 @@ def score(line):
     return line["zs_top1"] if "zs_top1" in line else (line["i2t_r1"] + line["t2i_r1"]) / 2
 
 
+def train(run):
+    """Steps, printed lines, evaluations and checkpoints: to the end, or until a signal or a fault in the data.
+
+    returns  (the signal or None, the fault or None)
+    """
+    config, state, first_step = run.config, run.state, run.state["step"]
+    eval_every = config.eval_every or math.ceil(run.steps / 5)
+    loader = make_loader(run.pairs, run.model, config, run.device, first_step, run.steps)
+    with StopSignals() as stop:
+        try:
+            for batch in run.meter.fetch(loader):
+                run.bad_pictures.check(batch, run.pairs.names)
+                lr = learning_rate(state["step"], run.steps, config.warmup, config.lr)
+                for group in run.optimizer.param_groups:
+                    group["lr"] = lr
+                # Like the order of the pictures, dropout is a function of seed and step: resuming needs no generator.
+                torch.manual_seed(random.Random(f"dropout {config.seed} {state['step']}").getrandbits(63))
+                groups = pair_groups(run.pairs, *batch[1:3]).to(run.device)
+                values = train_step(run.model, run.optimizer, config, batch, groups, run.precision)
+                if values is None:
+                    take_bad_step(run)
+                else:
+                    run.meter.add(values, first=state["step"] == first_step)
+                    state["bad_steps_in_a_row"] = 0
+                done = state["step"] = state["step"] + 1
+                if (done % config.log_every == 0 or done == run.steps) and run.meter.count:
+                    line = {"step": done, **run.meter.read(), "logit_scale": run.model.logit_scale.item(), "lr": lr}
+                    line["bad_steps"] = state["bad_steps"]
+                    run.log(line)
+                    print(describe_step(line, run.steps, config.batch_size), flush=True)
+                if done % eval_every == 0 or done == run.steps:
+                    with run.meter.paused():
+                        evaluate_and_save(run)
+                if stop.received:
+                    break
+        except DataFault as fault:
+            return stop.received, fault
+    return stop.received, None
+
+
+def stop_early(run, signalled, fault):
+    """Save a run that is cut short and end it: with the status that shells expect of a signal, or with an error."""
+    save_last(run)
+    hint = f"step {run.state['step']} is saved; go on with: python train.py --resume {shlex.quote(str(run.out))}"
+    if not signalled:
+        raise ValueError(f"{fault}; {hint}")
+    print(f"stopped  {signalled.name}; {hint}", flush=True)
+    sys.exit(128 + signalled)
+
+
 def main(argv=None):
     """Train from the command line; returns the numbers of the best checkpoint, by name."""
-    # 1. Flags, device and data.
+    # 1. Flags, device, run folder and data.
     config = read_flags(argv)
     device = dualenc.pick_device(config.device)
     precision = dualenc.pick_precision(config.precision, device)
-    pairs, held_out, templates = load_data(config)
+    out, lock = claim_run(config)
+    pairs, held_out, unreadable, templates = load_data(config, device)
     check(config, pairs, held_out)
-    steps = config.steps or round(config.epochs * (len(pairs) // config.batch_size))
-    eval_every = config.eval_every or math.ceil(steps / 5)
+    steps = config.steps or max(1, round(config.epochs * (len(pairs) // config.batch_size)))
 
     # 2. Model and optimiser, new or from the last checkpoint.
-    torch.manual_seed(config.seed)
-    state = {"step": 0, "best": None}
-    if config.resume:
-        model = dualenc.DualEncoder.from_pretrained(Path(config.resume) / "last")
-        state = torch.load(Path(config.resume) / "last" / STATE_FILE, weights_only=True)
-    else:
-        model = make_model(config, pairs)
-    if config.lock:
-        model.lock(config.lock)
-    model.to(device).train()
-    optimizer = make_optimizer(model, config)
-    if config.resume:
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
+    meter = Meter(steps, config.batch_size)
+    model, optimizer, state = load_run(config, pairs, out, device, meter)
 
     # 3. The run folder and the head of the printout.
-    out = Path(config.resume) if config.resume else open_run(config, argv, device)
-    log = open_metrics(out, state["step"])
+    open_run(out, config, pairs, argv, device)
+    drop_metrics_after(out, state["step"])
+    bad_pictures = BadPictures(out, config.on_bad_picture, len(pairs) + len(held_out) + len(unreadable))
+    bad_pictures.add(unreadable)
     introduce(config, model, pairs, held_out, steps, device, precision)
 
     # 4. Train; log, evaluate and save on the way.
-    best, first_step = state["best"], state["step"]
-    meter = Meter(steps, config.batch_size)
-    loader = make_loader(pairs, model, config, device, first_step, steps)
-    for done, batch in enumerate(meter.fetch(loader), first_step + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(done - 1, steps, config.warmup, config.lr)
-        groups = pair_groups(pairs, *batch[1:]).to(device)
-        meter.add(train_step(model, optimizer, config, batch, groups, precision), first=done == first_step + 1)
-        if done % config.log_every == 0 or done == steps:
-            lr, logit_scale = optimizer.param_groups[0]["lr"], model.logit_scale.item()
-            line = {"step": done, **meter.read(), "logit_scale": logit_scale, "lr": lr}
-            if not math.isfinite(line["loss"]):
-                raise ValueError(
-                    f"the loss is no longer a number at step {done} (learning rate {lr:.1e}, scale "
-                    f"{math.exp(logit_scale):.1f}); {out}/last is the last good checkpoint; try a lower --lr"
-                )
-            log(line)
-            print(describe_step(line, steps, config.batch_size), flush=True)
-        if done % eval_every == 0 or done == steps:
-            with meter.paused():
-                line, best = evaluate_and_save(out, model, optimizer, held_out, templates, precision, done, best)
-                log(line)
-                print(describe_evaluation(line, steps, out / ("best" if line is best else "last")), flush=True)
+    data = {"pairs": pairs, "held_out": held_out, "templates": templates, "bad_pictures": bad_pictures}
+    learned = {"model": model, "optimizer": optimizer, "state": state}
+    run = Run(config=config, out=out, device=device, precision=precision, steps=steps, meter=meter, **data, **learned)
+    signalled, fault = train(run)
+    if state["step"] < steps:
+        stop_early(run, signalled, fault)
+    lock.close()
 
     # 5. What came out, and what to do with it.
-    print(f"done     best at step {best['step']:,}; see it measured again: python eval.py {out}")
+    best = state["best"]
+    print(f"done     best at step {best['step']:,}; see it measured again: python eval.py {shlex.quote(str(out))}")
     return best
 
 
