@@ -121,7 +121,9 @@ class VisionConfig:
         if self.image_size is not None and not 1 <= self.image_size <= MAX_SIDE:
             raise ValueError(f"vision image_size is {self.image_size}, expected 1 to {MAX_SIDE} pixels")
         if "checkpoint_path" in self.args:
-            raise ValueError("vision args hold checkpoint_path: they describe a tower, and must not name a file to read")
+            raise ValueError(
+                "vision args hold checkpoint_path: they describe a tower, and must not name a file to read"
+            )
 
 
 @dataclass(frozen=True)
@@ -1510,7 +1512,7 @@ def text_file_pairs(folder):
         if not text_path.is_file():
             raise ValueError(f"picture {path} has no caption file {text_path.name} beside it")
         filled = [
-            (f"{text_path}, line {number}", path.relative_to(folder), line)
+            (f"{text_path}, line {number}", str(path.relative_to(folder)), line)
             for number, line in text_lines(text_path)
             if line.strip()
         ]
@@ -1606,36 +1608,41 @@ def pairs_from_rows(rows, root, source="", allow_outside=False):
     picture  its path from root; outside of root only if absolute, or with allow_outside
     raises   ValueError for a caption or picture that is missing, or no text
     """
-    captions_of, first_rows = {}, []
+    captions_of, by_spelling, first_rows = {}, {}, []
     for where, picture, caption in rows:
-        place = f"{source}{where}"
-        if not picture:
-            raise ValueError(f"{place}: no picture named")
-        picture = str(picture)
+        if not isinstance(picture, str) or not picture:
+            raise ValueError(f"{source}{where}: no picture named")
         if not isinstance(caption, str) or not caption.strip():
-            got = "empty caption" if caption in (None, "") or isinstance(caption, str) else f"caption {caption!r}"
-            raise ValueError(f"{place}: {got} for {picture}")
-        with blamed_on(place, "no text in"):  # json can hold half a character: "\ud83d"
-            caption.encode()
-        path = os.path.normpath(os.path.join(root, picture))
-        if path not in captions_of:
-            if (
-                not (allow_outside or os.path.isabs(picture))
-                and os.path.normpath(picture).split(os.sep)[0] == os.pardir
-            ):
-                raise ValueError(
-                    f"{place}: picture {picture} lies outside {root}; name it by its absolute path, or --allow-outside"
-                )
-            if not os.path.isfile(path):
-                raise ValueError(f"{place}: missing picture {path}")
-            captions_of[path] = []
-            first_rows.append(where)
-        captions_of[path].append(caption.strip())
+            got = "empty caption" if caption is None or isinstance(caption, str) else f"caption {caption!r}"
+            raise ValueError(f"{source}{where}: {got} for {picture}")
+        if not caption.isascii():  # json can hold half a character: "\ud83d"
+            with blamed_on(f"{source}{where}", "no text in"):
+                caption.encode()
+        if picture not in by_spelling:
+            path = locate_picture(picture, root, f"{source}{where}", allow_outside)
+            if path not in captions_of:
+                captions_of[path] = []
+                first_rows.append(where)
+            by_spelling[picture] = captions_of[path]
+        by_spelling[picture].append(caption.strip())
     if not captions_of:
         raise ValueError(f"no pairs below {root}")
     names = [Path(os.path.relpath(path, root)).as_posix() for path in captions_of]
     captions = [list(dict.fromkeys(several)) for several in captions_of.values()]
     return Pairs(names, PictureFiles(list(captions_of), first_rows, source), captions)
+
+
+def locate_picture(picture, root, place, allow_outside):
+    """The path of a picture that a row names; see pairs_from_rows."""
+    climbs = not os.path.isabs(picture) and os.path.normpath(picture).split(os.sep)[0] == os.pardir
+    if climbs and not allow_outside:
+        raise ValueError(
+            f"{place}: picture {picture} lies outside {root}; name it by its absolute path, or --allow-outside"
+        )
+    path = os.path.normpath(os.path.join(root, picture))
+    if not os.path.isfile(path):
+        raise ValueError(f"{place}: missing picture {path}")
+    return path
 
 
 def coco_pairs(path, split, images, allow_outside):
