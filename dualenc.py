@@ -41,7 +41,7 @@ import typing
 import warnings
 import zlib
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -988,7 +988,7 @@ class Processor:
         if not captions.is_file():
             raise ValueError(f"{folder} has no {TOKENIZER_FILE}; it holds {sorted(os.listdir(folder))}")
         with blamed_on(captions):
-            return cls(image_transform, tokenizers.Tokenizer.from_file(str(captions)))
+            return cls(image_transform, tokenizers.Tokenizer.from_str(captions.read_text(encoding="utf-8")))
 
 
 def as_pictures(images):
@@ -1221,7 +1221,7 @@ def read_json(path):
 def write_file(path, content):
     """Write text or bytes under a temporary name, flush, rename: afterwards the old file is there or the new one.
 
-    raises  ValueError naming the file if that fails, as on a full disk
+    raises  OSError naming the file if that fails, as on a full disk
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -1231,8 +1231,9 @@ def write_file(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ValueError(f"cannot write {path}: {error.strerror}") from error
+        with suppress(OSError):
+            temporary.unlink()
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1573,7 +1574,7 @@ def table_rows(path):
                         f"{path}, line {number} has {len(cells)} cells, but the header names {len(columns)} columns: "
                         f"quote captions that hold the separator {separator!r}"
                     )
-                yield number, dict(zip(columns, cells))
+                yield number, dict(itertools.zip_longest(columns, cells[: len(columns)]))
             number = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(
@@ -1585,10 +1586,12 @@ def table_rows(path):
 def jsonl_rows(path):
     for number, line in text_lines(path):
         if line.strip():
-            with blamed_on(f"{path}, line {number}", "no json object in"):
+            try:
                 row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"got {type(row).__name__}")
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number} is not json: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number} is not a json object")
             yield number, row
 
 
@@ -1648,7 +1651,7 @@ def locate_picture(picture, root, place, allow_outside):
 def coco_pairs(path, split, images, allow_outside):
     """COCO's captions_*.json, or Karpathy's dataset_*.json, which has splits of its own."""
     data, root = read_json(path), Path(images or path.parent)
-    with blamed_on(path, "cannot find COCO captions in"):
+    with blamed_on(path):
         entries = data.get("images", [])
         own = bool(entries) and "sentences" in entries[0]
         rows = karpathy_rows(entries, split) if own else coco_rows(data, entries)
@@ -1667,7 +1670,7 @@ def karpathy_rows(entries, split):
 
 def coco_rows(data, entries):
     if "annotations" not in data:
-        raise ValueError(f"it has {', '.join(data)}; expected images and annotations")
+        raise ValueError(f"no COCO caption file: it has {', '.join(data)}; expected images and annotations")
     files = {entry["id"]: entry["file_name"] for entry in entries}
     notes = data["annotations"]
     return [(f"annotation {note.get('id')}", files.get(note["image_id"]), note["caption"]) for note in notes]
@@ -1895,7 +1898,7 @@ def flag_parser(config_class, description):
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
         flag, metadata = "--" + f.name.replace("_", "-"), f.metadata
         shown = "" if default in (None, "", {}) else f" (default: {default})"
-        options = {"default": default, "help": metadata["help"] + shown}
+        options = {"default": default, "help": (metadata["help"] + shown).replace("%", "%%")}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind is dict:
@@ -1934,7 +1937,8 @@ def pick_device(name):
     except RuntimeError as error:
         raise ValueError(f"unknown device {name!r}: {error}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices")
+        count = torch.cuda.device_count() or "no"
+        raise ValueError(f"device {name} was asked for, but torch sees {count} CUDA device; use --device cpu")
     return device
 
 

@@ -287,7 +287,7 @@ def main(argv=None):
     templates = read_lines(spec.pop("templates", ""), dualenc.TEMPLATES)
     pairs = dualenc.load_pairs(spec.pop("data"), config.split, templates=templates, **spec)
     if (config.on_bad_picture or (not config.data and flags.get("on_bad_picture"))) == "skip":
-        pairs, bad = dualenc.drop_unreadable(pairs, config.workers)
+        pairs, bad = dualenc.drop_unreadable(pairs, dualenc.pick_workers(config.workers, device))
         print("".join(f"skipped     {name}: {reason}\n" for name, reason in bad.items()), end="")
     if config.classes:
         pairs = with_classes(pairs, read_lines(config.classes, None), templates)

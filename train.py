@@ -572,11 +572,15 @@ class Meter:
     def fetch(self, loader):
         """The loader's batches, with the time spent waiting for each one noted."""
         batches = iter(loader)
+        # Where a worker dies, torch would raise at any moment, perhaps halfway through an update; without its handler,
+        # the loader finds out when it is asked for the next batch.
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for _ in range(len(loader)):
             asked = time.perf_counter()
             try:
                 batch = next(batches)
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:
                 raise DataFault(
                     f"a worker that reads pictures ended ({error}); perhaps memory: try fewer --workers"
                 ) from error
@@ -657,16 +661,19 @@ def introduce(config, model, pairs, held_out, steps, device, precision):
 # ---- Main -----------------------------------------------------------------------------------------------------------
 
 
-def load_data(config, device):
-    """(training pairs, held-out pairs, {name: reason} of held-out pictures left out, templates) that the flags name."""
+def load_data(config):
+    """(training pairs, held-out pairs, templates) that the flags name."""
     templates = evaluation.read_lines(config.templates, dualenc.TEMPLATES)
     source = {name: getattr(config, name) for name in evaluation.DATA_FLAGS if name not in ("data", "templates")}
-    source.update(templates=templates, download=config.download, allow_outside=config.allow_outside)
-    pairs, held_out = (dualenc.load_pairs(config.data, split, **source) for split in ("train", "val"))
-    unreadable = {}
-    if config.on_bad_picture == "skip":
-        held_out, unreadable = dualenc.drop_unreadable(held_out, dualenc.pick_workers(config.workers, device))
-    return pairs, held_out, unreadable, templates
+    source.update(templates=templates, download=config.download)
+    return *(dualenc.load_pairs(config.data, split, **source) for split in ("train", "val")), templates
+
+
+def drop_unreadable(config, held_out, device):
+    """(held-out pairs to evaluate on, {name: reason} of those left out): every evaluation measures the same ones."""
+    if config.on_bad_picture == "error":
+        return held_out, {}
+    return dualenc.drop_unreadable(held_out, dualenc.pick_workers(config.workers, device))
 
 
 @dataclass
@@ -850,7 +857,8 @@ def main(argv=None):
     device = dualenc.pick_device(config.device)
     precision = dualenc.pick_precision(config.precision, device)
     out, lock = claim_run(config)
-    pairs, held_out, unreadable, templates = load_data(config, device)
+    pairs, held_out, templates = load_data(config)
+    held_out, unreadable = drop_unreadable(config, held_out, device)
     check(config, pairs, held_out)
     steps = config.steps or max(1, round(config.epochs * (len(pairs) // config.batch_size)))
 

@@ -106,7 +106,7 @@ def test_jsonl_rows_may_hold_one_caption_or_several(tmp_path):
         ("c.csv", b"image,caption\na.png,\xff\xfa", r"c.csv is not utf-8-sig text"),
         ("c.jsonl", '{"image": "a.png", "caption": "x"}\n{bad', r"c.jsonl, line 2 is not json"),
         ("c.jsonl", "[1]", r"c.jsonl, line 1 is not a json object"),
-        ("c.jsonl", '{"image": "a.png", "caption": 3}', r"c.jsonl, line 1: empty caption"),
+        ("c.jsonl", '{"image": "a.png", "caption": 3}', r"c.jsonl, line 1: caption 3"),
     ],
 )
 def test_mistakes_in_caption_files_are_named_with_file_and_line(tmp_path, name, content, message):

@@ -342,7 +342,7 @@ def test_a_full_disk_ends_with_a_message_and_the_earlier_checkpoint(data, tmp_pa
             while True:
                 filler.write(bytes(10_000))
                 filler.flush()
-        _, error = finish(process, status=2)
+        _, error = finish(process, status=1)
         assert "No space left on device" in error and "Traceback" not in error and str(disk / "run") in error
         dualenc.DualEncoder.from_pretrained(disk / "run" / "last")
         assert not list((disk / "run").glob("*.new"))
@@ -483,7 +483,7 @@ def test_a_worker_that_dies_is_reported_and_the_steps_before_are_saved(data, tmp
         pytest.skip("needs /proc to find the worker")
     for child in children.read_text().split():
         os.kill(int(child), signal.SIGKILL)
-    _, error = finish(process, status=2)
+    _, error = finish(process, status=1)
     assert "a worker that reads pictures ended" in error and "is saved; go on with" in error
     assert "Traceback" not in error.splitlines()[-1]
     dualenc.DualEncoder.from_pretrained(tmp_path / "run" / "last")
@@ -603,7 +603,7 @@ def test_the_floor_is_the_best_loss_that_any_logits_reach(name):
         (["--log-every", "0"], "--log-every is 0, expected at least 1"),
         (["--lr", "nan"], "--lr is nan"),
         (["--steps", "-1"], "--steps is -1"),
-        (["--val-fraction", "0"], "no picture of .* is held out"),
+        (["--val-fraction", "0"], "no pictures are held out"),
     ],
 )
 def test_flags_without_sense_are_refused(flags, message, data, tmp_path):
@@ -638,7 +638,7 @@ def test_hash_seed_locale_home_and_spaces_change_nothing(tmp_path):
 
 def test_cuda_asked_for_but_absent_and_unknown_devices_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ValueError, match="device cuda was asked for, but torch sees 0 CUDA devices"):
+    with pytest.raises(ValueError, match="device cuda was asked for, but torch sees no CUDA device"):
         dualenc.pick_device("cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert dualenc.pick_device("cuda:1") == torch.device("cuda:1")
@@ -648,7 +648,7 @@ def test_cuda_asked_for_but_absent_and_unknown_devices_are_refused(monkeypatch):
         dualenc.pick_device("gpu")
 
 
-def test_errors_end_a_script_with_one_line_and_status_2(monkeypatch, capsys):
+def test_errors_end_a_script_with_one_line_and_status_1(monkeypatch, capsys):
     def fails(error):
         def main():
             raise error
@@ -660,7 +660,7 @@ def test_errors_end_a_script_with_one_line_and_status_2(monkeypatch, capsys):
     for error in (ValueError("no such thing"), PermissionError(13, "denied", "file")):
         with pytest.raises(SystemExit) as stop:
             dualenc.run_script(fails(error))
-        assert stop.value.code == 2 and capsys.readouterr().err == f"train.py: error: {error}\n"
+        assert stop.value.code == f"train.py: error: {error}"
     with pytest.raises(SystemExit) as stop:
         dualenc.run_script(fails(KeyboardInterrupt()))
     assert stop.value.code == 130
@@ -671,8 +671,8 @@ def test_a_hub_id_out_of_reach_is_one_clear_line(tmp_path):
     """Neither offline mode nor a network that refuses ends in a stack trace."""
     nowhere = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
     for env in ({"HF_HUB_OFFLINE": "1"}, {}):
-        _, error = finish(script("nobody/nothing", "--data", "shapes", name="eval.py", **nowhere, **env), status=2)
+        _, error = finish(script("nobody/nothing", "--data", "shapes", name="eval.py", **nowhere, **env), status=1)
         assert "nobody/nothing is neither a folder nor a hub id within reach" in error and "Traceback" not in error
         flags = ["--vision", "test_vit", "--vision-args", "--pretrained", "--out", tmp_path / "run"]
-        _, error = finish(script(*flags, **nowhere, **env), status=2)
+        _, error = finish(script(*flags, **nowhere, **env), status=1)
         assert "could not load the weights of test_vit" in error and "Traceback" not in error

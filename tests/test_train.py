@@ -137,7 +137,7 @@ def test_each_picture_arrives_with_one_of_its_own_captions(captions_file, make_m
     pairs, model = dualenc.load_pairs(captions_file, val_fraction=0.0), make_model()
     loader = train.make_loader(pairs, model, config, torch.device("cpu"), 0, 15)
     drawn = set()
-    for images, captions, numbers in loader:
+    for images, captions, numbers, _ in loader:
         assert images.dtype == torch.uint8 and images.shape == (8, 3, 32, 32)
         for image, caption, i in zip(images, captions, numbers):
             picture, own = pairs[i]
@@ -313,7 +313,7 @@ def test_a_run_cut_short_and_resumed_equals_one_that_was_not(run, monkeypatch, s
 
 def test_resuming_with_other_flags_is_refused_by_name(run):
     _, out = run()
-    with pytest.raises(ValueError, match="these differ from .*: lr, batch_size|: batch_size, lr"):
+    with pytest.raises(ValueError, match="these differ from .*--batch-size .*--lr"):
         train.main(["--resume", str(out), "--lr", "0.5", "--batch-size", "16"])
     train.main(["--resume", str(out), "--log-every", "1"])  # nothing left to do, and harmless
 
@@ -336,7 +336,7 @@ def test_a_run_folder_is_not_overwritten_unless_asked(run):
         ({"device": "cuda"}, "torch sees no CUDA device; use --device cpu"),
         ({"vision": "resnet19"}, "unknown timm model 'resnet19'"),
         ({"data": "chiffres"}, "unknown data 'chiffres'"),
-        ({"lr": 1e30, "clip_grad": 0}, "the loss is no longer a number at step .*last good checkpoint"),
+        ({"lr": 1e30, "clip_grad": 0}, "step 2: loss or gradient are no longer finite.*no checkpoint was saved"),
         ({"val_fraction": 0.0}, "no pictures are held out"),
     ],
 )
