@@ -1226,7 +1226,7 @@ def write_file(path, content):
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -1428,7 +1428,10 @@ def load_pairs(
 
 def hashed_split(names, split, val_fraction):
     """The numbers of a split's pictures. A name's hash decides, so new files never move old ones across."""
-    held_out = [int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < val_fraction * 2**32 for name in names]
+    held_out = [
+        int(hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8], 16) < val_fraction * 2**32
+        for name in names
+    ]
     return [i for i, out in enumerate(held_out) if out != (split == "train")]
 
 

@@ -262,8 +262,8 @@ def find_checkpoint(run):
     folder = Path(run)
     home = folder if (folder / RUN_CONFIG).is_file() else folder.parent
     flags = dualenc.read_json(home / RUN_CONFIG)["flags"] if (home / RUN_CONFIG).is_file() else {}
-    # train.py replaces best by way of best.old; if it is killed in between, only that is there.
-    return next((f for f in (folder / "best", folder / "best.old") if f.is_dir()), run), flags
+    # A run killed while it replaced best has best.old; one stopped before its first evaluation has only last.
+    return next((folder / name for name in ("best", "best.old", "last") if (folder / name).is_dir()), run), flags
 
 
 def main(argv=None):

@@ -195,8 +195,8 @@ class Batches(torch.utils.data.Sampler):
 def stack_batch(items):
     """(images (B, 3, S, S), B captions, B picture numbers, {number: reason} of the pictures left out)."""
     bad = {i: reason for image, reason, i in items if image is None}
-    images, captions, numbers = zip(*[item for item in items if item[0] is not None] or [((), (), ())])
-    return torch.stack(images) if len(bad) < len(items) else None, list(captions), list(numbers), bad
+    images, captions, numbers = ([item[k] for item in items if item[0] is not None] for k in range(3))
+    return torch.stack(images) if images else None, captions, numbers, bad
 
 
 def make_loader(pairs, model, config, device, first_step, steps):
@@ -232,8 +232,8 @@ class BadPictures:
 
     def __init__(self, out, policy, total):
         self.path, self.policy, self.total = out / BAD_PICTURES, policy, total
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        self.found = dict(line.split("\t", 1) for line in lines)
+        lines = self.path.read_bytes().decode(errors="surrogateescape").split("\n") if self.path.exists() else []
+        self.found = dict(line.split("\t", 1) for line in lines if line)
 
     def check(self, batch, names):
         """Take note of a batch's bad pictures; raises DataFault if they are reason to stop."""
@@ -246,8 +246,9 @@ class BadPictures:
         """Take note of {name: reason}; raises DataFault if that is reason to stop."""
         if reasons and self.policy == "error":
             raise DataFault(f"{next(iter(reasons.values()))} (--on-bad-picture skip leaves such pictures out)")
-        new = {name: " ".join(reason.split()) for name, reason in reasons.items() if name not in self.found}
-        if new:
+        # Tabs and line ends stay out of the list: it has a line a picture, with a tab before the reason.
+        new = {" ".join(name.split()): " ".join(reason.split()) for name, reason in reasons.items()}
+        if new.keys() - self.found.keys():
             self.found.update(new)
             dualenc.write_file(self.path, "".join(f"{name}\t{reason}\n" for name, reason in self.found.items()))
         if len(self.found) > BAD_SHARE * self.total:
@@ -464,7 +465,7 @@ def fingerprint(pairs):
     """A hash of all names and captions: a resumed run must find the data it began with."""
     digest = hashlib.sha256()
     for name, captions in zip(pairs.names, pairs.captions):
-        digest.update("\0".join([name, *captions, ""]).encode())
+        digest.update("\0".join([name, *captions, ""]).encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

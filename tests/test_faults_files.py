@@ -125,6 +125,13 @@ def test_names_and_extensions_do_not_matter(tmp_path):
     assert_looks(dualenc.open_picture(tmp_path / "ein Bild é 写真.jpg"), RED, BLUE, tolerance=0)
 
 
+def test_a_name_that_is_no_utf_8_is_a_name_like_others(tmp_path):
+    (tmp_path / "dog").mkdir()
+    two_halves().save(tmp_path / "dog" / os.fsdecode(b"caf\xe9.png"), format="PNG")
+    pairs = [dualenc.load_pairs(tmp_path, split, val_fraction=0.5) for split in ("train", "val")]
+    assert sum(map(len, pairs)) == 1
+
+
 def test_one_pixel_is_a_picture(tmp_path):
     Image.new("RGB", (1, 1), RED).save(tmp_path / "a.png")
     transform = dualenc.ImageTransform(resize=32, crop=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))

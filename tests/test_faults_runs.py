@@ -38,6 +38,10 @@ VARIANTS = {
 }
 
 
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
 def write_pictures(folder, count=64, bad=()):
     """Random pictures with a caption each, in captions.csv; those of the numbers in bad are no pictures."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,6 +170,24 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(data, tmp_path, m
     assert_same(outcome(tmp_path / "cut"), outcome(tmp_path / "whole"))
 
 
+def test_no_line_of_the_metrics_is_lost_between_an_evaluation_and_its_checkpoint(data, tmp_path, monkeypatch):
+    """Killed as it writes the numbers of step 10: the checkpoint must not be ahead of them."""
+    assert run(*data, *TINY, "--out", tmp_path / "whole") == 0
+    original = train.Run.log
+
+    def log(self, line):
+        if line["step"] == 10 and "i2t_r1" in line:
+            raise Killed
+        original(self, line)
+
+    monkeypatch.setattr(train.Run, "log", log)
+    with pytest.raises(Killed):
+        run(*data, *TINY, "--out", tmp_path / "cut")
+    monkeypatch.undo()
+    assert run("--resume", tmp_path / "cut") == 0
+    assert_same(outcome(tmp_path / "cut"), outcome(tmp_path / "whole"))
+
+
 def test_the_order_of_pictures_is_a_function_of_seed_and_step():
     whole = list(train.Batches(50, 8, seed=3, first_step=0, steps=20))
     assert list(train.Batches(50, 8, seed=3, first_step=13, steps=20)) == whole[13:]
@@ -262,10 +284,6 @@ def test_twenty_kills_at_random_moments_leave_no_trace(variant, kills, data, tmp
 # ---- Writing --------------------------------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it."""
-
-
 def test_a_kill_at_any_file_operation_of_a_checkpoint_leaves_a_whole_one(make_model, tmp_path, monkeypatch):
     """The old one or the new one, weights and training state belonging together."""
     old, new = make_model(seed=1), make_model(seed=2)
@@ -307,9 +325,11 @@ def test_a_kill_at_any_file_operation_of_a_checkpoint_leaves_a_whole_one(make_mo
     assert seen == {"old", "new"} and die_at > 12
 
 
-def test_an_evaluation_finds_the_best_checkpoint_even_between_the_two_renames(data, tmp_path):
-    (tmp_path / "best.old").mkdir()
-    assert evaluation.find_checkpoint(tmp_path)[0] == tmp_path / "best.old"
+def test_an_evaluation_finds_the_best_checkpoint_there_is(tmp_path):
+    """Between the two renames it is best.old; before the first evaluation there is only last."""
+    for name in ("last", "best.old", "best"):
+        (tmp_path / name).mkdir()
+        assert evaluation.find_checkpoint(tmp_path)[0] == tmp_path / name
 
 
 def test_a_torn_last_line_of_the_metrics_is_dropped(tmp_path):
@@ -454,6 +474,14 @@ def test_a_batch_with_bad_pictures_is_smaller_and_never_repeats_one(tmp_path):
     with pytest.raises(train.DataFault, match="fewer than two pictures of this batch"):
         notes.check(train.stack_batch([items[0, i] for i in (4, 5)]), pairs.names)
     assert train.stack_batch([items[0, 5]])[0] is None
+
+
+def test_the_list_of_bad_pictures_survives_strange_names(tmp_path):
+    """Line ends, tabs, and bytes that are no UTF-8, as old disks have them."""
+    bad = {"a\nb\tc.png": "two\nlines", os.fsdecode(b"caf\xe9.png"): "no picture", "d\x85.png": "empty"}
+    train.BadPictures(tmp_path, "skip", 1000).add(bad)
+    found = train.BadPictures(tmp_path, "skip", 1000).found
+    assert found == {"a b c.png": "two lines", os.fsdecode(b"caf\xe9.png"): "no picture", "d .png": "empty"}
 
 
 def test_bad_held_out_pictures_are_named_or_left_out_by_both_scripts(tmp_path, capsys):
@@ -675,4 +703,4 @@ def test_a_hub_id_out_of_reach_is_one_clear_line(tmp_path):
         assert "nobody/nothing is neither a folder nor a hub id within reach" in error and "Traceback" not in error
         flags = ["--vision", "test_vit", "--vision-args", "--pretrained", "--out", tmp_path / "run"]
         _, error = finish(script(*flags, **nowhere, **env), status=1)
-        assert "could not load the weights of test_vit" in error and "Traceback" not in error
+        assert "with the weights of test_vit" in error and "Traceback" not in error
