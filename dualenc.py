@@ -1045,6 +1045,7 @@ def train_tokenizer(captions, vocab_size, max_length=None):
 
 MODEL_TYPE = "dualenc"  # config.json names its writer in model_type, as transformers' files do
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
+SMALL = 100_000  # a number in a config that needs no explanation: it cannot fill the memory
 
 
 def build_from_towers(cls, vision, text, projection_dim, pretrained, overrides):
@@ -1091,7 +1092,8 @@ def load_dual_encoder(cls, folder_or_hub_id):
     with blamed_on(weights_path, "cannot read weights"):
         weights = read_weights(weights_path)
     with blamed_on(config_path, "cannot build the model of"):
-        check_numbers(values, weights)
+        sides = [n for tensor in weights.values() for n in tensor.shape]
+        check_numbers(values, max([SMALL, *sides]))
         config = DualEncoderConfig.from_dict(values)
         shapes = build_without_memory(cls, config, weights).state_dict()
     check_weights(shapes, weights, weights_path)
@@ -1133,18 +1135,17 @@ def checksum(weights):
     return f"{crc:08x}"
 
 
-def check_numbers(values, weights, small=100_000):
-    """Raise ValueError for a whole number in a config that no size in its weights can explain."""
-    bound = max([small, len(weights)] + [n for tensor in weights.values() for n in tensor.shape])
+def check_numbers(values, longest):
+    """Raise ValueError for a whole number in a config that no side of its weights can explain."""
     for name, value in values.items():
         if isinstance(value, dict):
-            check_numbers(value, weights)
-        elif any(isinstance(n, int) and n > bound for n in (value if isinstance(value, list) else [value])):
-            raise ValueError(f"{name} is {value}, but no side of its weights is longer than {bound:,}")
+            check_numbers(value, longest)
+        elif any(isinstance(n, int) and n > longest for n in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"{name} is {value}, but no side of its weights is longer than {longest:,}")
 
 
 def build_without_memory(cls, config, weights):
-    """The model on the meta device, where weights have shapes but take no memory.
+    """The model on the meta device, where weights have shapes but take no memory: sizes that lie cost nothing.
 
     raises  ValueError once it has many more weights than the file, however deep its config says it is
     """
@@ -1166,22 +1167,19 @@ def build_without_memory(cls, config, weights):
 
 def check_weights(wanted, weights, source):
     """Raise ValueError naming the first five weights that are missing, unexpected, misshapen or of the wrong type."""
-
-    def differs(name, attribute):
-        got, expected = getattr(weights[name], attribute), getattr(wanted[name], attribute)
-        return got.is_floating_point != expected.is_floating_point if attribute == "dtype" else got != expected
-
-    both = [name for name in wanted if name in weights]
+    both = [(name, weights[name], wanted[name]) for name in wanted if name in weights]
     faults = {
         "missing": [name for name in wanted if name not in weights],
         "unexpected": [name for name in weights if name not in wanted],
         "misshapen": [
-            f"{name} {tuple(weights[name].shape)}, expected {tuple(wanted[name].shape)}"
-            for name in both
-            if differs(name, "shape")
+            f"{name} {tuple(got.shape)}, expected {tuple(expected.shape)}"
+            for name, got, expected in both
+            if got.shape != expected.shape
         ],
         "of the wrong type": [
-            f"{name} {weights[name].dtype}, expected {wanted[name].dtype}" for name in both if differs(name, "dtype")
+            f"{name} {got.dtype}, expected {expected.dtype}"
+            for name, got, expected in both
+            if got.is_floating_point() != expected.is_floating_point()
         ],
     }
     if any(faults.values()):
