@@ -128,6 +128,7 @@ def signal_at(monkeypatch, step, *signals):
         if len(steps) == step:
             for number in signals:
                 os.kill(os.getpid(), number)
+                time.sleep(0.05)  # two that are not yet handled would count as one
         return original(*arguments)
 
     monkeypatch.setattr(train, "train_step", train_step)
