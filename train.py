@@ -705,7 +705,7 @@ class Run:
 def load_run(config, pairs, out, device, meter):
     """(model, optimizer, state): new ones, or as the last checkpoint of a resumed run left them, the meter too."""
     torch.manual_seed(config.seed)
-    state = {"step": 0, "best": None, "saved": None, "bad_steps": 0, "bad_steps_in_a_row": 0}
+    state = {"step": 0, "evaluated": 0, "saved": None, "best": None, "bad_steps": 0, "bad_steps_in_a_row": 0}
     last = out / "last"
     resumed = config.resume and last.exists()  # a run may be killed before its first checkpoint
     model = dualenc.DualEncoder.from_pretrained(last) if resumed else make_model(config, pairs)
@@ -748,14 +748,14 @@ def train_step(model, optimizer, config, batch, groups, precision):
     return {"loss": loss.item(), "chance_loss": chance, "floor_loss": floor, "in_batch_acc": accuracy}
 
 
-def not_finite(run, what):
+def not_finite(run, step, what):
     """A ValueError that says where numbers broke, and what is left."""
     state, lr, scale = run.state, run.optimizer.param_groups[0]["lr"], run.model.logit_scale.exp().item()
     saved = "no checkpoint was saved yet"
     if state["saved"] is not None:
         saved = f"the last good checkpoint is {run.out / 'last'}, of step {state['saved']}"
     return ValueError(
-        f"step {state['step'] + 1}: {what} (learning rate {lr:.1e}, scale {scale:.1f}); {saved}; try a lower --lr, "
+        f"step {step}: {what} (learning rate {lr:.1e}, scale {scale:.1f}); {saved}; try a lower --lr, "
         f"--precision fp32, or --on-bad-step skip"
     )
 
@@ -766,7 +766,9 @@ def take_bad_step(run):
     run.state["bad_steps_in_a_row"] += 1
     in_a_row = run.state["bad_steps_in_a_row"]
     if run.config.on_bad_step == "error" or in_a_row >= BAD_STEPS_IN_A_ROW:
-        raise not_finite(run, f"loss or gradient are no longer finite numbers, {in_a_row} in a row")
+        raise not_finite(
+            run, run.state["step"] + 1, f"loss or gradient are no longer finite numbers, {in_a_row} in a row"
+        )
 
 
 def save_last(run):
@@ -782,7 +784,7 @@ def evaluate_and_save(run):
     try:
         results = evaluation.evaluate(run.model, run.held_out, templates=run.templates, precision=run.precision)
     except evaluation.NotFinite as error:
-        raise not_finite(run, str(error)) from error
+        raise not_finite(run, run.state["step"], str(error)) from error
     except ValueError as error:
         raise DataFault(f"cannot evaluate: {error}") from error
     numbers = {name: value for task in results.values() for name, value in task.items() if name != "zs_class_top1"}
@@ -791,6 +793,7 @@ def evaluate_and_save(run):
         run.state["best"] = line
         save_checkpoint(run.out / "best", run.model)
     run.log(line)  # before the checkpoint: a run that is resumed drops the lines after its checkpoint, and repeats them
+    run.state["evaluated"] = run.state["step"]
     save_last(run)
     saved = run.out / ("best" if line is run.state["best"] else "last")
     print(describe_evaluation(line, run.steps, saved), flush=True)
@@ -806,39 +809,51 @@ def train(run):
 
     returns  (the signal or None, the fault or None)
     """
-    config, state, first_step = run.config, run.state, run.state["step"]
-    eval_every = config.eval_every or math.ceil(run.steps / 5)
-    loader = make_loader(run.pairs, run.model, config, run.device, first_step, run.steps)
+    first_step = run.state["step"]
+    loader = make_loader(run.pairs, run.model, run.config, run.device, first_step, run.steps)
     with StopSignals() as stop:
         try:
+            evaluate_if_due(run)  # a resumed run may have ended in an evaluation that failed
             for batch in run.meter.fetch(loader):
                 run.bad_pictures.check(batch, run.pairs.names)
-                lr = learning_rate(state["step"], run.steps, config.warmup, config.lr)
-                for group in run.optimizer.param_groups:
-                    group["lr"] = lr
-                # Like the order of the pictures, dropout is a function of seed and step: resuming needs no generator.
-                torch.manual_seed(random.Random(f"dropout {config.seed} {state['step']}").getrandbits(63))
-                groups = pair_groups(run.pairs, *batch[1:3]).to(run.device)
-                values = train_step(run.model, run.optimizer, config, batch, groups, run.precision)
-                if values is None:
-                    take_bad_step(run)
-                else:
-                    run.meter.add(values, first=state["step"] == first_step)
-                    state["bad_steps_in_a_row"] = 0
-                done = state["step"] = state["step"] + 1
-                if (done % config.log_every == 0 or done == run.steps) and run.meter.count:
-                    line = {"step": done, **run.meter.read(), "logit_scale": run.model.logit_scale.item(), "lr": lr}
-                    line["bad_steps"] = state["bad_steps"]
-                    run.log(line)
-                    print(describe_step(line, run.steps, config.batch_size), flush=True)
-                if done % eval_every == 0 or done == run.steps:
-                    with run.meter.paused():
-                        evaluate_and_save(run)
+                take_step(run, batch, first=run.state["step"] == first_step)
+                evaluate_if_due(run)
                 if stop.received:
                     break
         except DataFault as fault:
             return stop.received, fault
     return stop.received, None
+
+
+def take_step(run, batch, first):
+    """Learning rate, update, and a line of the printout where one is due."""
+    config, state = run.config, run.state
+    lr = learning_rate(state["step"], run.steps, config.warmup, config.lr)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    # Like the order of the pictures, dropout is a function of seed and step: resuming needs no generator's state.
+    torch.manual_seed(random.Random(f"dropout {config.seed} {state['step']}").getrandbits(63))
+    groups = pair_groups(run.pairs, *batch[1:3]).to(run.device)
+    values = train_step(run.model, run.optimizer, config, batch, groups, run.precision)
+    if values is None:
+        take_bad_step(run)
+    else:
+        run.meter.add(values, first)
+        state["bad_steps_in_a_row"] = 0
+    state["step"] += 1
+    if (state["step"] % config.log_every == 0 or state["step"] == run.steps) and run.meter.count:
+        line = {"step": state["step"], **run.meter.read(), "logit_scale": run.model.logit_scale.item(), "lr": lr}
+        line["bad_steps"] = state["bad_steps"]
+        run.log(line)
+        print(describe_step(line, run.steps, config.batch_size), flush=True)
+
+
+def evaluate_if_due(run):
+    """Evaluate and save every --eval-every steps and at the end, once a step, not counting the time."""
+    step, every = run.state["step"], run.config.eval_every or math.ceil(run.steps / 5)
+    if step > run.state["evaluated"] and (step % every == 0 or step == run.steps):
+        with run.meter.paused():
+            evaluate_and_save(run)
 
 
 def stop_early(run, signalled, fault):
@@ -879,7 +894,7 @@ def main(argv=None):
     learned = {"model": model, "optimizer": optimizer, "state": state}
     run = Run(config=config, out=out, device=device, precision=precision, steps=steps, meter=meter, **data, **learned)
     signalled, fault = train(run)
-    if state["step"] < steps:
+    if fault or state["step"] < steps:
         stop_early(run, signalled, fault)
     lock.close()
 

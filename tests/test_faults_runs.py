@@ -493,6 +493,13 @@ def test_bad_held_out_pictures_are_named_or_left_out_by_both_scripts(tmp_path, c
     with pytest.raises(ValueError, match=rf"cannot evaluate: .*{name}.*step 5 is saved; go on with"):
         run(*data, *TINY, "--out", out)
     assert run("--resume", out, "--on-bad-picture", "skip") == 0
+    late = tmp_path / "late"
+    with pytest.raises(ValueError, match=rf"cannot evaluate: .*{name}.*step 12 is saved; go on with"):
+        run(*data, *TINY, "--eval-every", "100", "--out", late)
+    assert run("--resume", late, "--on-bad-picture", "skip") == 0
+    assert run(*data, *TINY, "--on-bad-picture", "skip", "--out", tmp_path / "skip") == 0
+    assert_same(outcome(out), outcome(tmp_path / "skip"))
+    assert outcome(late)["metrics"][-1] == outcome(out)["metrics"][-1]
     capsys.readouterr()
     with pytest.raises(ValueError, match=rf"line \d+: cannot read picture .*{name}"):
         evaluation.main([str(out)])
