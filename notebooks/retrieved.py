@@ -39,18 +39,18 @@ def draw_rows(captions, rows, right):
     return sheet
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", help="a run folder of train.py")
     parser.add_argument("out", help="the PNG to write")
     parser.add_argument("--queries", type=int, default=10, help="captions, spread evenly over the held-out ones")
     parser.add_argument("--found", type=int, default=4, help="pictures a caption")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     checkpoint, flags = evaluation.find_checkpoint(args.run)
     model = dualenc.DualEncoder.from_pretrained(checkpoint)
-    options = {name: flags[name] for name in evaluation.DATA_FLAGS if name not in ("data", "templates")}
-    pairs = dualenc.load_pairs(flags["data"], "test", **options)
+    options = {name: flags[name] for name in evaluation.DATA_FLAGS if name in flags and name != "templates"}
+    pairs = dualenc.load_pairs(options.pop("data"), "test", **options)
     captions, text_groups, image_groups = pairs.caption_table()
     chosen = [i * len(captions) // args.queries for i in range(args.queries)]
     captions = [captions[i] for i in chosen]

@@ -311,6 +311,28 @@ def test_a_run_cut_short_and_resumed_equals_one_that_was_not(run, monkeypatch, s
     assert log_of(whole) == log_of(cut)
 
 
+def test_the_picture_of_results_shows_each_caption_with_what_was_found(run, tmp_path):
+    """notebooks/retrieved.py: a row a caption; a green frame where the right picture is among those found."""
+    from PIL import Image
+
+    _, out = run(steps=2, val_fraction=0.2)
+    code = (ROOT / "notebooks" / "retrieved.py").read_text()
+    scope = {"__name__": "retrieved", "__file__": str(ROOT / "notebooks" / "retrieved.py")}
+    exec(compile(code, "retrieved.py", "exec"), scope)
+    n_held_out = len(
+        dualenc.load_pairs(
+            json.loads((out / "train_config.json").read_text())["flags"]["data"], "test", val_fraction=0.2
+        )
+    )
+    scope["main"]([str(out), str(tmp_path / "sheet.png"), "--queries", "3", "--found", str(n_held_out)])
+    sheet = Image.open(tmp_path / "sheet.png")
+    side, gap = scope["SIDE"], scope["GAP"]
+    assert sheet.size == (scope["TEXT_WIDTH"] + n_held_out * (side + gap) + gap, 3 * (side + gap) + gap)
+    green = (0, 128, 0)
+    rows = [sheet.crop((0, gap + y * (side + gap), sheet.width, (y + 1) * (side + gap))) for y in range(3)]
+    assert all(green in {colour for _, colour in row.getcolors(10**6)} for row in rows), "all pictures are shown"
+
+
 def test_resuming_with_other_flags_is_refused_by_name(run):
     _, out = run()
     with pytest.raises(ValueError, match="these differ from .*--batch-size .*--lr"):
