@@ -285,6 +285,9 @@ def test_links_inside_the_folder_and_those_of_the_hub_cache_are_followed(saved, 
 # ---- Anything at all ------------------------------------------------------------------------------------------------
 
 
+EXAMPLES = pytest.mark.parametrize("examples", [30, pytest.param(1000, marks=pytest.mark.slow)])
+
+
 def refuses_or_loads(folder):
     """Loading raises ValueError or gives a model that works; anything else is a failure."""
     try:
@@ -295,7 +298,8 @@ def refuses_or_loads(folder):
     model.processor(text=["two dogs"])
 
 
-def test_any_config_is_refused_or_loaded(make_model, tmp_path):
+@EXAMPLES
+def test_any_config_is_refused_or_loaded(examples, make_model, tmp_path):
     """Hypothesis replaces values of the configs by others, of every type and size."""
     hypothesis = pytest.importorskip("hypothesis")
     from hypothesis import strategies
@@ -313,7 +317,7 @@ def test_any_config_is_refused_or_loaded(make_model, tmp_path):
     )
     values = strategies.recursive(scalars, lambda inner: strategies.lists(inner, max_size=3), max_leaves=4)
 
-    @hypothesis.settings(max_examples=80, deadline=None, derandomize=True)
+    @hypothesis.settings(max_examples=examples, deadline=None, derandomize=True)
     @hypothesis.given(strategies.dictionaries(strategies.sampled_from(places), values, min_size=1, max_size=2))
     def check(changes):
         folder = tmp_path / "changed"
@@ -343,7 +347,8 @@ def paths(values):
             yield from ((name, *path) for path in paths(value))
 
 
-def test_any_corrupted_bytes_are_refused_or_loaded(make_model, tmp_path):
+@EXAMPLES
+def test_any_corrupted_bytes_are_refused_or_loaded(examples, make_model, tmp_path):
     """Hypothesis overwrites, inserts and cuts bytes of every file of a checkpoint."""
     hypothesis = pytest.importorskip("hypothesis")
     from hypothesis import strategies
@@ -351,7 +356,7 @@ def test_any_corrupted_bytes_are_refused_or_loaded(make_model, tmp_path):
     make_model().save_pretrained(tmp_path / "whole")
     names = sorted(os.listdir(tmp_path / "whole"))
 
-    @hypothesis.settings(max_examples=80, deadline=None, derandomize=True)
+    @hypothesis.settings(max_examples=examples, deadline=None, derandomize=True)
     @hypothesis.given(
         strategies.sampled_from(names),
         strategies.floats(0, 1),

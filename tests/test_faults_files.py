@@ -53,6 +53,8 @@ def test_16_bit_gray_keeps_its_brightness(name, tmp_path):
     values[:, 20:] = 51_200
     Image.fromarray(values).save(tmp_path / name)
     assert_looks(dualenc.open_picture(tmp_path / name), (50,) * 3, (200,) * 3, tolerance=1)
+    Image.fromarray(values // 256).save(tmp_path / name)  # nearly black, not a picture of 8 bits
+    assert_looks(dualenc.open_picture(tmp_path / name), (0,) * 3, (0,) * 3, tolerance=1)
 
 
 @pytest.mark.parametrize(("scale", "kind"), [(1 / 255, "F"), (1, "F"), (1, "I"), (257, "I"), (257, "F")])

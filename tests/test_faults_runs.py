@@ -150,8 +150,15 @@ def test_a_run_that_was_stopped_and_resumed_ends_like_one_that_was_not(variant, 
     assert_same(outcome(tmp_path / "cut"), outcome(tmp_path / "whole"))
 
 
-def test_sigint_stops_after_the_step_and_a_second_one_at_once(data, tmp_path, monkeypatch):
-    before = signal.getsignal(signal.SIGINT)
+@pytest.fixture
+def sigint_as_in_a_terminal():
+    """A shell that starts something in the background has it ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_sigint_stops_after_the_step_and_a_second_one_at_once(data, tmp_path, monkeypatch, sigint_as_in_a_terminal):
     signal_at(monkeypatch, 2, signal.SIGINT)
     assert run(*data, *TINY, "--out", tmp_path / "once") == 130
     assert torch.load(tmp_path / "once" / "last" / train.STATE_FILE, weights_only=True)["step"] == 2
@@ -159,7 +166,7 @@ def test_sigint_stops_after_the_step_and_a_second_one_at_once(data, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         run(*data, *TINY, "--out", tmp_path / "twice")
     assert not (tmp_path / "twice" / "last").exists()
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(data, tmp_path, monkeypatch):
