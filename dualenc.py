@@ -19,6 +19,7 @@ Sections   1 Configurations      2 Losses         3 DualEncoder
 Sources    Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision" (CLIP)
            Zhai et al. 2022, "LiT: Zero-Shot Transfer with Locked-image text Tuning"
            Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training" (SigLIP)
+           Yang et al. 2022, "Unified Contrastive Learning in Image-Text-Label Space" (UniCL)
            Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional Transformers"
 """
 
@@ -70,7 +71,7 @@ MAX_SIDE = 8192  # pixels; a checkpoint that asks for larger pictures is broken 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Sizes of a BERT-like text tower; the defaults are those of bert-base-uncased.
+    """Sizes of a BERT-like text tower; the default sizes are those of bert-base-uncased, with dropout off.
 
     raises  ValueError for an unknown family or pooling, sizes below 1, or a width that the heads do not divide
     """
@@ -163,7 +164,7 @@ def clip_loss(image_embeds, text_embeds, logit_scale):
     raises        ValueError if the two batches differ in shape
     source        Radford et al. 2021, Figure 3
     """
-    same_shape(image_embeds, text_embeds)
+    check_same_shape(image_embeds, text_embeds)
     logits_per_image = logit_scale.exp() * image_embeds @ text_embeds.T
     labels = torch.arange(len(logits_per_image), device=logits_per_image.device)
     image_to_text = F.cross_entropy(logits_per_image, labels)
@@ -180,7 +181,7 @@ def siglip_loss(image_embeds, text_embeds, logit_scale, logit_bias):
     raises                     ValueError if the two batches differ in shape
     source                     Zhai et al. 2023, equation 1 and Algorithm 1
     """
-    same_shape(image_embeds, text_embeds)
+    check_same_shape(image_embeds, text_embeds)
     logits = logit_scale.exp() * image_embeds @ text_embeds.T + logit_bias
     is_pair = torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
     return F.binary_cross_entropy_with_logits(logits, is_pair, reduction="sum") / len(logits)
@@ -199,7 +200,7 @@ def multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group_ids):
     raises                     ValueError if the batches differ in shape or group_ids is not (B,)
     source                     Yang et al. 2022, "Unified Contrastive Learning" (UniCL), equations 3 and 4
     """
-    same_shape(image_embeds, text_embeds)
+    check_same_shape(image_embeds, text_embeds)
     if group_ids.shape != image_embeds.shape[:1]:
         raise ValueError(f"group_ids has shape {tuple(group_ids.shape)}, expected one id a row: ({len(image_embeds)},)")
     logits_per_image = logit_scale.exp() * image_embeds @ text_embeds.T
@@ -211,7 +212,7 @@ def multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group_ids):
     return (image_to_text + text_to_image) / 2 - best_value
 
 
-def same_shape(image_embeds, text_embeds):
+def check_same_shape(image_embeds, text_embeds):
     if image_embeds.shape != text_embeds.shape:
         raise ValueError(
             f"image_embeds {tuple(image_embeds.shape)} and text_embeds {tuple(text_embeds.shape)} must have one shape: "
@@ -231,7 +232,7 @@ class TowerOutput:
     last_hidden_state  (B, P, W)             every position after the last layer; (B, W, h, w) from a convnet
     pooler_output      (B, W)                one vector a row
     hidden_states      depth + 1 x (B, P, W)  on request: the embeddings, then the output of each layer
-    attentions         depth x (B, H, P, P)   on request: weights after the softmax, rows sum to 1
+    attentions         depth x (B, H, P, P)   on request: weights after softmax and dropout; rows sum to 1 without it
     """
 
     last_hidden_state: Tensor
@@ -245,7 +246,7 @@ class DualEncoderOutput:
     """What DualEncoder returns; fields of a side that was not given stay None."""
 
     loss: Tensor | None = None  # ()
-    logits_per_image: Tensor | None = None  # (I, N)
+    logits_per_image: Tensor | None = None  # (I, N), exp(logit_scale) * cosine
     logits_per_text: Tensor | None = None  # (N, I)
     text_embeds: Tensor | None = None  # (N, E)
     image_embeds: Tensor | None = None  # (I, E)
@@ -513,7 +514,7 @@ class TextEncoder(nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
-        """BERT's own start: normal weights of standard deviation 0.02, zero biases."""
+        """As transformers starts BERT: normal weights of standard deviation 0.02, zero biases."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear):
@@ -1279,10 +1280,10 @@ TORCHVISION_SETS = {
 class Pairs(torch.utils.data.Dataset):
     """Pictures, each with all of its captions.
 
-    names     N strings, one a picture: they decide the split and name the picture in messages
+    names     I strings, one a picture: they decide the split and name the picture in messages
     pictures  indexable by picture number, gives a PIL image
-    captions  N lists of captions
-    labels    N class numbers, and classes, the K class names; None when captions are not made from classes
+    captions  I lists of captions
+    labels    I class numbers, and classes, the K class names; None when captions are not made from classes
     """
 
     def __init__(self, names, pictures, captions, labels=None, classes=None):
@@ -1434,7 +1435,10 @@ def hashed_split(names, split, val_fraction):
 
 
 def class_captions(labels, classes, templates):
-    """The captions of each picture: its class name in every template."""
+    """The captions of each picture, its class name in every template; and the class names made readable.
+
+    raises  ValueError for a template without {}
+    """
     for template in templates:
         if "{}" not in template:
             raise ValueError(f"template {template!r} has no {{}} for the class name")
@@ -1476,8 +1480,8 @@ def folder_pairs(folder, split, templates):
     """A folder of class folders, or of pictures with captions in .txt files; with or without train/, val/, test/."""
     own = (folder / "train").is_dir()
     if own:
-        parts = [split, "test" if split == "val" else "val"]
-        present = [part for part in parts[: 1 if split == "train" else 2] if (folder / part).is_dir()]
+        wanted = {"train": ("train",), "val": ("val", "test"), "test": ("test", "val")}[split]
+        present = [part for part in wanted if (folder / part).is_dir()]
         if not present:
             raise ValueError(f"{folder} has train/ but neither val/ nor test/; add one, or move train/'s content up")
         folder = folder / present[0]

@@ -1,7 +1,7 @@
 """Train a vision-text dual encoder: data and a recipe in, a run folder out.
 
 python train.py                                              drawn shapes, small towers, two minutes on a laptop
-python train.py --data captions.csv --vision vit_base_patch16_224.augreg_in21k --pretrained --lock vision
+python train.py --data captions.csv --vision vit_base_patch16_224.augreg_in21k --lock vision
 python train.py --data cifar10 --data-root data --epochs 10 --out runs/cifar
 python train.py --resume runs/cifar
 """
@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+import typing
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ SCRATCH_VISION = {
 }
 STATE_FILE, METRICS_FILE, LOCK_FILE, BAD_PICTURES = "training_state.pt", "metrics.jsonl", "run.lock", "bad_pictures.txt"
 BAD_SHARE = 0.01  # of the pictures; when more are bad, --on-bad-picture skip stops too
+SHOWN_FLOOR = 0.01  # nats; a smaller floor of the loss is not worth a word
 BAD_STEPS_IN_A_ROW = 10  # --on-bad-step skip stops then: more of them will not help
 
 
@@ -70,7 +72,9 @@ class TrainConfig:
     crop_scale: float = knob(
         1.0, "augmentation: smallest share of a picture that a random crop keeps; 1 for none", "data"
     )
-    flip: bool = knob(False, "augmentation: mirror every other picture (not where captions say left or right)", "data")
+    flip: bool = knob(
+        False, "augmentation: mirror each picture with probability 1/2 (not where captions say left or right)", "data"
+    )
 
     vision: str = knob("scratch", "timm model name; scratch: a small residual network for 64 pixels", "towers")
     vision_args: dict = knob({}, "further arguments of timm.create_model", "towers")
@@ -122,12 +126,12 @@ class TrainConfig:
     out: str = knob("", "run folder; runs/NAME-OF-THE-DATA unless given", "output")
     resume: str = knob("", "run folder to go on with", "output")
     overwrite: bool = knob(False, "replace a run folder that is already there", "output")
-    eval_every: int = knob(0, "steps between evaluations; 0 for five in all", "output")
+    eval_every: int = knob(0, "steps between evaluations; 0 for about five in all", "output")
     log_every: int = knob(50, "steps between printed lines", "output")
 
 
-# Flags that may change when a run is resumed: they decide what is shown, how fast, and when to give up, not what is
-# learned.
+# Flags that may change when a run is resumed: they decide what is shown, how fast, where things lie and when to give
+# up, not what is learned.
 FREE_ON_RESUME = {
     *("resume", "out", "overwrite", "eval_every", "log_every", "workers", "device"),
     *("data_root", "download", "allow_outside", "on_bad_picture", "on_bad_step"),
@@ -192,15 +196,24 @@ class Batches(torch.utils.data.Sampler):
             yield [(epoch, i) for i in order[start : start + self.batch_size]]
 
 
+class Batch(typing.NamedTuple):
+    """What one step learns from; the pictures that could not be read are missing from the first three."""
+
+    images: torch.Tensor | None  # (B, C, S, S) uint8; None if no picture could be read
+    captions: list  # B strings
+    numbers: list  # B picture numbers
+    bad: dict  # {picture number: why it could not be read}
+
+
 def stack_batch(items):
-    """(images (B, 3, S, S), B captions, B picture numbers, {number: reason} of the pictures left out)."""
+    """The Batch of some items of TrainingPairs."""
     bad = {i: reason for image, reason, i in items if image is None}
     images, captions, numbers = ([item[k] for item in items if item[0] is not None] for k in range(3))
-    return torch.stack(images) if images else None, captions, numbers, bad
+    return Batch(torch.stack(images) if images else None, captions, numbers, bad)
 
 
 def make_loader(pairs, model, config, device, first_step, steps):
-    """Batches from first_step on; on CUDA they are pinned and fetched ahead."""
+    """Batches from first_step on, fetched ahead where there are workers, pinned on CUDA."""
     workers = dualenc.pick_workers(config.workers, device)
     return torch.utils.data.DataLoader(
         TrainingPairs(pairs, model.processor.image_transform, config),
@@ -237,9 +250,8 @@ class BadPictures:
 
     def check(self, batch, names):
         """Take note of a batch's bad pictures; raises DataFault if they are reason to stop."""
-        _, captions, _, bad = batch
-        self.add({names[i]: reason for i, reason in bad.items()})
-        if len(captions) < 2:
+        self.add({names[i]: reason for i, reason in batch.bad.items()})
+        if len(batch.captions) < 2:
             raise DataFault("fewer than two pictures of this batch can be read; a larger --batch-size would go on")
 
     def add(self, reasons):
@@ -315,7 +327,11 @@ def make_optimizer(model, config):
 
 
 def learning_rate(step, steps, warmup, peak):
-    """Linear from 0 to peak over the first warmup share of the steps, then half a cosine down to 0."""
+    """The learning rate of a step counted from 0: a line up to peak, then half a cosine towards 0.
+
+    warmup  share of the steps in which it rises; the first step gets a part of peak, never 0
+    peak    the largest rate
+    """
     rising = max(1, round(warmup * steps))
     if step < rising:
         return peak * (step + 1) / rising
@@ -418,14 +434,18 @@ def drop_metrics_after(out, step):
 def claim_run(config):
     """(the run folder, a lock on it that lasts as long as this process holds it).
 
-    raises  ValueError if another process holds it, or if it has a run that is neither resumed nor overwritten
+    raises  ValueError if another process holds it, if it has a run that is neither resumed nor overwritten, or if it
+            holds anything else
     """
-    name = Path(config.data.partition(":")[2] or config.data).stem
+    name = Path(config.data.partition(":")[2] or config.data).resolve().stem
     out = Path(config.resume or config.out or f"runs/{name}")
-    if (out / evaluation.RUN_CONFIG).exists() and not (config.resume or config.overwrite):
-        raise ValueError(
-            f"{out} already holds a run: go on with --resume {out}, or --overwrite it, or name another --out"
-        )
+    if (out / evaluation.RUN_CONFIG).exists():
+        if not (config.resume or config.overwrite):
+            raise ValueError(
+                f"{out} already holds a run: go on with --resume {out}, or --overwrite it, or name another --out"
+            )
+    elif out.is_dir() and any(path.name != LOCK_FILE for path in out.iterdir()):
+        raise ValueError(f"{out} holds files but no run, and a new run clears its folder: name another --out")
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / LOCK_FILE, "w")  # noqa: SIM115 (held until the process ends)
     if fcntl:
@@ -489,7 +509,7 @@ def read_flags(argv):
     return config
 
 
-def check(config, pairs, held_out):
+def check_recipe(config, pairs, held_out):
     """Raise ValueError for a recipe that cannot learn."""
     if config.batch_size < 2:
         raise ValueError(
@@ -506,6 +526,8 @@ def check(config, pairs, held_out):
     dualenc.at_least("--log-every", config.log_every, 1)
     for name in ("steps", "eval_every", "epochs", "lr", "weight_decay", "warmup", "clip_grad"):
         dualenc.at_least(f"--{name.replace('_', '-')}", getattr(config, name), 0)
+    if config.warmup > 1:
+        raise ValueError(f"--warmup is {config.warmup}, expected a share of the steps, at most 1")
     chance, floor = data_losses(config, pairs)
     if chance - floor < 1e-6:
         raise ValueError(
@@ -561,8 +583,8 @@ class StopSignals:
 class Meter:
     """Means and rates since the last printed line; the first step, evaluation and saving are not timed."""
 
-    def __init__(self, steps, batch_size):
-        self.steps, self.batch_size = steps, batch_size
+    def __init__(self, batch_size):
+        self.batch_size = batch_size
         self.reset()
 
     def reset(self, sums=None, count=0):
@@ -615,8 +637,8 @@ class Meter:
 
 
 def describe_step(line, steps, batch_size):
-    """One line of the printout."""
-    floor = f", floor {line['floor_loss']:.3f}" if line["floor_loss"] > 0.01 else ""
+    """The printed line of some training steps."""
+    floor = f", floor {line['floor_loss']:.3f}" if line["floor_loss"] > SHOWN_FLOOR else ""
     left = (steps - line["step"]) * batch_size / line["pairs_per_s"] if line["pairs_per_s"] else 0
     return (
         f"step {line['step']:>6,}/{steps:,}   loss {line['loss']:.3f} (chance {line['chance_loss']:.3f}{floor})   "
@@ -627,7 +649,7 @@ def describe_step(line, steps, batch_size):
 
 
 def describe_evaluation(line, steps, saved):
-    """One line of the printout."""
+    """The printed line of an evaluation."""
     parts = []
     if "i2t_r1" in line:
         parts.append(f"image->text R@1 {line['i2t_r1']:.1%} R@5 {line['i2t_r5']:.1%}")
@@ -654,7 +676,7 @@ def introduce(config, model, pairs, held_out, steps, device, precision):
     print(f"model    {towers} {sizes}   trainable {millions(model, trainable=True)} of {millions(model)}")
     print(f"run      batch_size={config.batch_size} steps={steps}   torch {torch.__version__}   {device} {precision}")
     chance, floor = data_losses(config, pairs)
-    if floor > 0.01:
+    if floor > SHOWN_FLOOR:
         print(f"loss     chance {chance:.3f}, floor {floor:.3f}: pairs of one caption or class cannot be told apart")
     print(f"flags    {' '.join(changed) or 'defaults'}", flush=True)
 
@@ -667,10 +689,11 @@ def load_data(config):
     templates = evaluation.read_lines(config.templates, dualenc.TEMPLATES)
     source = {name: getattr(config, name) for name in evaluation.DATA_FLAGS if name not in ("data", "templates")}
     source.update(templates=templates, download=config.download)
-    return *(dualenc.load_pairs(config.data, split, **source) for split in ("train", "val")), templates
+    pairs, held_out = (dualenc.load_pairs(config.data, split, **source) for split in ("train", "val"))
+    return pairs, held_out, templates
 
 
-def drop_unreadable(config, held_out, device):
+def held_out_to_measure(config, held_out, device):
     """(held-out pairs to evaluate on, {name: reason} of those left out): every evaluation measures the same ones."""
     if config.on_bad_picture == "error":
         return held_out, {}
@@ -722,16 +745,16 @@ def load_run(config, pairs, out, device, meter):
 
 
 def train_step(model, optimizer, config, batch, groups, precision):
-    """Forward, loss, backward, update; returns what to log of it, or None if loss or gradient are not finite.
+    """Forward, loss, backward, update; returns what to log of it.
 
-    Then the weights stay as they are.
+    If loss or gradient are not finite, returns None, and weights and batch-norm statistics are as they were.
     """
-    images, captions, *_ = batch
+    before = [buffer.clone() for buffer in model.buffers()]
     device = model.logit_scale.device
-    inputs = {name: tensor.to(device) for name, tensor in model.processor(text=captions).items()}
+    inputs = {name: tensor.to(device) for name, tensor in model.processor(text=batch.captions).items()}
     with dualenc.autocast(device, precision):
         image_embeds = model.encode_image(
-            model.processor.image_transform.normalize(images.to(device, non_blocking=True))
+            model.processor.image_transform.normalize(batch.images.to(device, non_blocking=True))
         )
         text_embeds = model.encode_text(**inputs)
     loss = compute_loss(config.loss, model, image_embeds, text_embeds, groups)
@@ -739,6 +762,8 @@ def train_step(model, optimizer, config, batch, groups, precision):
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
     if not (loss.isfinite() and norm.isfinite()):
+        for buffer, old in zip(model.buffers(), before):
+            buffer.copy_(old)
         return None
     optimizer.step()
     with torch.no_grad():
@@ -748,7 +773,7 @@ def train_step(model, optimizer, config, batch, groups, precision):
     return {"loss": loss.item(), "chance_loss": chance, "floor_loss": floor, "in_batch_acc": accuracy}
 
 
-def not_finite(run, step, what):
+def not_finite_error(run, step, what):
     """A ValueError that says where numbers broke, and what is left."""
     state, lr, scale = run.state, run.optimizer.param_groups[0]["lr"], run.model.logit_scale.exp().item()
     saved = "no checkpoint was saved yet"
@@ -766,7 +791,7 @@ def take_bad_step(run):
     run.state["bad_steps_in_a_row"] += 1
     in_a_row = run.state["bad_steps_in_a_row"]
     if run.config.on_bad_step == "error" or in_a_row >= BAD_STEPS_IN_A_ROW:
-        raise not_finite(
+        raise not_finite_error(
             run, run.state["step"] + 1, f"loss or gradient are no longer finite numbers, {in_a_row} in a row"
         )
 
@@ -782,9 +807,12 @@ def save_last(run):
 def evaluate_and_save(run):
     """Evaluate, log and print it; write the last checkpoint, and the best one if this is it."""
     try:
-        results = evaluation.evaluate(run.model, run.held_out, templates=run.templates, precision=run.precision)
+        workers = dualenc.pick_workers(run.config.workers, run.device)
+        results = evaluation.evaluate(
+            run.model, run.held_out, templates=run.templates, precision=run.precision, workers=workers
+        )
     except evaluation.NotFinite as error:
-        raise not_finite(run, run.state["step"], str(error)) from error
+        raise not_finite_error(run, run.state["step"], str(error)) from error
     except ValueError as error:
         raise DataFault(f"cannot evaluate: {error}") from error
     numbers = {name: value for task in results.values() for name, value in task.items() if name != "zs_class_top1"}
@@ -833,7 +861,7 @@ def take_step(run, batch, first):
         group["lr"] = lr
     # Like the order of the pictures, dropout is a function of seed and step: resuming needs no generator's state.
     torch.manual_seed(random.Random(f"dropout {config.seed} {state['step']}").getrandbits(63))
-    groups = pair_groups(run.pairs, *batch[1:3]).to(run.device)
+    groups = pair_groups(run.pairs, batch.captions, batch.numbers).to(run.device)
     values = train_step(run.model, run.optimizer, config, batch, groups, run.precision)
     if values is None:
         take_bad_step(run)
@@ -874,15 +902,15 @@ def main(argv=None):
     precision = dualenc.pick_precision(config.precision, device)
     out, lock = claim_run(config)
     pairs, held_out, templates = load_data(config)
-    held_out, unreadable = drop_unreadable(config, held_out, device)
-    check(config, pairs, held_out)
+    held_out, unreadable = held_out_to_measure(config, held_out, device)
+    check_recipe(config, pairs, held_out)
     steps = config.steps or max(1, round(config.epochs * (len(pairs) // config.batch_size)))
 
     # 2. Model and optimiser, new or from the last checkpoint.
-    meter = Meter(steps, config.batch_size)
+    meter = Meter(config.batch_size)
     model, optimizer, state = load_run(config, pairs, out, device, meter)
 
-    # 3. The run folder and the head of the printout.
+    # 3. The run folder, cleared only now that everything is known to work, and the head of the printout.
     open_run(out, config, pairs, argv, device)
     drop_metrics_after(out, state["step"])
     bad_pictures = BadPictures(out, config.on_bad_picture, len(pairs) + len(held_out) + len(unreadable))
@@ -890,9 +918,21 @@ def main(argv=None):
     introduce(config, model, pairs, held_out, steps, device, precision)
 
     # 4. Train; log, evaluate and save on the way.
-    data = {"pairs": pairs, "held_out": held_out, "templates": templates, "bad_pictures": bad_pictures}
-    learned = {"model": model, "optimizer": optimizer, "state": state}
-    run = Run(config=config, out=out, device=device, precision=precision, steps=steps, meter=meter, **data, **learned)
+    run = Run(
+        config=config,
+        out=out,
+        device=device,
+        precision=precision,
+        pairs=pairs,
+        held_out=held_out,
+        templates=templates,
+        steps=steps,
+        bad_pictures=bad_pictures,
+        meter=meter,
+        model=model,
+        optimizer=optimizer,
+        state=state,
+    )
     signalled, fault = train(run)
     if fault or state["step"] < steps:
         stop_early(run, signalled, fault)

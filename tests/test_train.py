@@ -211,11 +211,8 @@ def test_in_batch_accuracy_counts_both_directions_and_any_right_answer():
 
 
 def test_a_step_descends_the_named_loss_clips_its_gradient_and_clamps_the_temperature(make_model, pictures):
-    batch = (
-        torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8),
-        ["two dogs", "fox", "star", "circle"],
-        [0, 1, 2, 3],
-    )
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    batch = train.Batch(images, ["two dogs", "fox", "star", "circle"], [0, 1, 2, 3], {})
     for name in ("clip", "siglip", "multi-positive"):
         model = make_model("test_resnet", logit_bias_init=-1.0 if name == "siglip" else None).train()
         with torch.no_grad():
@@ -235,11 +232,8 @@ def test_a_step_descends_the_named_loss_clips_its_gradient_and_clamps_the_temper
 
 def test_bf16_steps_come_close_to_float32_ones(make_model):
     """The towers run in bfloat16; weights, gradients and the loss stay in float32."""
-    batch = (
-        torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8),
-        ["two dogs", "fox", "star", "circle"],
-        [0, 1, 2, 3],
-    )
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    batch = train.Batch(images, ["two dogs", "fox", "star", "circle"], [0, 1, 2, 3], {})
     losses = {}
     for precision in ("fp32", "bf16"):
         model, config = make_model().train(), train.TrainConfig()
@@ -350,9 +344,34 @@ def test_a_run_folder_is_not_overwritten_unless_asked(run):
     assert json.loads((out / "train_config.json").read_text())["flags"]["seed"] == 3
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_holds_something_else_is_never_cleared(run, tmp_path, overwrite):
+    """--out . or --out photos/ must cost nobody their files."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.jpg").write_text("precious")
+    with pytest.raises(ValueError, match="photos holds files but no run"):
+        run("photos", overwrite=overwrite)
+    assert (tmp_path / "photos" / "holiday.jpg").read_text() == "precious"
+
+
+def test_a_step_that_is_not_finite_leaves_weights_and_statistics_as_they_were(make_model, monkeypatch):
+    """Batch norm updates its statistics in the forward pass, before anyone can see that numbers are broken."""
+    model, config = make_model("test_resnet").train(), train.TrainConfig()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    normalize = dualenc.ImageTransform.normalize
+    monkeypatch.setattr(dualenc.ImageTransform, "normalize", lambda self, image: normalize(self, image) * torch.inf)
+    batch = train.Batch(
+        torch.zeros(4, 3, 32, 32, dtype=torch.uint8), ["two dogs", "fox", "star", "circle"], [0, 1, 2, 3], {}
+    )
+    optimizer = train.make_optimizer(model, config)
+    assert train.train_step(model, optimizer, config, batch, torch.arange(4), "fp32") is None
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ({"warmup": 1.5}, "--warmup is 1.5, expected a share of the steps"),
         ({"batch_size": 1}, "batch_size is 1: with one pair there is nothing to tell it from"),
         ({"batch_size": 100}, r"has 3\d training pictures, fewer than one batch of 100"),
         ({"device": "cuda"}, "torch sees no CUDA device; use --device cpu"),
