@@ -1714,7 +1714,8 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 SIZES = {"small": 0.1, "large": 0.18}  # radius as a share of the picture's side
-OPPOSITE = {"left of": "right of", "above": "below"}
+RELATIONS = ("left of", "above")  # of the first object to the second, in a scene
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 HELD_OUT_OBJECTS = {("red", "star"), ("green", "cross"), ("blue", "triangle"), ("yellow", "circle")}
 
 
@@ -1739,8 +1740,28 @@ class ShapesPairs(Pairs):
         else:
             scenes = held_out_scenes(random.Random(f"shapes held out {seed}"), count or 512)
         names = [f"shapes/{seed}/{'train' if split == 'train' else 'held-out'}/{i}" for i in range(len(scenes))]
-        captions = [[describe(*scene, random.Random(name))] for name, scene in zip(names, scenes)]
-        super().__init__(names, DrawnScenes(scenes, names, side), captions)
+        self.told = [as_told(*scene, random.Random(name)) for name, scene in zip(names, scenes)]
+        super().__init__(names, DrawnScenes(scenes, names, side), [[describe(*scene)] for scene in self.told])
+
+    def hard_negatives(self, i):
+        """Wrong captions of picture i, each a small change to its own: {kind: caption}.
+
+        "attributes"  the two colours exchanged; not there if the objects have one colour
+        "relation"    left for right, above for below
+        "order"       the two objects exchanged
+        "replaced"    a control that needs no binding: one object in a colour that the picture does not show
+        """
+        first, relation, second = self.told[i]
+        (size_1, colour_1, shape_1), (size_2, colour_2, shape_2) = first, second
+        absent = random.Random(self.names[i]).choice([c for c in COLOURS if c not in (colour_1, colour_2)])
+        wrong = {
+            "relation": describe(first, OPPOSITE[relation], second),
+            "order": describe(second, relation, first),
+            "replaced": describe((size_1, absent, shape_1), relation, second),
+        }
+        if colour_1 != colour_2:
+            wrong["attributes"] = describe((size_1, colour_2, shape_1), relation, (size_2, colour_1, shape_2))
+        return wrong
 
 
 class DrawnScenes(Sequence):
@@ -1771,7 +1792,7 @@ def is_held_out(first, relation, second):
 def random_scenes(rng):
     """Endless scenes (object, relation, other object); the relation is "left of" or "above"."""
     while True:
-        first, relation, second = random_object(rng), rng.choice(list(OPPOSITE)), random_object(rng)
+        first, relation, second = random_object(rng), rng.choice(RELATIONS), random_object(rng)
         if first != second:
             yield first, relation, second
 
@@ -1794,10 +1815,13 @@ def held_out_scenes(rng, count):
     return list(scenes)
 
 
-def describe(first, relation, second, rng):
-    """One of the scene's two descriptions: A left of B is also B right of A."""
-    if rng.random() < 0.5:
-        first, relation, second = second, OPPOSITE[relation], first
+def as_told(first, relation, second, rng):
+    """The scene in one of its two wordings: A left of B is also B right of A."""
+    return (second, OPPOSITE[relation], first) if rng.random() < 0.5 else (first, relation, second)
+
+
+def describe(first, relation, second):
+    """The caption that names two objects and their relation, in this order."""
     return f"a {' '.join(first)} {relation} a {' '.join(second)}"
 
 

@@ -61,7 +61,7 @@ class TrainConfig:
     download: bool = knob(False, "let torchvision download what is not there", "data")
     images: str = knob("", "picture folder of coco: and flickr: caption files", "data")
     val_fraction: float = knob(0.1, "share of the pictures held out, where the data has no split of its own", "data")
-    templates: str = knob("", "text file with one template a line, {} for the class name", "data")
+    templates: str = knob("", "plain, clip7, clip80, or a file with one template a line, {} for the class", "data")
     allow_outside: bool = knob(False, "let a caption file name pictures by paths that climb out of its folder", "data")
     on_bad_picture: str = knob(
         "error",
@@ -686,7 +686,7 @@ def introduce(config, model, pairs, held_out, steps, device, precision):
 
 def load_data(config):
     """(training pairs, held-out pairs, templates) that the flags name."""
-    templates = evaluation.read_lines(config.templates, dualenc.TEMPLATES)
+    templates = evaluation.read_templates(config.templates)
     source = {name: getattr(config, name) for name in evaluation.DATA_FLAGS if name not in ("data", "templates")}
     source.update(templates=templates, download=config.download)
     pairs, held_out = (dualenc.load_pairs(config.data, split, **source) for split in ("train", "val"))
@@ -815,7 +815,7 @@ def evaluate_and_save(run):
         raise not_finite_error(run, run.state["step"], str(error)) from error
     except ValueError as error:
         raise DataFault(f"cannot evaluate: {error}") from error
-    numbers = {name: value for task in results.values() for name, value in task.items() if name != "zs_class_top1"}
+    numbers = {name: value for task in results.values() for name, value in task.items() if not isinstance(value, dict)}
     line, best = {"step": run.state["step"], **numbers}, run.state["best"]
     if best is None or score(line) >= score(best):
         run.state["best"] = line

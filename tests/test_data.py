@@ -311,9 +311,9 @@ def test_shape_captions_say_the_scene_in_one_of_two_ways():
     a, b = ("small", "red", "circle"), ("large", "blue", "star")
     import random
 
-    said = {dualenc.describe(a, "left of", b, random.Random(seed)) for seed in range(20)}
+    said = {dualenc.describe(*dualenc.as_told(a, "left of", b, random.Random(seed))) for seed in range(20)}
     assert said == {"a small red circle left of a large blue star", "a large blue star right of a small red circle"}
-    said = {dualenc.describe(a, "above", b, random.Random(seed)) for seed in range(20)}
+    said = {dualenc.describe(*dualenc.as_told(a, "above", b, random.Random(seed))) for seed in range(20)}
     assert said == {"a small red circle above a large blue star", "a large blue star below a small red circle"}
 
 

@@ -33,9 +33,10 @@ def test_retrieval_equals_a_slow_recount_with_several_captions_a_picture(tile):
     text_groups = torch.cat([torch.full((1 + i % 4,), i) for i in range(30)])
     texts, images = unit_rows(len(text_groups), 6, 0), unit_rows(30, 6, 1)
     right = slow_ranks(images, texts, image_groups, text_groups)
-    assert evaluation.ranks(images, texts, image_groups, text_groups, tile).tolist() == right
     metrics = evaluation.retrieval(images, texts, image_groups, text_groups)
     back = slow_ranks(texts, images, text_groups, image_groups)
+    found = evaluation.ranks(images, texts, image_groups, text_groups, tile)
+    assert [ranks.tolist() for ranks in found] == [right, back]
     for way, found in (("i2t", right), ("t2i", back)):
         for k in (1, 5, 10):
             assert metrics[f"{way}_r{k}"] == pytest.approx(sum(rank <= k for rank in found) / len(found))
@@ -154,7 +155,7 @@ def test_the_script_prints_a_table_and_writes_the_numbers(checkpoint, class_fold
     assert json.loads((tmp_path / "out.json").read_text()) == results and set(results) == {"retrieval", "zeroshot"}
     assert "8 pictures, 14 captions   chance R@1 50.00%" in printed
     assert "8 pictures, 2 classes   chance 50.0%" in printed
-    assert f"top-1 {results['zeroshot']['zs_top1']:.1%}" in printed and "dog" in printed
+    assert f"{results['zeroshot']['zs_top1']:.1%} (" in printed and "dog" in printed
 
 
 def test_one_task_other_classes_and_templates_can_be_asked_for(checkpoint, class_folder, tmp_path):
