@@ -89,7 +89,10 @@ class EvalConfig:
 
 
 class ReadyPictures(torch.utils.data.Dataset):
-    """Pictures resized and cropped but not normalised: uint8 (3, S, S), a quarter of the bytes to move."""
+    """Pictures resized and cropped but not normalised: uint8 (3, S, S), a quarter of the bytes to move.
+
+    For a picture that cannot be read, the error itself: raised in a worker, it would come with the worker's traceback.
+    """
 
     def __init__(self, pictures, transform):
         self.pictures, self.transform = pictures, transform
@@ -98,7 +101,15 @@ class ReadyPictures(torch.utils.data.Dataset):
         return len(self.pictures)
 
     def __getitem__(self, i):
-        return self.transform.resize_and_crop(dualenc.to_pixels(self.pictures[i], self.transform.channels))
+        try:
+            return self.transform.resize_and_crop(dualenc.to_pixels(self.pictures[i], self.transform.channels))
+        except ValueError as error:
+            return error
+
+
+def stack_pictures(images):
+    """A batch (B, 3, S, S), or the first error among its pictures."""
+    return next((image for image in images if isinstance(image, ValueError)), None) or torch.stack(images)
 
 
 def embed_pictures(model, pictures, precision="fp32", batch_size=EVAL_BATCH, workers=0):
@@ -119,10 +130,16 @@ def picture_features(model, pictures, precision="fp32", batch_size=EVAL_BATCH, w
 def run_pictures(model, encode, pictures, precision, batch_size, workers):
     device, transform = model.logit_scale.device, model.processor.image_transform
     loader = torch.utils.data.DataLoader(
-        ReadyPictures(pictures, transform), batch_size, num_workers=workers, generator=torch.Generator()
+        ReadyPictures(pictures, transform),
+        batch_size,
+        num_workers=workers,
+        collate_fn=stack_pictures,
+        generator=torch.Generator(),  # else it would draw from the generator that training uses
     )
     rows = []
     for batch in tqdm(loader, desc="pictures", disable=None, leave=False):
+        if isinstance(batch, ValueError):
+            raise batch
         with dualenc.autocast(device, precision):
             rows.append(encode(transform.normalize(batch.to(device))).float().cpu())
     return finite(torch.cat(rows))
