@@ -39,10 +39,16 @@ def test_linked_files_exist():
 
 
 def test_the_readmes_python_compiles_and_names_what_exists():
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    for node in ast.walk(ast.parse(block)):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dualenc":
-            assert hasattr(dualenc, node.attr), node.attr
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dualenc":
+                assert hasattr(dualenc, node.attr), node.attr
+
+
+def test_the_tests_that_the_reliability_table_names_exist():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", README):
+        assert f"def {name}(" in tests, name
 
 
 def test_ci_runs_the_readmes_test_command():
