@@ -1379,15 +1379,15 @@ def retrieval_figures(subject, numbers):
             words = f"nearest: “{captions[nearest]}”; a right caption is at rank {image_ranks[query]}"
             alt = f"picture {subject.data.names[query]}; {words}"
             items.append(card(subject.data.pictures[query], words, alt, image_ranks[query] == 1))
-        parts.append(cards(f"Pictures that did {title}", items))
+        parts.append(cards(f"Pictures that did {title}", items) if items else "")
     return parts
 
 
 def best_and_worst(ranks, groups, count):
-    """{"best": numbers of queries, "worst": numbers of queries}, each of another group."""
+    """{"best": numbers of queries, "worst": numbers of queries that missed}, each of another group."""
     order = ranks.argsort(stable=True).tolist()
     best = {int(groups[query]): query for query in reversed(order)}  # the last to be noted for a group stays
-    worst = {int(groups[query]): query for query in order}
+    worst = {int(groups[query]): query for query in order if ranks[query] > 1}
     return {
         "best": sorted(best.values(), key=lambda query: ranks[query])[:count],
         "worst": sorted(worst.values(), key=lambda query: -ranks[query])[:count],

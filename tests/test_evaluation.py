@@ -709,6 +709,7 @@ def test_every_number_of_the_report_is_that_of_the_json_file(checkpoint, colour_
 def test_best_and_worst_are_of_different_groups():
     ranks, groups = torch.tensor([1, 1, 9, 7, 3, 2]), torch.tensor([0, 0, 1, 1, 2, 2])
     assert evaluation.best_and_worst(ranks, groups, 2) == {"best": [0, 5], "worst": [2, 4]}
+    assert evaluation.best_and_worst(ranks[:2], groups[:2], 2)["worst"] == [], "what is right at once is not among them"
 
 
 def test_the_found_pictures_end_with_the_right_one_where_it_was_missed():
