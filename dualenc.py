@@ -90,9 +90,7 @@ class TextConfig:
     pad_token_id: int = 0
     type_vocab_size: int = 2
     embedding_width: int | None = None  # ELECTRA, ALBERT: narrower embeddings than the encoder; width unless given
-    layer_groups: int | None = (
-        None  # ALBERT: layers that have weights of their own, the others share; depth unless given
-    )
+    layer_groups: int | None = None  # ALBERT: layers with weights of their own, shared by the rest; depth unless given
     layer_norm_eps: float = 1e-12
     activation: str = "gelu"  # a row of ACTIVATIONS
     pooling: str = "cls"  # "cls": first token; "mean": over real tokens; "pooler": first token, then dense + tanh
@@ -102,7 +100,6 @@ class TextConfig:
     def __post_init__(self):
         object.__setattr__(self, "mlp_width", self.mlp_width or 4 * self.width)
         object.__setattr__(self, "embedding_width", self.embedding_width or self.width)
-        object.__setattr__(self, "layer_groups", self.layer_groups or self.depth)
         for name in (
             "width",
             "depth",
@@ -111,11 +108,11 @@ class TextConfig:
             "vocab_size",
             "max_positions",
             "embedding_width",
-            "layer_groups",
         ):
             at_least(f"text {name}", getattr(self, name), 1)
         for name in ("pad_token_id", "type_vocab_size", "dropout", "attention_dropout", "layer_norm_eps"):
             at_least(f"text {name}", getattr(self, name), 0)
+        at_least("text layer_groups", self.layer_groups or 1, 1)
         one_of("text family", self.family, TEXT_FAMILIES)
         one_of("text pooling", self.pooling, ("cls", "mean", "pooler"))
         one_of("activation", self.activation, ACTIVATIONS)
@@ -577,7 +574,8 @@ class TextEncoder(nn.Module):
         self.embeddings = nn.ModuleDict(tables)
         if config.embedding_width != config.width or "always projected" in self.traits:
             self.embeddings_project = nn.Linear(config.embedding_width, config.width)
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(TextLayer(config) for _ in range(config.layer_groups))})
+        groups = config.layer_groups or config.depth
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(TextLayer(config) for _ in range(groups))})
         if "relative bias" in self.traits:
             self.encoder["relative_attention_bias"] = nn.Embedding(RELATIVE_BUCKETS, config.heads)
         if config.pooling == "pooler":
@@ -630,7 +628,7 @@ class TextEncoder(nn.Module):
         mask = self._attention_mask(T, attention_mask, hidden)
         hidden_states, attentions = [hidden], []
         for i in range(self.config.depth):
-            layer = self.encoder["layer"][i * self.config.layer_groups // self.config.depth]
+            layer = self.encoder["layer"][i * len(self.encoder["layer"]) // self.config.depth]
             hidden, weights = layer(hidden, mask, output_attentions)
             hidden_states.append(hidden)
             attentions.append(weights)
@@ -1275,13 +1273,15 @@ class Processor:
             if format == "hf" or self.token_types:
                 write_file(folder / "tokenizer_config.json", json.dumps(tokenizer_config(self), indent=2))
         if self.image_transform is not None:
-            write_file(folder / "preprocessor_config.json", json.dumps(self.image_transform.to_dict(), indent=2))
+            write_file(folder / PICTURES_FILE, json.dumps(self.image_transform.to_dict(), indent=2))
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id):
         """Rebuild a processor from the files of save_pretrained or of transformers; ValueError if some are missing."""
         folder = find_folder(folder_or_hub_id)
-        return cls(read_image_transform(folder), *read_tokenizer(folder))
+        image_transform, tokenizer = read_image_transform(folder), read_tokenizer(folder)
+        with blamed_on(find_tokenizer(folder)):
+            return cls(image_transform, *tokenizer)
 
 
 def as_pictures(images):
@@ -1338,6 +1338,7 @@ def train_tokenizer(captions, vocab_size, max_length=None):
 
 MODEL_TYPE = "dualenc"  # config.json names its writer in model_type, as transformers' files do
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
+PICTURES_FILE = "preprocessor_config.json"
 SMALL = 100_000  # a number in a config that needs no explanation: it cannot fill the memory
 PICKLE_FILE = "pytorch_model.bin"  # where transformers kept weights before safetensors
 
@@ -1411,10 +1412,12 @@ def load_dual_encoder(cls, folder_or_hub_id):
             f"{config_path} has model_type {values.get('model_type')!r}, expected {MODEL_TYPE!r} or "
             f"{PUBLISHED_TYPE!r}; towers of other models are read by DualEncoder.from_vision_text_pretrained"
         )
-    if find_tokenizer(folder) and find_image_processor(folder):
+    # Ours always has both; of a published folder without an image processor the model can be used all the same.
+    if find_tokenizer(folder) and (values["model_type"] == MODEL_TYPE or find_image_processor(folder)):
         model.processor = Processor.from_pretrained(folder)
         model.processor.limit_length(model.text_model.max_tokens)
-        check_token_ids(model.processor.tokenizer, model.config.text.vocab_size, find_tokenizer(folder))
+        if values["model_type"] == MODEL_TYPE:  # some published vocabularies have words that were never trained
+            check_token_ids(model.processor.tokenizer, model.config.text.vocab_size, find_tokenizer(folder))
     return model.eval()
 
 
@@ -2061,6 +2064,8 @@ def publish_dual_encoder(model):
         )
     published = PUBLISHED_TEXT[text.family]
     text_config = {key: getattr(text, name) for name, key in published.keys.items()}
+    if "num_hidden_groups" in text_config:
+        text_config["num_hidden_groups"] = text.layer_groups or text.depth
     vision_config, vision_views = publish_vision_tower(model.vision_model)
     config = {
         "model_type": PUBLISHED_TYPE,
@@ -2175,21 +2180,22 @@ def computes_the_same(tower, twin):
 
 
 def find_image_processor(folder):
-    """The settings of a folder's image processor, from the newer file if there are two; {} if there is none."""
-    for name in ("processor_config.json", "preprocessor_config.json"):
+    """(file, settings in it) of a folder's image processor, the newer file if there are two; None if there is none."""
+    for name in ("processor_config.json", PICTURES_FILE):
         if (folder / name).is_file():
             values = read_json(checkpoint_file(folder, name))
-            if name == "preprocessor_config.json" or "image_processor" in values:
-                return values.get("image_processor", values)
-    return {}
+            if name == PICTURES_FILE or "image_processor" in values:
+                return folder / name, values.get("image_processor", values)
+    return None
 
 
 def read_image_transform(folder):
-    values = find_image_processor(folder)
-    if not values:
-        raise ValueError(f"no preprocessor_config.json in {folder}; it holds {listing(folder)}")
-    with blamed_on(folder):
-        return ImageTransform.from_dict(values)
+    """The ImageTransform that a folder's files describe."""
+    found = find_image_processor(folder)
+    if found is None:
+        raise ValueError(f"cannot read {folder / PICTURES_FILE}: there is none; the folder holds {listing(folder)}")
+    with blamed_on(found[0]):
+        return ImageTransform.from_dict(found[1])
 
 
 def published_transform(family, image_size, channels):

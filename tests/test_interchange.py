@@ -582,7 +582,11 @@ BROKEN = {
     "extra": (None, lambda weights: weights | {"visual_bias": torch.zeros(2)}, "1 unexpected: visual_bias$"),
     "projection": (None, shorter(PROJECTION), r"1 misshapen: visual_projection.weight \(11, 24\), expected \(12, 24\)"),
     "words": (None, shorter(WORDS), r"1 misshapen: text_model.*word_embeddings.weight \(79, 24\), expected \(80, 24\)"),
-    "many": (None, lambda weights: {}, r"does not fit the model of its config.json: \d\d missing: ([\w.]+, ){4}[\w.]+$"),
+    "many": (
+        None,
+        lambda weights: {},
+        r"does not fit the model of its config.json: \d\d missing: ([\w.]+, ){4}[\w.]+$",
+    ),
 }
 
 
@@ -682,7 +686,9 @@ def test_processor_files_that_are_not_understood_are_refused(tmp_path):
         dualenc.ImageTransform.from_dict({"size": 32})
     with pytest.raises(ValueError, match="image size .*longest_edge.* is not understood; expected shortest_edge"):
         dualenc.ImageTransform.from_dict({"image_processor_type": "ViTImageProcessor", "size": {"longest_edge": 3}})
-    with pytest.raises(ValueError, match="no preprocessor_config.json in .*; it holds nothing"):
+    with pytest.raises(
+        ValueError, match="cannot read .*preprocessor_config.json: there is none; the folder holds nothing"
+    ):
         dualenc.read_image_transform(tmp_path)
     with pytest.raises(ValueError, match="no tokenizer in .*: expected tokenizer.json, vocab.txt, .* it holds nothing"):
         dualenc.read_tokenizer(tmp_path)
