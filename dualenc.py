@@ -14,7 +14,8 @@ Words      "features" come out of a tower or a projection; "embeds" are features
 
 Sections   1 Configurations      2 Losses         3 DualEncoder
            4 Text tower          5 Vision tower   6 Processor: pictures and captions to tensors
-           7 Checkpoints         8 Data           9 Command line
+           7 Checkpoints         8 Interchange with transformers
+           9 Data                10 Command line
 
 Sources    Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision" (CLIP)
            Zhai et al. 2022, "LiT: Zero-Shot Transfer with Locked-image text Tuning"
@@ -30,6 +31,7 @@ import ast
 import csv
 import dataclasses
 import difflib
+import functools
 import hashlib
 import itertools
 import json
@@ -37,9 +39,11 @@ import math
 import os
 import random
 import re
+import struct
 import sys
 import typing
 import warnings
+import zipfile
 import zlib
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
@@ -85,7 +89,8 @@ class TextConfig:
     max_positions: int = 512  # rows of the position table; see TextEncoder.max_tokens
     pad_token_id: int = 0
     type_vocab_size: int = 2
-    embedding_width: int | None = None  # ELECTRA: narrower embeddings than the encoder; width unless given
+    embedding_width: int | None = None  # ELECTRA, ALBERT: narrower embeddings than the encoder; width unless given
+    layer_groups: int | None = None  # ALBERT: layers with weights of their own, shared by the rest; depth unless given
     layer_norm_eps: float = 1e-12
     activation: str = "gelu"  # a row of ACTIVATIONS
     pooling: str = "cls"  # "cls": first token; "mean": over real tokens; "pooler": first token, then dense + tanh
@@ -95,10 +100,19 @@ class TextConfig:
     def __post_init__(self):
         object.__setattr__(self, "mlp_width", self.mlp_width or 4 * self.width)
         object.__setattr__(self, "embedding_width", self.embedding_width or self.width)
-        for name in ("width", "depth", "heads", "mlp_width", "vocab_size", "max_positions", "embedding_width"):
+        for name in (
+            "width",
+            "depth",
+            "heads",
+            "mlp_width",
+            "vocab_size",
+            "max_positions",
+            "embedding_width",
+        ):
             at_least(f"text {name}", getattr(self, name), 1)
         for name in ("pad_token_id", "type_vocab_size", "dropout", "attention_dropout", "layer_norm_eps"):
             at_least(f"text {name}", getattr(self, name), 0)
+        at_least("text layer_groups", self.layer_groups or 1, 1)
         one_of("text family", self.family, TEXT_FAMILIES)
         one_of("text pooling", self.pooling, ("cls", "mean", "pooler"))
         one_of("activation", self.activation, ACTIVATIONS)
@@ -108,19 +122,25 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A timm model and how to build it; raises ValueError for channels other than 3 (RGB) and 1 (gray)."""
+    """A timm model and how to build it, or a family of published checkpoints and its sizes.
 
-    name: str = "vit_base_patch16_224"  # any name that timm.list_models() knows, tag included
-    args: dict = field(default_factory=dict)  # further arguments of timm.create_model, e.g. {"patch_size": 4}
-    image_size: int | None = None  # pixels a side; the model's own unless given
+    raises  ValueError for channels other than 3 (RGB) and 1 (gray)
+    """
+
+    name: str = "vit_base_patch16_224"  # any name that timm.list_models() knows, tag included; or of VISION_FAMILIES
+    args: dict = field(default_factory=dict)  # further arguments of timm.create_model; a family's published config
+    image_size: int | tuple[int, int] | None = None  # pixels a side, or (height, width); the model's own unless given
     channels: int = 3
     pooling: str | None = None  # timm's global_pool ("avg", "token", "map", ...); the model's own unless given
     patch_dropout: float = 0.0  # share of the patches left out of each training picture (FLIP; ViTs only)
 
     def __post_init__(self):
         one_of("number of channels", self.channels, (1, 3))
-        if self.image_size is not None and not 1 <= self.image_size <= MAX_SIDE:
-            raise ValueError(f"vision image_size is {self.image_size}, expected 1 to {MAX_SIDE} pixels")
+        if self.image_size is not None:
+            height, width = as_pair(self.image_size)
+            if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
+                raise ValueError(f"vision image_size is {self.image_size}, expected 1 to {MAX_SIDE} pixels")
+            object.__setattr__(self, "image_size", height if height == width else (height, width))
         if "checkpoint_path" in self.args:
             raise ValueError(
                 "vision args hold checkpoint_path: they describe a tower, and must not name a file to read"
@@ -366,58 +386,86 @@ class DualEncoder(nn.Module):
     def from_vision_text_pretrained(cls, vision, text, projection_dim=512, pretrained=True, **overrides):
         """A dual encoder from two towers; both projections are new and must be trained.
 
-        vision      a timm model name, e.g. "vit_base_patch16_224.augreg_in21k" or "hf-hub:timm/..."
-        text        "scratch": a new tower with the sizes given as text_width, text_depth, text_heads, text_vocab_size
-        pretrained  False starts the vision tower from random weights
+        vision      a timm model name, e.g. "vit_base_patch16_224.augreg_in21k" or "hf-hub:timm/..."; or a transformers
+                    folder or hub id: ViT, DeiT, BEiT, CLIP, SigLIP, DINOv2
+        text        a transformers folder or hub id: BERT, RoBERTa, XLM-R, CamemBERT, ALBERT, MPNet, DistilBERT or
+                    ELECTRA; or "scratch": a new tower of sizes text_width, text_depth, text_heads, text_vocab_size
+        pretrained  False starts a timm tower from random weights
         overrides   fields of DualEncoderConfig, or of the towers' configurations with vision_ or text_ before the name:
                     vision_image_size=64, vision_args={"patch_size": 4}, text_pooling="mean", logit_scale_init=2.3
+        returns     a DualEncoder, with a processor if the text folder holds a tokenizer
         raises      ValueError for names or fields that do not exist, each with what does
         """
         return build_from_towers(cls, vision, text, projection_dim, pretrained, overrides)
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id):
-        """Load what save_pretrained wrote, in evaluation mode.
+        """Load what save_pretrained wrote, or a VisionTextDualEncoder of transformers, in evaluation mode.
+
+        A hub id is looked up in huggingface_hub's cache, then downloaded; it may end in @ and a revision.
 
         raises  ValueError for a missing folder, missing, unexpected or misshapen weights, naming the first five of each
         """
         return load_dual_encoder(cls, folder_or_hub_id)
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder, format="dualenc"):
         """Write config.json and model.safetensors, and the processor's files if the model has a processor.
 
         Each file is written under a temporary name and then renamed, so a crash never leaves half of one.
+
+        format  "dualenc", or "hf": what VisionTextDualEncoderModel.from_pretrained of transformers loads
+        raises  ValueError if transformers cannot compute what this model computes
         """
-        save_dual_encoder(self, folder)
+        save_dual_encoder(self, folder, format)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 4  Text tower
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Where the families differ from BERT. Positions are counted from 0, or (RoBERTa) from pad_token_id + 1 with padding at
-# pad_token_id itself: 512 tokens then need a table of 514 rows.
+# Where the families differ from BERT, beyond what TextConfig says.
+#   positions after pad  positions count from pad_token_id + 1, padding has pad_token_id: 512 tokens need 514 rows
+#   relative bias        every layer adds the same learned bias to its scores, by the distance of query and key
+#   always projected     embeddings go through a linear map even where they are as wide as the encoder
 TEXT_FAMILIES = {
-    "bert": {"positions_after_pad": False},
-    "roberta": {"positions_after_pad": True},
-    "distilbert": {"positions_after_pad": False},
-    "electra": {"positions_after_pad": False},
+    "bert": set(),
+    "roberta": {"positions after pad"},
+    "xlm-roberta": {"positions after pad"},
+    "camembert": {"positions after pad"},
+    "mpnet": {"positions after pad", "relative bias"},
+    "albert": {"always projected"},
+    "distilbert": set(),
+    "electra": set(),
 }
 
+
+def gelu_tanh(x):
+    return F.gelu(x, approximate="tanh")
+
+
+# By their published names, several of which mean the same.
 ACTIVATIONS = {
     "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_new": gelu_tanh,
+    "gelu_fast": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": F.relu,
     "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
 }
 
 
-def masked_attention(query, key, value, is_real=None, dropout=0.0, return_weights=False):
+RELATIVE_BUCKETS = 32  # rows of MPNet's bias table
+
+
+def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=False):
     """Softmax attention that gives padding no weight.
 
     query, key, value  (B, H, T, W/H)
-    is_real            (B, 1, 1, T)  True where a key may be attended to; None: everywhere
+    mask               (B, 1, 1, T)  True where a key may be attended to; None: everywhere
+                       (B, H, T, T)  or numbers to add to the scores, hugely negative where a key may not be attended to
     dropout            share of the weights dropped
     returns            (B, H, T, W/H), and the weights (B, H, T, T) or None
     source             Vaswani et al. 2017, equation 1
@@ -426,10 +474,12 @@ def masked_attention(query, key, value, is_real=None, dropout=0.0, return_weight
     # plain products below.
     slow_kernel = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad
     if not (return_weights or slow_kernel):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=is_real, dropout_p=dropout), None
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout), None
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
-    if is_real is not None:
-        scores = scores.masked_fill(~is_real, torch.finfo(scores.dtype).min)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
     weights = F.dropout(scores.softmax(dim=-1), dropout)
     return weights @ value, weights if return_weights else None
 
@@ -451,6 +501,21 @@ def positions_after_pad(input_ids, pad_token_id):
     return is_real.cumsum(dim=1) * is_real + pad_token_id
 
 
+def relative_buckets(T, buckets=RELATIVE_BUCKETS, max_distance=128):
+    """Which bias MPNet adds for each query and key: half of the buckets for keys to the left, half to the right.
+
+    Distances up to a quarter of the buckets have a bucket each; beyond, buckets widen up to max_distance.
+
+    returns  (T, T)  bucket numbers; row: query, column: key
+    source   Raffel et al. 2020 (T5), section 2.1
+    """
+    distance = torch.arange(T)[None, :] - torch.arange(T)[:, None]
+    exact = buckets // 4
+    far = (distance.abs().clamp(min=1) / exact).log() / math.log(max_distance / exact) * (buckets // 2 - exact)
+    far = (exact + far.long()).clamp(max=buckets // 2 - 1)
+    return torch.where(distance.abs() < exact, distance.abs(), far) + (distance > 0) * (buckets // 2)
+
+
 class TextLayer(nn.Module):
     """One post-LN transformer layer: LN(x + attention(x)), then LN(x + mlp(x)).
 
@@ -469,15 +534,15 @@ class TextLayer(nn.Module):
         )
         self.config = config
 
-    def forward(self, hidden, is_real, return_weights):
-        """hidden (B, T, W), is_real (B, 1, 1, T) or None; returns (B, T, W) and the weights (B, H, T, T) or None."""
+    def forward(self, hidden, mask, return_weights):
+        """hidden (B, T, W), mask as in masked_attention; returns (B, T, W) and the weights (B, H, T, T) or None."""
         (B, T, W), config = hidden.shape, self.config
         query, key, value = (
             self.attention["self"][name](hidden).view(B, T, config.heads, W // config.heads).transpose(1, 2)
             for name in ("query", "key", "value")
         )
         attention_dropout = config.attention_dropout if self.training else 0.0
-        mixed, weights = masked_attention(query, key, value, is_real, attention_dropout, return_weights)
+        mixed, weights = masked_attention(query, key, value, mask, attention_dropout, return_weights)
         mixed = mixed.transpose(1, 2).reshape(B, T, W)
         hidden = self._add_and_norm(self.attention["output"], mixed, hidden)
         inner = ACTIVATIONS[config.activation](self.intermediate["dense"](hidden))
@@ -488,7 +553,7 @@ class TextLayer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """The post-LN encoder that BERT, RoBERTa, DistilBERT and ELECTRA share.
+    """The post-LN encoder that BERT, RoBERTa, ALBERT, MPNet, DistilBERT and ELECTRA share.
 
     config  TextConfig
     source  Devlin et al. 2019, section 3
@@ -498,6 +563,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.width = config.width
+        self.traits = TEXT_FAMILIES[config.family]
         tables = {
             "word_embeddings": nn.Embedding(config.vocab_size, config.embedding_width),
             "position_embeddings": nn.Embedding(config.max_positions, config.embedding_width),
@@ -506,12 +572,24 @@ class TextEncoder(nn.Module):
         if config.type_vocab_size:
             tables["token_type_embeddings"] = nn.Embedding(config.type_vocab_size, config.embedding_width)
         self.embeddings = nn.ModuleDict(tables)
-        if config.embedding_width != config.width:
+        if config.embedding_width != config.width or "always projected" in self.traits:
             self.embeddings_project = nn.Linear(config.embedding_width, config.width)
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(TextLayer(config) for _ in range(config.depth))})
+        groups = config.layer_groups or config.depth
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(TextLayer(config) for _ in range(groups))})
+        if "relative bias" in self.traits:
+            self.encoder["relative_attention_bias"] = nn.Embedding(RELATIVE_BUCKETS, config.heads)
         if config.pooling == "pooler":
             self.pooler = nn.ModuleDict({"dense": nn.Linear(config.width, config.width)})
         self.apply(self._init_weights)
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_id, **overrides):
+        """The text tower of a transformers checkpoint, with or without a task head, in evaluation mode.
+
+        overrides  fields of TextConfig; pooling is "pooler" if the checkpoint has its weights, else "cls", unless given
+        raises     ValueError for another model, and for missing, unexpected or misshapen weights
+        """
+        return load_text_encoder(cls, find_folder(folder_or_hub_id), overrides).eval()
 
     def _init_weights(self, module):
         """As transformers starts BERT: normal weights of standard deviation 0.02, zero biases."""
@@ -523,7 +601,7 @@ class TextEncoder(nn.Module):
     @property
     def max_tokens(self):
         """The longest caption this tower can read, in tokens."""
-        after_pad = TEXT_FAMILIES[self.config.family]["positions_after_pad"]
+        after_pad = "positions after pad" in self.traits
         return self.config.max_positions - (self.config.pad_token_id + 1 if after_pad else 0)
 
     def forward(
@@ -547,10 +625,11 @@ class TextEncoder(nn.Module):
                 f"tokenize with max_length={self.max_tokens}"
             )
         hidden = self._embed(input_ids, token_type_ids, position_ids)
-        is_real = None if attention_mask is None else attention_mask[:, None, None, :].bool()
+        mask = self._attention_mask(T, attention_mask, hidden)
         hidden_states, attentions = [hidden], []
-        for layer in self.encoder["layer"]:
-            hidden, weights = layer(hidden, is_real, output_attentions)
+        for i in range(self.config.depth):
+            layer = self.encoder["layer"][i * len(self.encoder["layer"]) // self.config.depth]
+            hidden, weights = layer(hidden, mask, output_attentions)
             hidden_states.append(hidden)
             attentions.append(weights)
         return TowerOutput(
@@ -561,7 +640,7 @@ class TextEncoder(nn.Module):
         )
 
     def _embed(self, input_ids, token_type_ids, position_ids):
-        if position_ids is None and TEXT_FAMILIES[self.config.family]["positions_after_pad"]:
+        if position_ids is None and "positions after pad" in self.traits:
             position_ids = positions_after_pad(input_ids, self.config.pad_token_id)
         elif position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None, :]
@@ -571,7 +650,15 @@ class TextEncoder(nn.Module):
                 token_type_ids = torch.zeros_like(input_ids)
             hidden = hidden + self.embeddings["token_type_embeddings"](token_type_ids)
         hidden = F.dropout(self.embeddings["LayerNorm"](hidden), self.config.dropout, self.training)
-        return self.embeddings_project(hidden) if self.config.embedding_width != self.config.width else hidden
+        return self.embeddings_project(hidden) if hasattr(self, "embeddings_project") else hidden
+
+    def _attention_mask(self, T, attention_mask, hidden):
+        """What masked_attention takes: (B, 1, 1, T) or None, or (B, H, T, T) where there is a relative bias."""
+        is_real = None if attention_mask is None else attention_mask[:, None, None, :].bool()
+        if "relative bias" not in self.traits:
+            return is_real
+        bias = self.encoder["relative_attention_bias"](relative_buckets(T).to(hidden.device)).permute(2, 0, 1)[None]
+        return bias if is_real is None else bias.masked_fill(~is_real, torch.finfo(bias.dtype).min)
 
     def _pool(self, hidden, attention_mask):
         if self.config.pooling == "mean":
@@ -587,7 +674,7 @@ class TextEncoder(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """Any timm model without its classifier.
+    """Any timm model without its classifier, or a family of published checkpoints rebuilt from timm's parts.
 
     config           VisionConfig
     pretrained_from  the timm name whose weights to load; position tables are resampled to config.image_size
@@ -601,12 +688,24 @@ class VisionEncoder(nn.Module):
         self.trunk = create_trunk(config, pretrained_from).to(memory_format=torch.channels_last)
         self.width = self.trunk.head_hidden_size
         self.image_size = config.image_size or self.trunk.pretrained_cfg["input_size"][-1]
+        self.own_transform = None  # the ImageTransform of the published checkpoint that the weights came from
+        if config.pooling == "pooler":
+            self.pooler = nn.ModuleDict({"dense": nn.Linear(self.width, self.width)})
+        if config.args.get("use_mask_token"):
+            # Of no use here, but part of the published checkpoint: kept for those who train on with masked pictures.
+            shape = (1, self.width) if config.name.startswith("dinov2") else (1, 1, self.width)
+            self.register_buffer("mask_token", torch.zeros(shape))
 
     def image_transform(self, crop_pct=None):
         """The ImageTransform this model was trained with: its mean, std, size, crop and interpolation.
 
-        crop_pct  the share of the picture's shorter side that the crop keeps; the model's own unless given
+        crop_pct  the share of the picture's shorter side that the crop keeps; the model's own unless given; families
+                  of published checkpoints keep theirs
         """
+        if self.own_transform is not None:
+            return self.own_transform
+        if self.config.name in VISION_FAMILIES:
+            return published_transform(self.config.name, self.image_size, self.config.channels)
         data = timm.data.resolve_model_data_config(self.trunk)
         size = self.image_size
         resize = math.floor(size / (crop_pct or data["crop_pct"]))
@@ -644,13 +743,20 @@ class VisionEncoder(nn.Module):
                 hook.remove()
         return TowerOutput(
             last_hidden_state=features,
-            pooler_output=self.trunk.forward_head(features),
+            pooler_output=self._pool(features),
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
 
+    def _pool(self, features):
+        if self.config.pooling == "pooler":
+            return ACTIVATIONS[self.config.args["pooler_act"]](self.pooler["dense"](features[:, 0]))
+        if self.config.name == "deit":  # timm would average the class token and the distillation token
+            return features[:, 0]
+        return self.trunk.forward_head(features)
+
     def _check_pixels(self, pixel_values):
-        expected = (self.config.channels, self.image_size, self.image_size)
+        expected = (self.config.channels, *as_pair(self.image_size))
         # Convnets run at any size; transformers only at the size of their position table.
         checked = len(expected) if needs_image_size(self.config) else 1
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1 : 1 + checked]) != expected[:checked]:
@@ -658,6 +764,10 @@ class VisionEncoder(nn.Module):
                 f"pixel_values has shape {tuple(pixel_values.shape)}, expected (B, {', '.join(map(str, expected))}); "
                 f"the processor saved with the model makes such pixels"
             )
+        if self.config.name in VISION_FAMILIES:
+            size, patch_size = tuple(pixel_values.shape[2:]), as_pair(self.config.args["patch_size"])
+            if any(pixels % of_patch for pixels, of_patch in zip(size, patch_size)):
+                raise ValueError(f"pictures of {size} pixels are not whole patches of {patch_size}")
 
     def _record_hidden_states(self, into):
         """Hooks that append the input of the first block and the output of every block."""
@@ -682,6 +792,8 @@ class VisionEncoder(nn.Module):
 
 def create_trunk(config, pretrained_from=None):
     """The timm model that a VisionConfig describes, with its classifier left out."""
+    if config.name in VISION_FAMILIES:
+        return create_published_trunk(config)
     base = config.name.split(".")[0]
     if not timm.is_model(base):
         raise ValueError(f"unknown timm model {config.name!r}; {nearest(base, timm.list_models())}")
@@ -705,8 +817,125 @@ def channel_values(values, channels):
 
 
 def needs_image_size(config):
-    """Whether the model is built for one picture size, as most transformers are; convnets run at any."""
+    """Whether the model is built for one picture size, as most transformers are; convnets and DINOv2 run at any."""
+    if config.name in VISION_FAMILIES:
+        return not VISION_FAMILIES[config.name][1].get("dynamic_img_size")
     return timm.get_pretrained_cfg(config.name).fixed_input_size and not config.args.get("dynamic_img_size")
+
+
+class DinoTransformer(timm.models.VisionTransformer):
+    """A ViT whose position table is resampled to each picture's own grid, the way DINOv2 was published."""
+
+    antialias = False
+
+    def _pos_embed(self, x):
+        """(B, h, w, W) patches to (B, 1 + h * w, W) tokens."""
+        positions = timm.layers.resample_abs_pos_embed(
+            self.pos_embed, x.shape[1:3], self.patch_embed.grid_size, antialias=self.antialias
+        )
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], dim=1)
+        return self.pos_drop(x + positions)
+
+
+class RegisterTransformer(DinoTransformer):
+    """DINOv2 with registers was published with smooth resampling."""
+
+    antialias = True
+
+
+class Registers(nn.Module):
+    """Further tokens between the class token and the patches, without positions; (B, P, W) to (B, P + count, W).
+
+    source  Darcet et al. 2024, "Vision Transformers Need Registers"
+    """
+
+    def __init__(self, count, width):
+        super().__init__()
+        self.tokens = nn.Parameter(torch.zeros(1, count, width))
+
+    def forward(self, x):
+        return torch.cat([x[:, :1], self.tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+
+
+class Activation(nn.Module):
+    """A row of ACTIVATIONS as a module, which is what timm wants."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def forward(self, x):
+        return ACTIVATIONS[self.name](x)
+
+
+# Families of published checkpoints: the timm class that computes the same, and the arguments that all of them share.
+VISION_FAMILIES = {
+    "vit": (timm.models.VisionTransformer, {}),
+    "deit": (timm.models.deit.VisionTransformerDistilled, {}),
+    "beit": (timm.models.Beit, {}),
+    "clip_vision_model": (timm.models.VisionTransformer, {"pre_norm": True, "fc_norm": True}),
+    "siglip_vision_model": (timm.models.VisionTransformer, {"class_token": False, "global_pool": "map"}),
+    "dinov2": (DinoTransformer, {"dynamic_img_size": True}),
+    "dinov2_with_registers": (RegisterTransformer, {"dynamic_img_size": True}),
+}
+# Where a published config says something, what timm calls it.
+TIMM_ARGUMENTS = {
+    "hidden_size": ("embed_dim",),
+    "num_hidden_layers": ("depth",),
+    "num_attention_heads": ("num_heads",),
+    "patch_size": ("patch_size",),
+    "qkv_bias": ("qkv_bias",),
+    "hidden_dropout_prob": ("pos_drop_rate", "proj_drop_rate"),
+    "attention_probs_dropout_prob": ("attn_drop_rate",),
+    "attention_dropout": ("attn_drop_rate",),
+    "drop_path_rate": ("drop_path_rate",),
+    "layer_scale_init_value": ("init_values",),
+    "layerscale_value": ("init_values",),
+    "use_absolute_position_embeddings": ("use_abs_pos_emb",),
+    "use_relative_position_bias": ("use_rel_pos_bias",),
+    "use_shared_relative_position_bias": ("use_shared_rel_pos_bias",),
+}
+
+
+def create_published_trunk(config):
+    """The timm model that computes what a family's published code computes.
+
+    raises  ValueError for a pooling the family does not have, and for patch dropout in a BEiT
+    """
+    one_of(f"{config.name} pooling", config.pooling, ("pooler", "token") if "pooler_act" in config.args else (None,))
+    (trunk_class, arguments), published = VISION_FAMILIES[config.name], config.args
+    arguments = {new: published[old] for old in published for new in TIMM_ARGUMENTS.get(old, ())} | arguments
+    width = published["hidden_size"]
+    if published.get("use_swiglu_ffn"):
+        mlp_width = (int(int(width * published["mlp_ratio"]) * 2 / 3) + 7) // 8 * 8 * 2
+        arguments |= {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": nn.SiLU}
+    else:
+        mlp_width = published.get("intermediate_size") or int(width * published["mlp_ratio"])
+    if config.name == "beit":
+        arguments["global_pool"] = "avg" if published["use_mean_pooling"] else "token"
+    if config.patch_dropout:
+        if config.name == "beit":
+            raise ValueError("a beit tower has no patch dropout; leave patch_dropout at 0")
+        arguments["patch_drop_rate"] = config.patch_dropout
+    trunk = trunk_class(
+        img_size=config.image_size,
+        in_chans=config.channels,
+        num_classes=0,
+        mlp_ratio=(mlp_width + 0.5) / width,  # timm rounds width * ratio down
+        norm_layer=functools.partial(nn.LayerNorm, eps=published["layer_norm_eps"]),
+        **arguments,
+    )
+    for module in trunk.modules():
+        if isinstance(module, timm.layers.Mlp):
+            module.act = Activation(published["hidden_act"])
+    if config.name == "dinov2_with_registers":
+        trunk.norm_pre = Registers(published["num_register_tokens"], width)
+    return trunk
+
+
+def as_pair(size):
+    """(height, width) of a size given as one number or as two."""
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -724,14 +953,14 @@ class ImageTransform:
     A call is `normalize(resize_and_crop(to_pixels(picture)))`; training puts its augmentation in between.
     """
 
-    resize: int | tuple[int, int]  # pixels: the shorter side, or (height, width) whatever the proportions
+    resize: int | tuple[int, int] | None  # pixels: the shorter side, or (height, width) whatever the proportions
     crop: tuple[int, int] | None  # (height, width) in pixels
     interpolation: str = "bicubic"  # a row of INTERPOLATIONS
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # a channel, for pixels from 0 to 1
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __post_init__(self):
-        sides = (*([self.resize] if isinstance(self.resize, int) else self.resize), *(self.crop or ()))
+        sides = (*([self.resize] if isinstance(self.resize, int) else self.resize or ()), *(self.crop or ()))
         if not all(isinstance(side, int) and 1 <= side <= MAX_SIDE for side in sides):
             raise ValueError(
                 f"pictures of {self.resize}, cropped to {self.crop}: expected 1 to {MAX_SIDE} pixels a side"
@@ -756,12 +985,10 @@ class ImageTransform:
         if isinstance(self.resize, int) and self.crop is not None:
             image = shorten_strip(image)
         height, width = image.shape[-2:]
-        if isinstance(self.resize, int):
-            short, long = min(height, width), max(height, width)
-            other = int(self.resize * long / short)
-            size = (other, self.resize) if height > width else (self.resize, other)
-        else:
-            size = tuple(self.resize)
+        size = self.resize or (height, width)
+        if isinstance(size, int):
+            other = int(size * max(height, width) / min(height, width))
+            size = (other, size) if height > width else (size, other)
         if size != (height, width):
             image = pixels.resize(image, list(size), InterpolationMode(self.interpolation), antialias=True)
         return image if self.crop is None else centre_crop(image, self.crop)
@@ -775,17 +1002,11 @@ class ImageTransform:
 
     def to_dict(self):
         """In the words of transformers' preprocessor_config.json."""
-        if isinstance(self.resize, int):
-            size = {"shortest_edge": self.resize}
-        else:
-            size = dict(zip(("height", "width"), self.resize))
-        return {
-            "image_processor_type": "CLIPImageProcessor" if isinstance(self.resize, int) else "ViTImageProcessor",
-            "do_resize": True,
-            "size": size,
+        values = {
+            "image_processor_type": "ViTImageProcessor" if self.crop is None else "CLIPImageProcessor",
+            "do_resize": self.resize is not None,
             "resample": INTERPOLATIONS[self.interpolation],
             "do_center_crop": self.crop is not None,
-            "crop_size": dict(zip(("height", "width"), self.crop or ())),
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
@@ -793,18 +1014,37 @@ class ImageTransform:
             "image_std": list(self.std),
             "do_convert_rgb": self.channels == 3,
         }
+        if self.resize is not None:
+            by_shorter = isinstance(self.resize, int)
+            values["size"] = {"shortest_edge": self.resize} if by_shorter else height_and_width(self.resize)
+        if self.crop is not None:
+            values["crop_size"] = height_and_width(self.crop)
+        return values
 
     @classmethod
     def from_dict(cls, values):
-        """The inverse of to_dict."""
-        size = values["size"]
-        words = {number: word for word, number in INTERPOLATIONS.items()}
+        """The inverse of to_dict, for files of every version of transformers.
+
+        raises  ValueError for a kind of image processor that is not in IMAGE_PROCESSORS, or sizes of another form
+        """
+        written = values.get("image_processor_type") or values.get("feature_extractor_type") or "none"
+        kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", written)
+        one_of("image processor", kind, IMAGE_PROCESSORS)
+        values = IMAGE_PROCESSORS[kind] | {key: value for key, value in values.items() if value is not None}
+        crop = values["crop_size"] if values["do_center_crop"] else None
+        resize = values["size"] if values["do_resize"] else None
+        if isinstance(resize, int) and kind not in SHORTER_SIDE_PROCESSORS:
+            resize = (resize, resize)
+        # Their pixel * factor is our pixel / 255 * scale.
+        scale = 255 * (values["rescale_factor"] if values["do_rescale"] else 1)
+        mean, std = (values["image_mean"], values["image_std"]) if values["do_normalize"] else (0.0, 1.0)
+        mean, std = (value if isinstance(value, list) else [value] * 3 for value in (mean, std))
         return cls(
-            resize=size["shortest_edge"] if "shortest_edge" in size else (size["height"], size["width"]),
-            crop=(values["crop_size"]["height"], values["crop_size"]["width"]) if values["do_center_crop"] else None,
-            interpolation=words[values["resample"]],
-            mean=tuple(values["image_mean"]),
-            std=tuple(values["image_std"]),
+            resize=read_size(resize),
+            crop=crop and as_pair(read_size(crop)),
+            interpolation={number: word for word, number in INTERPOLATIONS.items()}[values["resample"]],
+            mean=tuple(value / scale for value in mean),
+            std=tuple(value / scale for value in std),
         )
 
 
@@ -817,6 +1057,49 @@ def shorten_strip(image, longest=32):
     height, width = image.shape[-2:]
     cuts = [max(0, n - longest * min(height, width)) // 2 for n in (height, width)]
     return image[..., cuts[0] : height - cuts[0], cuts[1] : width - cuts[1]]
+
+
+# What the image processors of transformers do where a file does not say otherwise: by the class name without its end.
+_HALVES, _CLIP_MEAN, _CLIP_STD = [0.5] * 3, [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+_SQUARE = {
+    "do_resize": True,
+    "size": 224,
+    "resample": 2,
+    "do_center_crop": False,
+    "crop_size": 224,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": _HALVES,
+    "image_std": _HALVES,
+}
+_SHORTER_SIDE = _SQUARE | {"resample": 3, "do_center_crop": True, "image_mean": _CLIP_MEAN, "image_std": _CLIP_STD}
+IMAGE_PROCESSORS = {
+    "ViT": _SQUARE,
+    "DeiT": _SQUARE | {"size": 256, "resample": 3, "do_center_crop": True},
+    "Beit": _SQUARE | {"resample": 3},
+    "Siglip": _SQUARE | {"resample": 3},
+    "CLIP": _SHORTER_SIDE,
+    "Bit": _SHORTER_SIDE,
+}
+SHORTER_SIDE_PROCESSORS = {"CLIP", "Bit"}  # where "size": 224 means the shorter side
+
+
+def height_and_width(size):
+    return dict(zip(("height", "width"), size))
+
+
+def read_size(size):
+    """A size of preprocessor_config.json as ImageTransform has it: the shorter side, (height, width) or None."""
+    if isinstance(size, dict) and set(size) == {"shortest_edge"}:
+        return size["shortest_edge"]
+    if isinstance(size, dict) and set(size) == {"height", "width"}:
+        return size["height"], size["width"]
+    if size is None or isinstance(size, int):
+        return size
+    if isinstance(size, (list, tuple)) and len(size) == 2:
+        return tuple(size)
+    raise ValueError(f"image size {size} is not understood; expected shortest_edge, or height and width")
 
 
 def centre_crop(image, size):
@@ -909,16 +1192,23 @@ class Processor:
 
     image_transform  ImageTransform, or None for captions alone
     tokenizer        tokenizers.Tokenizer with padding enabled, and truncation at the text tower's limit; or None
+    token_types      whether captions come with token_type_ids, as BERT's do
     raises           ValueError for a tokenizer without padding
     """
 
-    def __init__(self, image_transform, tokenizer):
+    def __init__(self, image_transform, tokenizer, token_types=False):
         if tokenizer is not None and tokenizer.padding is None:
             raise ValueError("the tokenizer has no padding: call tokenizer.enable_padding(pad_id=..., pad_token=...)")
         self.image_transform = image_transform
         self.tokenizer = tokenizer
-        self.max_length = tokenizer.truncation["max_length"] if tokenizer and tokenizer.truncation else None
+        self.token_types = token_types
+        truncation = (tokenizer and tokenizer.truncation) or {"max_length": None, "direction": "right"}
+        self.max_length, self.truncation_side = truncation["max_length"], truncation["direction"]
         self._warned = False
+
+    def limit_length(self, max_tokens):
+        """Cut captions at max_tokens, or where they were cut already if that is sooner."""
+        self.max_length = min(self.max_length or max_tokens, max_tokens)
 
     def __call__(self, text=None, images=None, max_length=None):
         """Encode captions, pictures or both.
@@ -926,7 +1216,8 @@ class Processor:
         text        a caption or N of them; padded to the longest, cut at max_length tokens
         images      a picture or I of them (see to_pixels), of mixed sizes if you like
         max_length  tokens; the tower's limit unless given
-        returns     {"input_ids" (N, T), "attention_mask" (N, T), "pixel_values" (I, 3, S, S)}, what was asked for
+        returns     {"input_ids" (N, T), "attention_mask" (N, T), "pixel_values" (I, 3, S, S)}, what was asked for, and
+                    "token_type_ids" (N, T) with token_types
         raises      ValueError if there is nothing to encode, and for captions that are not strings
         """
         if text is None and images is None:
@@ -946,16 +1237,19 @@ class Processor:
         if limit is None:
             self.tokenizer.no_truncation()
         else:
-            self.tokenizer.enable_truncation(limit)
+            self.tokenizer.enable_truncation(limit, direction=self.truncation_side)
         encodings = self.tokenizer.encode_batch(captions)
         cut = sum(bool(encoding.overflowing) for encoding in encodings)
         if cut and not self._warned:
             self._warned = True
             warnings.warn(f"{cut} of {len(captions)} captions were cut to {limit} tokens", stacklevel=3)
-        return {
+        inputs = {
             "input_ids": torch.tensor([encoding.ids for encoding in encodings]),
             "attention_mask": torch.tensor([encoding.attention_mask for encoding in encodings]),
         }
+        if self.token_types:
+            inputs["token_type_ids"] = torch.tensor([encoding.type_ids for encoding in encodings])
+        return inputs
 
     def decode(self, ids):
         """Token ids (T,) back to a caption, without special tokens."""
@@ -965,31 +1259,29 @@ class Processor:
         """Token ids (N, T) back to N captions, without special tokens."""
         return [self.decode(row) for row in ids]
 
-    def save_pretrained(self, folder):
-        """Write tokenizer.json and preprocessor_config.json."""
+    def save_pretrained(self, folder, format="dualenc"):
+        """Write tokenizer.json and preprocessor_config.json.
+
+        format  "hf" adds the tokenizer_config.json that transformers wants; so do token types, which stand only there
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.tokenizer is not None:
             if self.max_length:
-                self.tokenizer.enable_truncation(self.max_length)
+                self.tokenizer.enable_truncation(self.max_length, direction=self.truncation_side)
             write_file(folder / TOKENIZER_FILE, self.tokenizer.to_str(pretty=True))
+            if format == "hf" or self.token_types:
+                write_file(folder / "tokenizer_config.json", json.dumps(tokenizer_config(self), indent=2))
         if self.image_transform is not None:
-            write_file(folder / "preprocessor_config.json", json.dumps(self.image_transform.to_dict(), indent=2))
+            write_file(folder / PICTURES_FILE, json.dumps(self.image_transform.to_dict(), indent=2))
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id):
-        """Rebuild a processor from the files of save_pretrained; raises ValueError if one is missing or broken."""
+        """Rebuild a processor from the files of save_pretrained or of transformers; ValueError if some are missing."""
         folder = find_folder(folder_or_hub_id)
-        pictures, captions = (
-            checkpoint_file(folder, "preprocessor_config.json"),
-            checkpoint_file(folder, TOKENIZER_FILE),
-        )
-        with blamed_on(pictures):
-            image_transform = ImageTransform.from_dict(read_json(pictures))
-        if not captions.is_file():
-            raise ValueError(f"{folder} has no {TOKENIZER_FILE}; it holds {sorted(os.listdir(folder))}")
-        with blamed_on(captions):
-            return cls(image_transform, tokenizers.Tokenizer.from_str(captions.read_text(encoding="utf-8")))
+        image_transform, tokenizer = read_image_transform(folder), read_tokenizer(folder)
+        with blamed_on(find_tokenizer(folder)):
+            return cls(image_transform, *tokenizer)
 
 
 def as_pictures(images):
@@ -1046,7 +1338,9 @@ def train_tokenizer(captions, vocab_size, max_length=None):
 
 MODEL_TYPE = "dualenc"  # config.json names its writer in model_type, as transformers' files do
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
+PICTURES_FILE = "preprocessor_config.json"
 SMALL = 100_000  # a number in a config that needs no explanation: it cannot fill the memory
+PICKLE_FILE = "pytorch_model.bin"  # where transformers kept weights before safetensors
 
 
 def build_from_towers(cls, vision, text, projection_dim, pretrained, overrides):
@@ -1058,38 +1352,78 @@ def build_from_towers(cls, vision, text, projection_dim, pretrained, overrides):
             sides[side][rest] = value
         else:
             sides[""][name] = value
-    if text != "scratch":
-        raise ValueError(f"unknown text tower {text!r}, expected 'scratch'")
-    vision_source = vision
+    vision_model = build_vision_tower(vision, pretrained, sides["vision"])
+    if text == "scratch":
+        text_model, tokenizer = TextEncoder(build(TextConfig, sides["text"])), None
+    else:
+        text = find_folder(text)
+        text_model = load_text_encoder(TextEncoder, text, sides["text"])
+        tokenizer = find_tokenizer(text) and read_tokenizer(text)
+    config = {"vision": vision_model.config, "text": text_model.config, **sides[""]}
+    model = cls(build(DualEncoderConfig, config), vision_model, text_model)
+    if tokenizer:
+        model.processor = Processor(vision_model.image_transform(), *tokenizer)
+        model.processor.limit_length(text_model.max_tokens)
+    return model
+
+
+def build_vision_tower(vision, pretrained, overrides):
+    """A VisionEncoder from a timm name, or from a transformers folder or hub id."""
+    vision = str(vision)
+    if not vision.startswith("hf-hub:") and ("/" in vision or Path(vision).is_dir()):
+        return load_vision_encoder(find_folder(vision), dict(overrides))
+    source = vision
     if vision.startswith("hf-hub:"):
         # The folder alone must rebuild the model: note the architecture, not the address it came from.
         _, vision, arguments = timm.models.load_model_config_from_hf(vision.removeprefix("hf-hub:"))
-        sides["vision"]["args"] = {**(arguments or {}), **sides["vision"].get("args", {})}
-    vision_config = build(VisionConfig, {"name": vision, **sides["vision"]})
-    text_config = build(TextConfig, sides["text"])
-    config = build(DualEncoderConfig, {"vision": vision_config, "text": text_config, **sides[""]})
-    return cls(config, vision_model=VisionEncoder(vision_config, pretrained_from=vision_source if pretrained else None))
+        overrides = {**overrides, "args": {**(arguments or {}), **overrides.get("args", {})}}
+    config = build(VisionConfig, {"name": vision, **overrides})
+    return VisionEncoder(config, pretrained_from=source if pretrained else None)
 
 
-def save_dual_encoder(model, folder):
+def save_dual_encoder(model, folder, format):
     """See DualEncoder.save_pretrained."""
+    one_of("checkpoint format", format, ("dualenc", "hf"))
+    if format == "hf":
+        config, weights = publish_dual_encoder(model)
+    else:
+        config, weights = model.config.to_dict(), model.state_dict()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / CONFIG_FILE, json.dumps(model.config.to_dict(), indent=2))
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_file(folder / CONFIG_FILE, json.dumps(config, indent=2))
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     metadata = {"format": "pt", "crc32": checksum(weights)}
     write_file(folder / WEIGHTS_FILE, safetensors.torch.save(weights, metadata=metadata))
     if model.processor is not None:
-        model.processor.save_pretrained(folder)
+        model.processor.save_pretrained(folder, format)
 
 
 def load_dual_encoder(cls, folder_or_hub_id):
     """See DualEncoder.from_pretrained."""
     folder = find_folder(folder_or_hub_id)
-    config_path, weights_path = checkpoint_file(folder, CONFIG_FILE), checkpoint_file(folder, WEIGHTS_FILE)
+    config_path = checkpoint_file(folder, CONFIG_FILE)
     values = read_json(config_path)
-    if values.get("model_type") != MODEL_TYPE:
-        raise ValueError(f"{config_path} has model_type {values.get('model_type')!r}, expected {MODEL_TYPE!r}")
+    if values.get("model_type") == PUBLISHED_TYPE:
+        model = load_published_dual_encoder(cls, folder, values)
+    elif values.get("model_type") == MODEL_TYPE:
+        model = load_own_dual_encoder(cls, folder, values)
+    else:
+        raise ValueError(
+            f"{config_path} has model_type {values.get('model_type')!r}, expected {MODEL_TYPE!r} or "
+            f"{PUBLISHED_TYPE!r}; towers of other models are read by DualEncoder.from_vision_text_pretrained"
+        )
+    # Ours always has both; of a published folder without an image processor the model can be used all the same.
+    if find_tokenizer(folder) and (values["model_type"] == MODEL_TYPE or find_image_processor(folder)):
+        model.processor = Processor.from_pretrained(folder)
+        model.processor.limit_length(model.text_model.max_tokens)
+        if values["model_type"] == MODEL_TYPE:  # some published vocabularies have words that were never trained
+            check_token_ids(model.processor.tokenizer, model.config.text.vocab_size, find_tokenizer(folder))
+    return model.eval()
+
+
+def load_own_dual_encoder(cls, folder, values):
+    """The model of a folder that save_pretrained wrote in our own format; values is its config.json."""
+    config_path, weights_path = folder / CONFIG_FILE, checkpoint_file(folder, WEIGHTS_FILE)
     with blamed_on(weights_path, "cannot read weights"):
         weights = read_weights(weights_path)
     with blamed_on(config_path, "cannot build the model of"):
@@ -1100,10 +1434,7 @@ def load_dual_encoder(cls, folder_or_hub_id):
     check_weights(shapes, weights, weights_path)
     model = cls(config)
     model.load_state_dict(weights)
-    if (folder / TOKENIZER_FILE).is_file():
-        model.processor = Processor.from_pretrained(folder)
-        check_token_ids(model.processor.tokenizer, config.text.vocab_size, folder / TOKENIZER_FILE)
-    return model.eval()
+    return model
 
 
 def checkpoint_file(folder, name):
@@ -1196,16 +1527,28 @@ def check_token_ids(tokenizer, vocab_size, source):
 
 
 def find_folder(folder_or_hub_id):
-    """A local folder, or a hub id's folder in huggingface_hub's cache, downloaded if need be; else ValueError."""
+    """A local folder, or a hub id's folder in huggingface_hub's cache, downloaded if need be; else ValueError.
+
+    A hub id may end in @ and a revision.
+    """
     folder = Path(folder_or_hub_id)
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(folder_or_hub_id)) or str(folder_or_hub_id).startswith("."):
+    name = re.fullmatch(r"(?P<id>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?", str(folder_or_hub_id))
+    if not name:
         raise ValueError(f"no folder {folder_or_hub_id}")
+    download = functools.partial(huggingface_hub.snapshot_download, name["id"], revision=name["revision"])
     try:
-        return Path(huggingface_hub.snapshot_download(str(folder_or_hub_id)))
+        folder = Path(download(allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"], ignore_patterns="*/*"))
+        if not any(folder.glob("*.safetensors")):
+            download(allow_patterns=f"{Path(PICKLE_FILE).stem}*.bin", ignore_patterns="*/*")
+        return folder
     except Exception as error:
         raise ValueError(f"{folder_or_hub_id} is neither a folder nor a hub id within reach: {error}") from error
+
+
+def listing(folder):
+    return ", ".join(sorted(os.listdir(folder))) or "nothing"
 
 
 def read_json(path):
@@ -1236,7 +1579,821 @@ def write_file(path, content):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8  Data
+# 8  Interchange with transformers
+# ---------------------------------------------------------------------------------------------------------------------
+#
+# Reading and writing go through the same tables. A family's `names` says what our tensors are called in its files, N
+# being the layer. {a,b,c} on one side means that several tensors stand for one on the other: laid end to end along
+# their first dimension, both sides are the same numbers. What a table does not list has the same name on both sides.
+
+PUBLISHED_TYPE = "vision-text-dual-encoder"
+POOLER = "pooler.dense.weight"  # ViT's and DeiT's, which published checkpoints often lack
+
+
+@dataclass(frozen=True)
+class Published:
+    """How transformers writes a family of towers.
+
+    prefix    what its tensor names start with in a checkpoint that has a task head as well
+    names     our tensor or module name: theirs
+    defaults  what config.json may leave out; for text towers in the words of TextConfig
+    keys      text towers: field of TextConfig: key of config.json
+    """
+
+    prefix: str
+    names: dict = field(default_factory=dict)
+    defaults: dict = field(default_factory=dict)
+    keys: dict = field(default_factory=dict)
+
+
+def _without(table, *keys):
+    return {key: value for key, value in table.items() if key not in keys}
+
+
+_VIT_NAMES = {
+    "cls_token": "embeddings.cls_token",
+    "dist_token": "embeddings.distillation_token",
+    "mask_token": "embeddings.mask_token",
+    "reg_token": "embeddings.register_tokens",
+    "norm_pre.tokens": "embeddings.register_tokens",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "rel_pos_bias": "encoder.relative_position_bias",
+    "blocks.N.norm1": "encoder.layer.N.layernorm_before",
+    "blocks.N.norm2": "encoder.layer.N.layernorm_after",
+    "blocks.N.attn.qkv": "encoder.layer.N.attention.attention.{query,key,value}",
+    "blocks.N.attn.q_bias": "encoder.layer.N.attention.attention.query.bias",
+    "blocks.N.attn.v_bias": "encoder.layer.N.attention.attention.value.bias",
+    "blocks.N.attn.relative_position_bias_table": (
+        "encoder.layer.N.attention.attention.relative_position_bias.relative_position_bias_table"
+    ),
+    "blocks.N.attn.proj": "encoder.layer.N.attention.output.dense",
+    "blocks.N.mlp.fc1": "encoder.layer.N.intermediate.dense",
+    "blocks.N.mlp.fc2": "encoder.layer.N.output.dense",
+    "blocks.N.gamma_1": "encoder.layer.N.lambda_1",
+    "blocks.N.gamma_2": "encoder.layer.N.lambda_2",
+    "norm": "layernorm",
+    "fc_norm": "pooler.layernorm",
+}
+_DINO_NAMES = _VIT_NAMES | {
+    "blocks.N.norm1": "encoder.layer.N.norm1",
+    "blocks.N.norm2": "encoder.layer.N.norm2",
+    "blocks.N.mlp": "encoder.layer.N.mlp",
+    "blocks.N.mlp.fc1": "encoder.layer.N.mlp.fc1",
+    "blocks.N.mlp.fc2": "encoder.layer.N.mlp.fc2",
+    "blocks.N.ls1.gamma": "encoder.layer.N.layer_scale1.lambda1",
+    "blocks.N.ls2.gamma": "encoder.layer.N.layer_scale2.lambda1",
+}
+_SWIGLU_NAMES = {
+    "blocks.N.mlp.fc1": "encoder.layer.N.mlp.weights_in",
+    "blocks.N.mlp.fc2": "encoder.layer.N.mlp.weights_out",
+}
+_CLIP_NAMES = {
+    "cls_token": "embeddings.class_embedding",
+    "pos_embed": "embeddings.position_embedding.weight",
+    "patch_embed.proj": "embeddings.patch_embedding",
+    "norm_pre": "pre_layrnorm",  # the spelling is theirs
+    "blocks.N.norm1": "encoder.layers.N.layer_norm1",
+    "blocks.N.norm2": "encoder.layers.N.layer_norm2",
+    "blocks.N.attn.qkv": "encoder.layers.N.self_attn.{q_proj,k_proj,v_proj}",
+    "blocks.N.attn.proj": "encoder.layers.N.self_attn.out_proj",
+    "blocks.N.mlp": "encoder.layers.N.mlp",
+    "norm": "post_layernorm",
+    "fc_norm": "post_layernorm",
+    "attn_pool.latent": "head.probe",
+    "attn_pool.{q,kv}.weight": "head.attention.in_proj_weight",
+    "attn_pool.{q,kv}.bias": "head.attention.in_proj_bias",
+    "attn_pool.proj": "head.attention.out_proj",
+    "attn_pool.norm": "head.layernorm",
+    "attn_pool.mlp": "head.mlp",
+}
+# Tensors that have fewer dimensions in the files: ours begin with ones.
+_FILE_DIMENSIONS = {"embeddings.class_embedding": 1, "embeddings.position_embedding.weight": 2}
+
+_VIT_DEFAULTS = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "layer_norm_eps": 1e-12,
+    "image_size": 224,
+    "patch_size": 16,
+    "num_channels": 3,
+    "qkv_bias": True,
+    "pooler_act": "tanh",
+}
+_BEIT_DEFAULTS = _without(_VIT_DEFAULTS, "qkv_bias", "pooler_act") | {
+    "use_absolute_position_embeddings": False,
+    "use_relative_position_bias": False,
+    "use_shared_relative_position_bias": False,
+    "layer_scale_init_value": 0.1,
+    "drop_path_rate": 0.1,
+    "use_mean_pooling": True,
+}
+_DINO_DEFAULTS = _without(_VIT_DEFAULTS, "intermediate_size", "pooler_act") | {
+    "mlp_ratio": 4,
+    "layer_norm_eps": 1e-6,
+    "patch_size": 14,
+    "layerscale_value": 1.0,
+    "drop_path_rate": 0.0,
+    "use_swiglu_ffn": False,
+}
+_CLIP_DEFAULTS = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "quick_gelu",
+    "attention_dropout": 0.0,
+    "layer_norm_eps": 1e-5,
+    "image_size": 224,
+    "patch_size": 32,
+    "num_channels": 3,
+}
+_SIGLIP_DEFAULTS = _CLIP_DEFAULTS | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "patch_size": 16}
+_REGISTER_DEFAULTS = _DINO_DEFAULTS | {"patch_size": 16, "num_register_tokens": 4}
+
+PUBLISHED_VISION = {
+    "vit": Published("vit.", _VIT_NAMES, _VIT_DEFAULTS),
+    "deit": Published("deit.", _VIT_NAMES, _VIT_DEFAULTS),
+    "beit": Published("beit.", _VIT_NAMES, _BEIT_DEFAULTS),
+    "clip_vision_model": Published("vision_model.", _CLIP_NAMES, _CLIP_DEFAULTS),
+    "siglip_vision_model": Published("vision_model.", _CLIP_NAMES, _SIGLIP_DEFAULTS),
+    "dinov2": Published("dinov2.", _DINO_NAMES, _DINO_DEFAULTS),
+    "dinov2_with_registers": Published("dinov2_with_registers.", _DINO_NAMES, _REGISTER_DEFAULTS),
+}
+# Families whose image processor goes by another name.
+_PROCESSOR_OF = {
+    "vit": "ViT",
+    "deit": "DeiT",
+    "beit": "Beit",
+    "clip_vision_model": "CLIP",
+    "siglip_vision_model": "Siglip",
+}
+
+_BERT_KEYS = {
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp_width": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "max_positions": "max_position_embeddings",
+    "pad_token_id": "pad_token_id",
+    "type_vocab_size": "type_vocab_size",
+    "layer_norm_eps": "layer_norm_eps",
+    "activation": "hidden_act",
+    "dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+}
+_ELECTRA_KEYS = _BERT_KEYS | {"embedding_width": "embedding_size"}
+_ALBERT_KEYS = _ELECTRA_KEYS | {"layer_groups": "num_hidden_groups"}
+_MPNET_KEYS = _without(_BERT_KEYS, "pad_token_id", "type_vocab_size")
+_DISTILBERT_KEYS = {
+    "width": "dim",
+    "depth": "n_layers",
+    "heads": "n_heads",
+    "mlp_width": "hidden_dim",
+    "vocab_size": "vocab_size",
+    "max_positions": "max_position_embeddings",
+    "pad_token_id": "pad_token_id",
+    "activation": "activation",
+    "dropout": "dropout",
+    "attention_dropout": "attention_dropout",
+}
+_BERT_DEFAULTS = {"mlp_width": 3072, "dropout": 0.1, "attention_dropout": 0.1}  # the rest is as in TextConfig
+_ROBERTA_DEFAULTS = _BERT_DEFAULTS | {"pad_token_id": 1}
+_ALBERT_DEFAULTS = {
+    "width": 4096,
+    "heads": 64,
+    "mlp_width": 16384,
+    "embedding_width": 128,
+    "vocab_size": 30000,
+    "activation": "gelu_new",
+    "layer_groups": 1,
+}
+_ALBERT_LAYER = "encoder.albert_layer_groups.N.albert_layers.0."
+_ALBERT_NAMES = {
+    "embeddings_project": "encoder.embedding_hidden_mapping_in",
+    "encoder.layer.N.attention.self": _ALBERT_LAYER + "attention",
+    "encoder.layer.N.attention.output": _ALBERT_LAYER + "attention",
+    "encoder.layer.N.intermediate.dense": _ALBERT_LAYER + "ffn",
+    "encoder.layer.N.output.dense": _ALBERT_LAYER + "ffn_output",
+    "encoder.layer.N.output.LayerNorm": _ALBERT_LAYER + "full_layer_layer_norm",
+    "pooler.dense": "pooler",
+}
+_MPNET_NAMES = {
+    "encoder.layer.N.attention.self.query": "encoder.layer.N.attention.attn.q",
+    "encoder.layer.N.attention.self.key": "encoder.layer.N.attention.attn.k",
+    "encoder.layer.N.attention.self.value": "encoder.layer.N.attention.attn.v",
+    "encoder.layer.N.attention.output.dense": "encoder.layer.N.attention.attn.o",
+    "encoder.layer.N.attention.output.LayerNorm": "encoder.layer.N.attention.LayerNorm",
+}
+_DISTILBERT_NAMES = {
+    "encoder.layer.N.attention.self.query": "transformer.layer.N.attention.q_lin",
+    "encoder.layer.N.attention.self.key": "transformer.layer.N.attention.k_lin",
+    "encoder.layer.N.attention.self.value": "transformer.layer.N.attention.v_lin",
+    "encoder.layer.N.attention.output.dense": "transformer.layer.N.attention.out_lin",
+    "encoder.layer.N.attention.output.LayerNorm": "transformer.layer.N.sa_layer_norm",
+    "encoder.layer.N.intermediate.dense": "transformer.layer.N.ffn.lin1",
+    "encoder.layer.N.output.dense": "transformer.layer.N.ffn.lin2",
+    "encoder.layer.N.output.LayerNorm": "transformer.layer.N.output_layer_norm",
+}
+PUBLISHED_TEXT = {
+    "bert": Published("bert.", {}, _BERT_DEFAULTS, _BERT_KEYS),
+    "roberta": Published("roberta.", {}, _ROBERTA_DEFAULTS | {"vocab_size": 50265}, _BERT_KEYS),
+    "xlm-roberta": Published("roberta.", {}, _ROBERTA_DEFAULTS, _BERT_KEYS),
+    "camembert": Published("roberta.", {}, _ROBERTA_DEFAULTS, _BERT_KEYS),
+    "albert": Published("albert.", _ALBERT_NAMES, _ALBERT_DEFAULTS, _ALBERT_KEYS),
+    "mpnet": Published(
+        "mpnet.", _MPNET_NAMES, _ROBERTA_DEFAULTS | {"vocab_size": 30527, "type_vocab_size": 0}, _MPNET_KEYS
+    ),
+    "distilbert": Published(
+        "distilbert.", _DISTILBERT_NAMES, _BERT_DEFAULTS | {"depth": 6, "type_vocab_size": 0}, _DISTILBERT_KEYS
+    ),
+    "electra": Published(
+        "electra.",
+        {},
+        _BERT_DEFAULTS | {"width": 256, "heads": 4, "mlp_width": 1024, "embedding_width": 128},
+        _ELECTRA_KEYS,
+    ),
+}
+
+# ---- Tensors --------------------------------------------------------------------------------------------------------
+
+
+def translate(name, names):
+    """The file's names for our tensor, and the number of our tensors that make up one of them; see the tables' note.
+
+    blocks.3.attn.qkv.bias -> [encoder.layer.3.attention.attention.query.bias, ...key.bias, ...value.bias]
+    """
+    layer = re.search(r"\.(\d+)\.", name)
+    general = name.replace(layer[0], ".N.", 1) if layer else name
+    # The longest entry wins: blocks.N.mlp.fc1 before blocks.N.mlp.
+    for ours in sorted(names, key=len, reverse=True):
+        for part in spell_out(ours):
+            if general == part or general.startswith(part + "."):
+                theirs = [n + general[len(part) :] for n in spell_out(names[ours])]
+                return [n.replace(".N.", layer[0], 1) if layer else n for n in theirs]
+    return [name]
+
+
+def spell_out(pattern):
+    """a.{b,c}.d -> [a.b.d, a.c.d]"""
+    match = re.fullmatch(r"(.*)\{(.*)\}(.*)", pattern)
+    return [match[1] + part + match[3] for part in match[2].split(",")] if match else [pattern]
+
+
+@torch.no_grad()
+def published_views(tower, names):
+    """{name in a published file: [pieces]}: views of the tower's own tensors that, end to end, are that tensor."""
+    views = {}
+    for name, tensor in tower.state_dict().items():
+        theirs = translate(name.removeprefix("trunk."), names)
+        for their_name, piece in zip(theirs, tensor.chunk(len(theirs))):
+            dimensions = _FILE_DIMENSIONS.get(their_name, piece.ndim)
+            views.setdefault(their_name, []).append(piece.reshape(piece.shape[piece.ndim - dimensions :]))
+    return views
+
+
+def views_of(module):
+    """published_views of a tower of ours in its family's names, or of a whole DualEncoder."""
+    if isinstance(module, TextEncoder):
+        return published_views(module, PUBLISHED_TEXT[module.config.family].names)
+    if isinstance(module, VisionEncoder):
+        names = PUBLISHED_VISION[module.config.name].names
+        return published_views(module, names | _SWIGLU_NAMES if module.config.args.get("use_swiglu_ffn") else names)
+    return dual_encoder_views(module, views_of(module.vision_model))
+
+
+def dual_encoder_views(model, vision_views):
+    """The views of a whole model; vision_views are those of its vision tower."""
+    towers = {"vision_model": vision_views, "text_model": views_of(model.text_model)}
+    views = {f"{tower}.{name}": pieces for tower, of_tower in towers.items() for name, pieces in of_tower.items()}
+    for name, tensor in model.state_dict().items():
+        if name.partition(".")[0] not in towers:
+            views[name] = [tensor]
+    return views
+
+
+@torch.no_grad()
+def build_filled(cls, config, weights, source):
+    """cls(config) with the weights of a published file.
+
+    Sizes are compared before any memory is taken, and no time goes into random weights that are then overwritten.
+
+    raises  ValueError unless the weights fit exactly
+    """
+    module = build_without_memory(cls, config, weights)
+    check_weights({name: join(pieces) for name, pieces in views_of(module).items()}, weights, source)
+    module.to_empty(device="cpu")
+    for part in module.modules():
+        if hasattr(part, "init_non_persistent_buffers"):
+            part.init_non_persistent_buffers()
+    for name, pieces in views_of(module).items():
+        parts = weights[name].split([len(piece) for piece in pieces]) if len(pieces) > 1 else [weights[name]]
+        for piece, part in zip(pieces, parts):
+            piece.copy_(part)
+    return module
+
+
+def join(pieces):
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def read_published_weights(folder):
+    """{name: tensor} from model.safetensors or pytorch_model.bin, whole or in shards; memory-mapped where possible.
+
+    The oldest names of LayerNorm tensors are brought up to date, and tables that can be computed are left out.
+    """
+    for name in (WEIGHTS_FILE, PICKLE_FILE):
+        index = folder / f"{name}.index.json"
+        shards = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [name]
+        if index.is_file() or (folder / name).is_file():
+            break
+    else:
+        expected = f"expected {WEIGHTS_FILE} or {PICKLE_FILE}"
+        raise ValueError(f"no weights in {folder}: {expected}, it holds {listing(folder)}")
+    weights = {key: tensor for shard in shards for key, tensor in read_shard(checkpoint_file(folder, shard)).items()}
+    old, computed = {".gamma": ".weight", ".beta": ".bias"}, (".position_ids", ".token_type_ids", "_position_index")
+    weights = {re.sub(r"\.(gamma|beta)$", lambda end: old[end[0]], key): tensor for key, tensor in weights.items()}
+    return {key: tensor for key, tensor in weights.items() if not key.endswith(computed)}
+
+
+def read_shard(path):
+    with blamed_on(path, "cannot read weights"):
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        mapped = zipfile.is_zipfile(path)  # torch before 1.6 wrote another form, which cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+# ---- Reading --------------------------------------------------------------------------------------------------------
+
+
+def load_published_dual_encoder(cls, folder, values):
+    """The DualEncoder of a transformers VisionTextDualEncoder folder; values is its config.json."""
+    weights = {
+        # Some versions of transformers nest CLIP and SigLIP towers once more than others.
+        re.sub(r"^vision_model\.vision_model\.", "vision_model.", name): tensor
+        for name, tensor in read_published_weights(folder).items()
+    }
+    # In transformers a dual encoder's towers always have a pooler: where it is missing, the file is not whole.
+    of_vision = {name.removeprefix("vision_model.") for name in weights} | {POOLER}
+    vision = read_vision_config(values.get("vision_config") or {}, of_vision)
+    config = DualEncoderConfig(
+        vision=vision,
+        text=read_text_config(values.get("text_config") or {}, {"pooling": "pooler"}),
+        projection_dim=values.get("projection_dim", DualEncoderConfig.projection_dim),
+        logit_scale_init=float(values.get("logit_scale_init_value", LOGIT_SCALE_INIT)),
+    )
+    return build_filled(cls, config, weights, folder)
+
+
+def read_vision_config(values, tensors=(), overrides=()):
+    """A VisionConfig from the config.json of a vision tower, or of a model that contains one (CLIP, SigLIP).
+
+    tensors    names of those that the checkpoint has: they decide on what no config.json tells
+    overrides  fields of VisionConfig
+    """
+    if values.get("model_type") in ("clip", "siglip"):
+        values = {**values["vision_config"], "model_type": values["model_type"] + "_vision_model"}
+    name = values.get("model_type")
+    one_of("vision model_type", name, PUBLISHED_VISION)
+    defaults = PUBLISHED_VISION[name].defaults
+    args = {key: default if values.get(key) is None else values[key] for key, default in defaults.items()}
+    # The newest transformers insists on the point in 0.0 when it reads what we write.
+    args = {key: float(value) if isinstance(defaults[key], float) else value for key, value in args.items()}
+    one_of("activation", args["hidden_act"], ACTIVATIONS)
+    channels, height_width = args.pop("num_channels"), as_pair(args.pop("image_size"))
+    tables = [key for key, value in args.items() if "position" in key and value]
+    if height_width[0] != height_width[1] and (name not in ("vit", "deit", "beit") or tables):
+        because = f" with {', '.join(tables)}" if tables else ""
+        raise ValueError(
+            f"a {name} tower{because} for pictures of {height_width[0]} x {height_width[1]} pixels: transformers lays "
+            f"its positions out as a square, so there is nothing to reproduce; only square pictures are supported"
+        )
+    if "embeddings.mask_token" in tensors:
+        args["use_mask_token"] = True
+    found = {"name": name, "image_size": height_width, "channels": channels, **dict(overrides)}
+    if "pooler_act" in args:
+        found.setdefault("pooling", "pooler" if POOLER in tensors else "token")
+    return build(VisionConfig, {**found, "args": args | found.get("args", {})})
+
+
+def read_text_config(values, overrides=()):
+    """A TextConfig from the config.json of a text tower; raises ValueError for models that compute something else."""
+    family = values.get("model_type")
+    one_of("text model_type", family, PUBLISHED_TEXT)
+    published = PUBLISHED_TEXT[family]
+    for key, accepted in (
+        ("position_embedding_type", ("absolute", None)),
+        ("is_decoder", (False, None)),
+        ("add_cross_attention", (False, None)),
+        ("inner_group_num", (1, None)),
+    ):
+        if values.get(key) not in accepted:
+            raise ValueError(f"this {family} has {key} = {values[key]!r}; only {accepted[0]!r} is supported")
+    found = {name: values[key] for name, key in published.keys.items() if values.get(key) is not None}
+    return build(TextConfig, {"family": family, **published.defaults, **found, **dict(overrides)})
+
+
+def load_text_encoder(cls, folder, overrides):
+    """See TextEncoder.from_pretrained."""
+    values = read_json(folder / CONFIG_FILE)
+    one_of("text model_type", values.get("model_type"), PUBLISHED_TEXT)
+    weights, left_out = tower_weights(folder, PUBLISHED_TEXT[values["model_type"]].prefix)
+    has_pooler = any(name.startswith("pooler.") for name in weights)
+    config = read_text_config(values, {"pooling": "pooler" if has_pooler else "cls", **overrides})
+    return load_tower(cls, config, weights, left_out, folder)
+
+
+def load_vision_encoder(folder, overrides):
+    """A VisionEncoder from a transformers folder; see DualEncoder.from_vision_text_pretrained."""
+    values = read_json(folder / CONFIG_FILE)
+    image_size = overrides.pop("image_size", None)
+    weights, left_out = tower_weights(folder, PUBLISHED_VISION[read_vision_config(values).name].prefix)
+    config = read_vision_config(values, weights, overrides)
+    tower = load_tower(VisionEncoder, config, weights, left_out, folder)
+    if image_size and as_pair(image_size) != as_pair(config.image_size):
+        tower.trunk.set_input_size(img_size=as_pair(image_size))
+        tower.config = dataclasses.replace(config, image_size=image_size)
+        tower.image_size = tower.config.image_size
+    elif find_image_processor(folder):
+        tower.own_transform = read_image_transform(folder)
+    return tower
+
+
+def tower_weights(folder, prefix):
+    """({name: tensor} of the tower alone, the names of what belongs to task heads)"""
+    weights = read_published_weights(folder)
+    inside = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    return (inside, [name for name in weights if not name.startswith(prefix)]) if inside else (weights, [])
+
+
+def load_tower(cls, config, weights, left_out, folder):
+    """A tower with its weights; says in one line what was left out: task heads, and a pooler that is not used."""
+    if config.pooling != "pooler" and not (isinstance(config, VisionConfig) and "pooler_act" not in config.args):
+        unused = {name for name in weights if name.startswith("pooler.")}
+        weights = {name: tensor for name, tensor in weights.items() if name not in unused}
+        left_out = left_out + sorted(unused)
+    if left_out:
+        shown = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
+        message = f"{folder}: {len(left_out)} tensors are no part of the tower and were left out: {shown}"
+        warnings.warn(message, stacklevel=2)
+    return build_filled(cls, config, weights, folder)
+
+
+# ---- Writing --------------------------------------------------------------------------------------------------------
+
+
+def publish_dual_encoder(model):
+    """(config.json, {name: tensor}) of a model as transformers writes it; raises ValueError if it has no such form."""
+    text = model.config.text
+    if model.config.logit_bias_init is not None:
+        raise ValueError(
+            "transformers' dual encoder has no logit_bias: a model trained with siglip_loss stays in dualenc"
+        )
+    if text.pooling != "pooler" or text.family in ("distilbert", "electra"):
+        raise ValueError(
+            f"transformers' dual encoder has no form of a {text.family} tower that pools by {text.pooling!r}: it pools "
+            f"with a dense layer and tanh on the first token, and takes no distilbert or electra; train with "
+            f"text_pooling='pooler' on another family"
+        )
+    published = PUBLISHED_TEXT[text.family]
+    text_config = {key: getattr(text, name) for name, key in published.keys.items()}
+    if "num_hidden_groups" in text_config:
+        text_config["num_hidden_groups"] = text.layer_groups or text.depth
+    vision_config, vision_views = publish_vision_tower(model.vision_model)
+    config = {
+        "model_type": PUBLISHED_TYPE,
+        "architectures": ["VisionTextDualEncoderModel"],
+        "projection_dim": model.config.projection_dim,
+        "logit_scale_init_value": model.config.logit_scale_init,
+        "vision_config": vision_config,
+        "text_config": {"model_type": text.family, **text_config},
+        "torch_dtype": str(model.logit_scale.dtype).removeprefix("torch."),
+    }
+    views = dual_encoder_views(model, vision_views)
+    if PUBLISHED_VISION[vision_config["model_type"]].prefix == "vision_model.":
+        # Nested once more: all versions of transformers read this, and only the newest the other form.
+        views = {("vision_model." if n.startswith("vision_model.") else "") + n: pieces for n, pieces in views.items()}
+    return config, {name: join(pieces) for name, pieces in views.items()}
+
+
+def publish_vision_tower(tower):
+    """(vision_config, views) of a vision tower; raises ValueError for towers that transformers has no form for."""
+    config = tower.config
+    if config.name in ("vit", "deit") and config.pooling != "pooler" or config.name not in PUBLISHED_VISION:
+        return publish_timm_tower(tower)
+    values = {"use_mask_token": False, **config.args, "image_size": config.image_size, "num_channels": config.channels}
+    return {"model_type": config.name, **values}, views_of(tower)
+
+
+def publish_timm_tower(tower):
+    """publish_vision_tower for a timm ViT: the published family that computes the same, proven by trying it."""
+    trunk, reason = tower.trunk, f"transformers has no form of {tower.config.name} (pooling {tower.config.pooling!r})"
+    if not isinstance(trunk, (timm.models.VisionTransformer, timm.models.Beit)):
+        raise ValueError(f"{reason}; plain ViTs can be written, convolutions and other shapes cannot")
+    values = describe_timm_vit(trunk)
+    family = values["model_type"]
+    try:
+        always_there = {"embeddings.mask_token"} if family == "dinov2_with_registers" else ()
+        config = read_vision_config(values, always_there)
+        with torch.device("meta"):
+            wanted = {name: join(pieces).shape for name, pieces in views_of(VisionEncoder(config)).items()}
+        views = published_views(tower, PUBLISHED_VISION[family].names)
+        positions = wanted.get("embeddings.position_embeddings")
+        if positions and trunk.pos_embed is not None and trunk.pos_embed.shape[1] == positions[1] - 1:
+            # The class token has no position here.
+            views["embeddings.position_embeddings"] = [F.pad(trunk.pos_embed.detach(), (0, 0, 1, 0))]
+        for name, shape in wanted.items():
+            # What the family has and a plain ViT lacks: ones that multiply, zeros that are added.
+            if "lambda" in name:
+                views.setdefault(name, [torch.ones(shape)])
+            elif name.endswith(("query.bias", "value.bias", "mask_token")):
+                views.setdefault(name, [torch.zeros(shape)])
+        if family == "beit":  # has no key bias: it adds the same to a row's scores, which softmax ignores
+            views = {name: pieces for name, pieces in views.items() if not name.endswith("key.bias")}
+        joined = {name: join(pieces) for name, pieces in views.items()}
+        twin = build_filled(VisionEncoder, config, joined, tower.config.name).eval()
+    except ValueError as error:
+        raise ValueError(f"{reason}: {error}") from error
+    if not computes_the_same(tower, twin):
+        raise ValueError(f"{reason}: the nearest one, {family}, computes something else")
+    return publish_vision_tower(twin)[0], views
+
+
+def describe_timm_vit(trunk):
+    """The config.json of the published family that is nearest to a timm ViT."""
+    block = trunk.blocks[0]
+    width, mlp_width, points = trunk.embed_dim, block.mlp.fc1.out_features, torch.linspace(-4, 4, 99)
+    values = {
+        "hidden_size": width,
+        "num_hidden_layers": len(trunk.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "intermediate_size": mlp_width,
+        "hidden_act": next(
+            (n for n, f in ACTIVATIONS.items() if torch.allclose(f(points), block.mlp.act(points), atol=1e-6)),
+            "unknown",
+        ),
+        "layer_norm_eps": block.norm1.eps,
+        "image_size": VisionConfig(image_size=trunk.patch_embed.img_size).image_size,
+        "patch_size": trunk.patch_embed.patch_size[0],
+        "num_channels": trunk.patch_embed.proj.in_channels,
+        "qkv_bias": block.attn.qkv.bias is not None,
+    }
+    if trunk.global_pool == "map":
+        return {"model_type": "siglip_vision_model", **values}
+    if isinstance(trunk, timm.models.Beit) or trunk.global_pool == "avg":
+        return {
+            "model_type": "beit",
+            "use_absolute_position_embeddings": trunk.pos_embed is not None,
+            "use_relative_position_bias": getattr(block.attn, "relative_position_bias_table", None) is not None,
+            "use_shared_relative_position_bias": getattr(trunk, "rel_pos_bias", None) is not None,
+            "layer_scale_init_value": float(getattr(block, "gamma_1", None) is not None),
+            "use_mean_pooling": trunk.global_pool == "avg",
+            **values,
+        }
+    if isinstance(trunk.norm_pre, nn.LayerNorm):
+        return {"model_type": "clip_vision_model", **values}
+    registers = {"num_register_tokens": trunk.num_reg_tokens} if trunk.num_reg_tokens else {}
+    family = "dinov2_with_registers" if registers else "dinov2"
+    return {"model_type": family, "mlp_ratio": mlp_width // width, **registers, **values}
+
+
+@torch.no_grad()
+def computes_the_same(tower, twin):
+    """Whether two vision towers pool random pictures to the same features."""
+    weight, was_training = next(tower.parameters()), tower.training
+    own = torch.Generator().manual_seed(0)  # saving must not change what a training run draws next
+    pictures = torch.randn(2, tower.config.channels, *as_pair(tower.image_size), generator=own)
+    ours = tower.eval()(pictures.to(weight.device, weight.dtype)).pooler_output.float().cpu()
+    tower.train(was_training)
+    theirs = twin(pictures).pooler_output
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+# ---- Image processors and tokenizers --------------------------------------------------------------------------------
+
+
+def find_image_processor(folder):
+    """(file, settings in it) of a folder's image processor, the newer file if there are two; None if there is none."""
+    for name in ("processor_config.json", PICTURES_FILE):
+        if (folder / name).is_file():
+            values = read_json(checkpoint_file(folder, name))
+            if name == PICTURES_FILE or "image_processor" in values:
+                return folder / name, values.get("image_processor", values)
+    return None
+
+
+def read_image_transform(folder):
+    """The ImageTransform that a folder's files describe."""
+    found = find_image_processor(folder)
+    if found is None:
+        raise ValueError(f"cannot read {folder / PICTURES_FILE}: there is none; the folder holds {listing(folder)}")
+    with blamed_on(found[0]):
+        return ImageTransform.from_dict(found[1])
+
+
+def published_transform(family, image_size, channels):
+    """The ImageTransform of a family's image processor with the class's own settings, for pictures of image_size."""
+    transform = ImageTransform.from_dict({"image_processor_type": _PROCESSOR_OF.get(family, "Bit")})
+    resize = min(as_pair(image_size)) if isinstance(transform.resize, int) else as_pair(image_size)
+    mean, std = (channel_values(values, channels) for values in (transform.mean, transform.std))
+    crop = transform.crop and as_pair(image_size)
+    return dataclasses.replace(transform, resize=resize, crop=crop, mean=mean, std=std)
+
+
+# The files that a tokenizer can be read from, the first one there is.
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
+SPECIAL_TOKENS = {
+    "bert": "[PAD] [UNK] [CLS] [SEP] [MASK]",
+    "distilbert": "[PAD] [UNK] [CLS] [SEP] [MASK]",
+    "electra": "[PAD] [UNK] [CLS] [SEP] [MASK]",
+    "albert": "<pad> <unk> [CLS] [SEP] [MASK]",
+    "mpnet": "<pad> [UNK] <s> </s> <mask>",
+    "roberta": "<pad> <unk> <s> </s> <mask>",
+    "xlmroberta": "<pad> <unk> <s> </s> <mask>",
+    "camembert": "<pad> <unk> <s> </s> <mask>",
+}
+SPECIAL_NAMES = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+WITHOUT_TOKEN_TYPES = {"roberta", "xlmroberta", "camembert", "distilbert", "mpnet"}
+BERT_NORMALIZED = {"bert", "distilbert", "electra", "mpnet"}
+
+
+def find_tokenizer(folder):
+    """The file of a folder to read its tokenizer from, or None."""
+    return next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
+
+
+def read_tokenizer(folder):
+    """(tokenizers.Tokenizer with padding and truncation, whether it gives token types) from a checkpoint's files.
+
+    raises  ValueError if there is no file to read it from, or no padding token
+    """
+    path = find_tokenizer(folder)
+    if path is None:
+        raise ValueError(f"no tokenizer in {folder}: expected {', '.join(TOKENIZER_FILES)}; it holds {listing(folder)}")
+    settings = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        settings |= read_json(folder / name) if (folder / name).is_file() else {}
+    if path.name == "tokenizer.json" and not settings:  # ours: the file itself says how to pad and where to cut
+        return read_tokenizer_file(checkpoint_file(folder, path.name)), False
+    kind = tokenizer_kind(folder, settings)
+    defaults = zip(SPECIAL_NAMES, SPECIAL_TOKENS.get(kind, SPECIAL_TOKENS["bert"]).split())
+    special = {name: settings.get(name) or default for name, default in defaults}
+    words = {name: token["content"] if isinstance(token, dict) else token for name, token in special.items()}
+    if path.name == "tokenizer.json":
+        tokenizer = read_tokenizer_file(path)
+        update_tokenizer(tokenizer, kind, settings)
+    else:
+        tokenizer = build_tokenizer(path, settings, words)
+        tokenizer.add_special_tokens([added_token(token) for token in special.values()])
+    pad_id, pad_token = tokenizer.token_to_id(words["pad_token"]), words["pad_token"]
+    if pad_id is None:
+        raise ValueError(f"the tokenizer in {folder} has no padding token {pad_token!r} in its vocabulary")
+    # transformers ignores the padding and truncation in tokenizer.json: what is to be done stands in its own file.
+    side = settings.get("padding_side", "right")
+    tokenizer.enable_padding(direction=side, pad_id=pad_id, pad_token=pad_token)
+    tokenizer.no_truncation()
+    longest = settings.get("model_max_length", 1e30)
+    if longest < 1e9:  # 1e30 stands for no limit
+        tokenizer.enable_truncation(int(longest), direction=settings.get("truncation_side", "right"))
+    inputs = settings.get("model_input_names")
+    return tokenizer, "token_type_ids" in inputs if inputs else kind not in WITHOUT_TOKEN_TYPES
+
+
+def read_tokenizer_file(path):
+    with blamed_on(path):
+        return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+
+
+def update_tokenizer(tokenizer, kind, settings):
+    """Where tokenizer_config.json and tokenizer.json differ, the former wins, as in transformers."""
+    if kind in BERT_NORMALIZED and isinstance(tokenizer.normalizer, tokenizers.normalizers.BertNormalizer):
+        tokenizer.normalizer = bert_normalizer(settings)
+    if isinstance(tokenizer.pre_tokenizer, tokenizers.pre_tokenizers.ByteLevel) and "add_prefix_space" in settings:
+        tokenizer.pre_tokenizer.add_prefix_space = settings["add_prefix_space"]
+
+
+def tokenizer_kind(folder, settings):
+    """A tokenizer's class without its end, or else the kind of model it belongs to: a row of SPECIAL_TOKENS, or not."""
+    name = settings.get("tokenizer_class")
+    if name is None and (folder / CONFIG_FILE).is_file():
+        values = read_json(folder / CONFIG_FILE)
+        name = (values.get("text_config") or values).get("model_type")
+    return re.sub(r"Tokenizer(Fast)?$", "", name or "").replace("-", "").lower()
+
+
+def bert_normalizer(settings):
+    return tokenizers.normalizers.BertNormalizer(
+        lowercase=settings.get("do_lower_case", True),
+        strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+    )
+
+
+def added_token(token):
+    """A special token as the tokenizers library has it; files may say more than its word."""
+    details = token if isinstance(token, dict) else {"content": token, "lstrip": token == "<mask>"}
+    known = {k: details[k] for k in ("content", "single_word", "lstrip", "rstrip", "normalized") if k in details}
+    return tokenizers.AddedToken(**{"normalized": False, **known}, special=True)
+
+
+def build_tokenizer(path, settings, words):
+    """A tokenizer from the files that came before tokenizer.json; words are its special tokens by name."""
+    if path.name == "vocab.txt":
+        vocabulary = {word: i for i, word in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))}
+        model = tokenizers.models.WordPiece(vocabulary, unk_token=words["unk_token"])
+        normalizer, split = bert_normalizer(settings), tokenizers.pre_tokenizers.BertPreTokenizer()
+        decoder = tokenizers.decoders.WordPiece()
+    elif path.name == "vocab.json":
+        model = tokenizers.models.BPE.from_file(
+            str(path), str(path.with_name("merges.txt")), continuing_subword_prefix="", end_of_word_suffix=""
+        )
+        normalizer, decoder = None, tokenizers.decoders.ByteLevel()
+        split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=settings.get("add_prefix_space", False))
+    else:
+        pieces, character_map = read_sentencepiece(path)
+        # XLM-R's order: four special tokens, then the file's pieces from the fourth on, then the mask.
+        specials = [(words[name], 0.0) for name in ("cls_token", "pad_token", "sep_token", "unk_token")]
+        model = tokenizers.models.Unigram(specials + pieces[3:] + [(words["mask_token"], 0.0)], unk_id=3)
+        normalizer = tokenizers.normalizers.Precompiled(character_map) if character_map else None
+        decoder = tokenizers.decoders.Metaspace()
+        split = tokenizers.pre_tokenizers.Sequence(
+            [tokenizers.pre_tokenizers.WhitespaceSplit(), tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always")]
+        )
+    tokenizer = tokenizers.Tokenizer(model)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoder
+    start, end = words["cls_token"], words["sep_token"]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{start} $A {end}",
+        special_tokens=[(word, tokenizer.token_to_id(word)) for word in (start, end)],
+    )
+    return tokenizer
+
+
+def read_sentencepiece(path):
+    """([(piece, score)], character map) of a sentencepiece model.
+
+    The file is a protobuf: field 1 is a piece (1: its text, 2: its score), field 3 the normalizer (2: character map).
+    """
+    pieces, character_map = [], b""
+    for number, value in protobuf_fields(path.read_bytes()):
+        if number == 1:
+            piece = dict(protobuf_fields(value))
+            pieces.append((piece[1].decode("utf-8"), struct.unpack("<f", piece[2])[0]))
+        elif number == 3:
+            character_map = dict(protobuf_fields(value)).get(2, b"")
+    return pieces, character_map
+
+
+def protobuf_fields(data):
+    """(field number, value) of each field of a protobuf message: bytes, or an int for those of variable length."""
+
+    def variable_int(at):
+        value, shift = 0, 0
+        while True:
+            value, shift, at = value | (data[at] & 127) << shift, shift + 7, at + 1
+            if data[at - 1] < 128:
+                return value, at
+
+    at = 0
+    while at < len(data):
+        key, at = variable_int(at)
+        if key & 7 == 0:
+            value, at = variable_int(at)
+        else:
+            length, at = variable_int(at) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], at)
+            value, at = data[at : at + length], at + length
+        yield key >> 3, value
+
+
+def tokenizer_config(processor):
+    """What tokenizer.json does not say, as transformers reads it."""
+    padding, words = processor.tokenizer.padding, {}
+    for row in SPECIAL_TOKENS.values():
+        for name, word in zip(SPECIAL_NAMES, row.split()):
+            if processor.tokenizer.token_to_id(word) is not None:
+                words.setdefault(name, word)
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **words,
+        "pad_token": padding["pad_token"],
+        "padding_side": padding["direction"],
+        "truncation_side": processor.truncation_side,
+        "model_max_length": processor.max_length or int(1e30),
+        "model_input_names": ["input_ids", *(["token_type_ids"] if processor.token_types else []), "attention_mask"],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9  Data
 # ---------------------------------------------------------------------------------------------------------------------
 
 # What a class name becomes, for training captions and for zero-shot classification alike.
@@ -1861,7 +3018,7 @@ def draw_shape(draw, shape, centre, radius, fill):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 9  Command line
+# 10  Command line
 # ---------------------------------------------------------------------------------------------------------------------
 
 

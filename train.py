@@ -46,6 +46,7 @@ SCRATCH_VISION = {
     "args": {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256), "stem_width": 32},
     "image_size": 64,
 }
+SCRATCH_POOLING = "mean"  # how the text tower of --text scratch makes one vector
 STATE_FILE, METRICS_FILE, LOCK_FILE, BAD_PICTURES = "training_state.pt", "metrics.jsonl", "run.lock", "bad_pictures.txt"
 BAD_SHARE = 0.01  # of the pictures; when more are bad, --on-bad-picture skip stops too
 SHOWN_FLOOR = 0.01  # nats; a smaller floor of the loss is not worth a word
@@ -76,18 +77,27 @@ class TrainConfig:
         False, "augmentation: mirror each picture with probability 1/2 (not where captions say left or right)", "data"
     )
 
-    vision: str = knob("scratch", "timm model name; scratch: a small residual network for 64 pixels", "towers")
+    vision: str = knob(
+        "scratch",
+        "timm model name, or transformers folder or hub id; scratch: a small residual network for 64 pixels",
+        "towers",
+    )
     vision_args: dict = knob({}, "further arguments of timm.create_model", "towers")
     pretrained: bool | None = knob(
         None, "load timm's weights; by default if --vision names some with a tag, as in resnet18.a1_in1k", "towers"
     )
     image_size: int = knob(0, "pixels a side; the vision tower's own unless given", "towers")
     patch_dropout: float = knob(0.0, "share of patches left out while training (ViTs)", "towers")
-    text: str = knob("scratch", "scratch: a new text tower", "towers")
+    text: str = knob("scratch", "scratch: a new text tower; or a transformers folder or hub id", "towers")
     text_width: int = knob(192, "width of a new text tower", "towers")
     text_depth: int = knob(3, "layers of a new text tower", "towers")
     text_heads: int = knob(3, "attention heads of a new text tower", "towers")
-    text_pooling: str = knob("mean", "how the text tower makes one vector", "towers", choices=("cls", "mean", "pooler"))
+    text_pooling: str = knob(
+        "",
+        "how the text tower makes one vector; by default mean for a new one, and a published checkpoint's own",
+        "towers",
+        choices=("", "cls", "mean", "pooler"),
+    )
     vocab_size: int = knob(4096, "pieces of a new text tower's vocabulary, learned from the captions", "towers")
     max_tokens: int = knob(64, "longest caption of a new text tower; longer ones are cut", "towers")
     projection_dim: int = knob(256, "width of the shared space", "towers")
@@ -274,9 +284,7 @@ class BadPictures:
 
 
 def make_model(config, pairs):
-    """The towers that the flags name, with a processor: a new tokenizer is learned from the captions."""
-    captions = [caption for several in pairs.captions for caption in several]
-    tokenizer = dualenc.train_tokenizer(dict.fromkeys(captions), config.vocab_size, config.max_tokens)
+    """The towers that the flags name, with a processor; a new text tower learns its tokenizer from the captions."""
     vision, args, size = config.vision, config.vision_args, config.image_size or None
     if vision == "scratch":
         vision, args, size = (
@@ -286,6 +294,13 @@ def make_model(config, pairs):
         )
     names_weights = "." in vision or ":" in vision
     pretrained = names_weights if config.pretrained is None else config.pretrained
+    text = {"text_pooling": config.text_pooling} if config.text_pooling else {}
+    if config.text == "scratch":
+        captions = [caption for several in pairs.captions for caption in several]
+        tokenizer = dualenc.train_tokenizer(dict.fromkeys(captions), config.vocab_size, config.max_tokens)
+        sizes = {name: getattr(config, name) for name in ("text_width", "text_depth", "text_heads")}
+        vocabulary = {"text_vocab_size": tokenizer.get_vocab_size(), "text_max_positions": config.max_tokens}
+        text = {"text_pooling": SCRATCH_POOLING, **text, **sizes, **vocabulary}
     model = dualenc.DualEncoder.from_vision_text_pretrained(
         vision,
         config.text,
@@ -294,17 +309,17 @@ def make_model(config, pairs):
         vision_args=args,
         vision_image_size=size,
         vision_patch_dropout=config.patch_dropout,
-        text_width=config.text_width,
-        text_depth=config.text_depth,
-        text_heads=config.text_heads,
-        text_pooling=config.text_pooling,
-        text_vocab_size=tokenizer.get_vocab_size(),
-        text_max_positions=config.max_tokens,
         logit_bias_init=SIGLIP_BIAS if config.loss == "siglip" else None,
+        **text,
     )
-    # A tower without weights has learned nothing about a crop: show it the whole picture.
-    transform = model.vision_model.image_transform(crop_pct=None if pretrained else 1.0)
-    model.processor = dualenc.Processor(transform, tokenizer)
+    if config.text == "scratch":
+        # A tower without weights has learned nothing about a crop: show it the whole picture.
+        transform = model.vision_model.image_transform(crop_pct=None if pretrained else 1.0)
+        model.processor = dualenc.Processor(transform, tokenizer)
+    if model.processor is None:
+        raise ValueError(
+            f"{config.text} holds no tokenizer, and a pretrained text tower understands no other one's ids"
+        )
     if config.lock:
         model.lock(config.lock)
     return model

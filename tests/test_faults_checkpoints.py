@@ -216,10 +216,10 @@ def test_a_missing_file_is_named(name, saved):
         ({"crop_size": {"height": 10**6, "width": 32}}, "expected 1 to 8192 pixels a side"),
         ({"size": {"shortest_edge": -5}}, "expected 1 to 8192 pixels a side"),
         ({"size": {"shortest_edge": "5"}}, "cannot read"),
-        ({"size": 5}, "cannot read"),
+        ({"size": "5"}, "cannot read"),
         ({"image_std": [0, 1, 1]}, "a std above 0 for each"),
         ({"image_mean": [1, 1]}, "expected 1 or 3 channels"),
-        ({"image_mean": None}, "cannot read"),
+        ({"image_mean": "half"}, "cannot read"),
         ({"resample": 99}, "cannot read"),
     ],
 )

@@ -220,5 +220,5 @@ def test_preprocessor_config_uses_the_published_words(tmp_path, tokenizer):
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     dualenc.Processor(make_transform(), None).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no tokenizer.json; it holds .*preprocessor_config.json"):
+    with pytest.raises(ValueError, match="no tokenizer in .* tokenizer.json, .*; it holds .*preprocessor_config.json"):
         dualenc.Processor.from_pretrained(tmp_path)

@@ -196,10 +196,14 @@ def test_activations_are_the_published_formulas():
     tanh_form = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     right = {
         "gelu": x * 0.5 * (1 + torch.erf(x / math.sqrt(2))),
-        "gelu_tanh": tanh_form,
+        "gelu_new": tanh_form,
+        "gelu_fast": tanh_form,
+        "gelu_pytorch_tanh": tanh_form,
         "quick_gelu": x / (1 + torch.exp(-1.702 * x)),
         "relu": x * (x > 0),
         "silu": x / (1 + torch.exp(-x)),
+        "swish": x / (1 + torch.exp(-x)),
+        "tanh": 2 / (1 + torch.exp(-2 * x)) - 1,
     }
     assert right.keys() == dualenc.ACTIVATIONS.keys()
     for name, values in right.items():
