@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 import typing
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ import eval as evaluation
 from dualenc import knob
 
 BETAS, EPSILON = (0.9, 0.98), 1e-6  # CLIP, table 19
-SIGLIP_BIAS = -10.0  # SigLIP, section 3.2
+SIGLIP_START = {"logit_scale_init": math.log(10), "logit_bias_init": -10.0}  # SigLIP, section 3.2
 # The vision tower of --vision scratch: a ResNet-10 of half the width, quick on a CPU.
 SCRATCH_VISION = {
     "name": "resnet18",
@@ -309,7 +310,7 @@ def make_model(config, pairs):
         vision_args=args,
         vision_image_size=size,
         vision_patch_dropout=config.patch_dropout,
-        logit_bias_init=SIGLIP_BIAS if config.loss == "siglip" else None,
+        **(SIGLIP_START if config.loss == "siglip" else {}),
         **text,
     )
     if config.text == "scratch":
@@ -320,8 +321,14 @@ def make_model(config, pairs):
         raise ValueError(
             f"{config.text} holds no tokenizer, and a pretrained text tower understands no other one's ids"
         )
-    if config.lock:
-        model.lock(config.lock)
+    has_weights = {
+        "vision": pretrained or model.config.vision.name in dualenc.VISION_FAMILIES,
+        "text": config.text != "scratch",
+    }
+    if not has_weights.get(config.lock, True):
+        warnings.warn(
+            f"--lock {config.lock} freezes random weights: name a tower that has learned something", stacklevel=2
+        )
     return model
 
 
@@ -743,7 +750,14 @@ class Run:
 def load_run(config, pairs, out, device, meter):
     """(model, optimizer, state): new ones, or as the last checkpoint of a resumed run left them, the meter too."""
     torch.manual_seed(config.seed)
-    state = {"step": 0, "evaluated": 0, "saved": None, "best": None, "bad_steps": 0, "bad_steps_in_a_row": 0}
+    state = {
+        "step": 0,  # steps taken
+        "evaluated": 0,  # the step of the last evaluation
+        "saved": None,  # the step of the checkpoint in last/
+        "best": None,  # the numbers of the best evaluation
+        "bad_steps": 0,  # steps without an update, because loss or gradient were not finite
+        "bad_steps_in_a_row": 0,
+    }
     last = out / "last"
     resumed = config.resume and last.exists()  # a run may be killed before its first checkpoint
     model = dualenc.DualEncoder.from_pretrained(last) if resumed else make_model(config, pairs)

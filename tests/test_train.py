@@ -389,7 +389,8 @@ def test_what_cannot_be_trained_is_refused_with_the_reason(run, flags, message):
 
 
 def test_a_locked_tower_and_its_statistics_survive_a_run_unchanged(run):
-    _, out = run(lock="vision", steps=4, eval_every=1)
+    with pytest.warns(UserWarning, match="--lock vision freezes random weights"):
+        _, out = run(lock="vision", steps=4, eval_every=1)
     config = train.TrainConfig(**json.loads((out / "train_config.json").read_text())["flags"])
     torch.manual_seed(config.seed)
     start = train.make_model(config, train.load_data(config)[0]).state_dict()
@@ -432,6 +433,8 @@ def test_siglip_and_multi_positive_runs_and_class_folders_work(run, tmp_path, ca
         assert metrics["n_classes"] == 2 and 0 <= metrics["zs_top1"] <= 1 and "zs_class_top1" not in metrics
         assert evaluation.main([str(out), "--precision", "fp32"])["zeroshot"]["zs_top1"] == metrics["zs_top1"]
     assert "logit_bias" in weights(tmp_path / "siglip" / "best")
+    start = json.loads((tmp_path / "siglip" / "best" / "config.json").read_text())
+    assert start["logit_scale_init"] == pytest.approx(math.log(10)) and start["logit_bias_init"] == -10
 
 
 def test_bad_flags_end_the_script_with_one_line(captions_file):
