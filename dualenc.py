@@ -100,15 +100,7 @@ class TextConfig:
     def __post_init__(self):
         object.__setattr__(self, "mlp_width", self.mlp_width or 4 * self.width)
         object.__setattr__(self, "embedding_width", self.embedding_width or self.width)
-        for name in (
-            "width",
-            "depth",
-            "heads",
-            "mlp_width",
-            "vocab_size",
-            "max_positions",
-            "embedding_width",
-        ):
+        for name in ("width", "depth", "heads", "mlp_width", "vocab_size", "max_positions", "embedding_width"):
             at_least(f"text {name}", getattr(self, name), 1)
         for name in ("pad_token_id", "type_vocab_size", "dropout", "attention_dropout", "layer_norm_eps"):
             at_least(f"text {name}", getattr(self, name), 0)
