@@ -510,6 +510,9 @@ def test_pixel_values_are_those_of_the_torchvision_backed_processors(name, numbe
         assert largest_difference(transform(kind), tensors[f"{name}.{number}.float"]) < 2e-6
 
 
+PROCESSORS = ("ViT", "DeiT", "Beit", "Siglip", "CLIP", "Bit")
+
+
 def test_every_layout_of_image_settings_is_read(tmp_path):
     """An integer or a pair for a size, what only the class tells, an older name of the class; the newer file wins."""
     read = dualenc.ImageTransform.from_dict
@@ -524,6 +527,8 @@ def test_every_layout_of_image_settings_is_read(tmp_path):
     assert read({"image_processor_type": "ViTImageProcessor", "size": [48, 32]}).resize == (48, 32)
     deit = read({"image_processor_type": "DeiTImageProcessor", "crop_size": None})
     assert (deit.resize, deit.crop, deit.interpolation) == ((256, 256), (224, 224), "bicubic")
+    resampled = {name: read({"image_processor_type": f"{name}ImageProcessor"}).interpolation for name in PROCESSORS}
+    assert resampled == {name: "bilinear" if name == "ViT" else "bicubic" for name in PROCESSORS}
     assert read({"image_processor_type": "ViTImageProcessor", "do_resize": False}).resize is None
     raw = read({"image_processor_type": "ViTImageProcessor", "do_rescale": False, "do_normalize": False, "size": 2})
     assert largest_difference(raw(np.full((2, 2, 3), 7, np.uint8)), torch.full((3, 2, 2), 7.0)) < 1e-5
