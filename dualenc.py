@@ -987,9 +987,9 @@ class ImageTransform:
 
     def normalize(self, image):
         """(..., 3, S, S) uint8, or float from 0 to 1, to normalised float32."""
-        if image.dtype == torch.uint8:
-            image = image.float() / 255
-        mean, std = (torch.tensor(values, device=image.device)[:, None, None] for values in (self.mean, self.std))
+        # On the scale of 0 to 255, as torchvision-backed processors do it: the last bits agree with theirs.
+        image = image.float() if image.dtype == torch.uint8 else image * 255
+        mean, std = (255 * torch.tensor(values, device=image.device)[:, None, None] for values in (self.mean, self.std))
         return (image - mean) / std
 
     def to_dict(self):
