@@ -134,7 +134,6 @@ def run_pictures(model, encode, pictures, precision, batch_size, workers):
         batch_size,
         num_workers=workers,
         collate_fn=stack_pictures,
-        generator=torch.Generator(),  # else it would draw from the generator that training uses
     )
     rows = []
     for batch in tqdm(loader, desc="pictures", disable=None, leave=False):

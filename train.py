@@ -234,7 +234,6 @@ def make_loader(pairs, model, config, device, first_step, steps):
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
         worker_init_fn=leave_signals_to_the_run,
-        generator=torch.Generator(),  # else it would draw from the generator that dropout uses
     )
 
 
