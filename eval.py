@@ -134,6 +134,7 @@ def run_pictures(model, encode, pictures, precision, batch_size, workers):
         batch_size,
         num_workers=workers,
         collate_fn=stack_pictures,
+        generator=torch.Generator(),  # measuring leaves the global generator alone
     )
     rows = []
     for batch in tqdm(loader, desc="pictures", disable=None, leave=False):
