@@ -531,7 +531,7 @@ def read_flags(argv):
 
 
 def check_recipe(config, pairs, held_out):
-    """Raise ValueError for a recipe that cannot learn."""
+    """(chance, floor) of a batch's loss in nats; raises ValueError for a recipe that cannot learn."""
     if config.batch_size < 2:
         raise ValueError(
             f"batch_size is {config.batch_size}: with one pair there is nothing to tell it from and the loss is always "
@@ -560,6 +560,7 @@ def check_recipe(config, pairs, held_out):
             f"the training pictures of {config.data} look the same, pixel for pixel: there is nothing to tell apart, "
             f"and the loss cannot fall below its floor of {chance:.3f}, which is chance"
         )
+    return chance, floor
 
 
 def same_pictures(pairs, sample=16):
@@ -682,7 +683,7 @@ def describe_evaluation(line, steps, saved):
     return f"eval {line['step']:>6,}/{steps:,}   {'   '.join(parts)}   saved {saved}"
 
 
-def introduce(config, model, pairs, held_out, steps, device, precision):
+def introduce(config, model, pairs, held_out, losses, steps, device, precision):
     """The head of the printout: data, model, run, and the flags that differ from their defaults."""
 
     def millions(module, trainable=False):
@@ -696,7 +697,7 @@ def introduce(config, model, pairs, held_out, steps, device, precision):
     sizes = f"({millions(model.text_model)}) -> {config.projection_dim}"
     print(f"model    {towers} {sizes}   trainable {millions(model, trainable=True)} of {millions(model)}")
     print(f"run      batch_size={config.batch_size} steps={steps}   torch {torch.__version__}   {device} {precision}")
-    chance, floor = data_losses(config, pairs)
+    chance, floor = losses
     if floor > SHOWN_FLOOR:
         print(f"loss     chance {chance:.3f}, floor {floor:.3f}: pairs of one caption or class cannot be told apart")
     print(f"flags    {' '.join(changed) or 'defaults'}", flush=True)
@@ -931,7 +932,7 @@ def main(argv=None):
     out, lock = claim_run(config)
     pairs, held_out, templates = load_data(config)
     held_out, unreadable = held_out_to_measure(config, held_out, device)
-    check_recipe(config, pairs, held_out)
+    losses = check_recipe(config, pairs, held_out)
     steps = config.steps or max(1, round(config.epochs * (len(pairs) // config.batch_size)))
 
     # 2. Model and optimiser, new or from the last checkpoint.
@@ -943,7 +944,7 @@ def main(argv=None):
     drop_metrics_after(out, state["step"])
     bad_pictures = BadPictures(out, config.on_bad_picture, len(pairs) + len(held_out) + len(unreadable))
     bad_pictures.add(unreadable)
-    introduce(config, model, pairs, held_out, steps, device, precision)
+    introduce(config, model, pairs, held_out, losses, steps, device, precision)
 
     # 4. Train; log, evaluate and save on the way.
     run = Run(
