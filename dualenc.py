@@ -14,8 +14,8 @@ Words      "features" come out of a tower or a projection; "embeds" are features
 
 Sections   1 Configurations      2 Losses         3 DualEncoder
            4 Text tower          5 Vision tower   6 Processor: pictures and captions to tensors
-           7 Checkpoints         8 Interchange with transformers
-           9 Data                10 Command line
+           7 Large batches       8 Checkpoints    9 Interchange with transformers
+           10 Data               11 Command line
 
 Sources    Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision" (CLIP)
            Zhai et al. 2022, "LiT: Zero-Shot Transfer with Locked-image text Tuning"
@@ -46,7 +46,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -213,8 +213,7 @@ def multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group_ids):
     source                     Yang et al. 2022, "Unified Contrastive Learning" (UniCL), equations 3 and 4
     """
     check_same_shape(image_embeds, text_embeds)
-    if group_ids.shape != image_embeds.shape[:1]:
-        raise ValueError(f"group_ids has shape {tuple(group_ids.shape)}, expected one id a row: ({len(image_embeds)},)")
+    check_group_ids(group_ids, image_embeds)
     logits_per_image = logit_scale.exp() * image_embeds @ text_embeds.T
     same_group = (group_ids[:, None] == group_ids[None, :]).to(logits_per_image.dtype)
     target = same_group / same_group.sum(dim=1, keepdim=True)
@@ -230,6 +229,11 @@ def check_same_shape(image_embeds, text_embeds):
             f"image_embeds {tuple(image_embeds.shape)} and text_embeds {tuple(text_embeds.shape)} must have one shape: "
             f"row i of one describes row i of the other"
         )
+
+
+def check_group_ids(group_ids, image_embeds):
+    if group_ids.shape != image_embeds.shape[:1]:
+        raise ValueError(f"group_ids has shape {tuple(group_ids.shape)}, expected one id a row: ({len(image_embeds)},)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1325,7 +1329,253 @@ def train_tokenizer(captions, vocab_size, max_length=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7  Checkpoints
+# 7  Large batches: the same numbers in less memory, or from several processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+TILE = 1024  # rows and columns of the score matrix in memory at a time
+KEPT_SCORES = 2**24  # scores that the tiled losses keep for the backward pass, 64 MB in float32; the rest come again
+
+
+def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=TILE, sharded=False):
+    """clip_loss, value and gradients, without ever holding the B x B matrix: O(B * tile) memory.
+
+    A row's cross-entropy is its log-sum-exp minus the score of the pair, and only the log-sum-exp needs the other rows.
+
+    image_embeds, text_embeds  (B, E)  unit-norm rows; row i describes picture i
+    logit_scale                ()      natural log of the inverse temperature
+    tile                       rows and columns of the matrix at a time
+    sharded                    the rows are this process's share of the batch. The mean of the results over processes,
+                               and of their gradients, is that of clip_loss on all rows; each tile is computed by one
+                               process only, and only captions are gathered
+    returns                    ()      mean loss in nats
+    raises                     ValueError if the two batches differ in shape
+    source                     Cheng et al. 2024, "Breaking the Memory Barrier" (Inf-CL), section 3.2
+    """
+    check_same_shape(image_embeds, text_embeds)
+    of_rows, over_columns = row_and_column_terms(image_embeds, text_embeds, logit_scale, tile, sharded)
+    pairs = logit_scale.exp() * (image_embeds * text_embeds).sum(dim=1)
+    return share_of_mean(of_rows / 2 - pairs, len(over_columns)) + over_columns.mean() / 2
+
+
+def tiled_multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group_ids, tile=TILE, sharded=False):
+    """multi_positive_clip_loss in O(B * tile) memory: the mean score of a group is the score of its mean caption.
+
+    image_embeds, text_embeds  (B, E)  unit-norm rows; row i describes picture i
+    logit_scale                ()      natural log of the inverse temperature
+    group_ids                  (B,)    integers; rows with equal ids describe each other
+    tile, sharded              as in tiled_clip_loss
+    returns                    ()      mean divergence from the shared answer, in nats
+    raises                     ValueError if the batches differ in shape or group_ids is not (B,)
+    """
+    check_same_shape(image_embeds, text_embeds)
+    check_group_ids(group_ids, image_embeds)
+    of_rows, over_columns = row_and_column_terms(image_embeds, text_embeds, logit_scale, tile, sharded)
+    all_texts, all_ids = text_embeds, group_ids
+    if sharded:
+        all_texts, all_ids = gather_embeds(text_embeds), gather_embeds(group_ids)
+    ids, group_of, sizes = all_ids.unique(return_inverse=True, return_counts=True)
+    mean_texts = all_texts.new_zeros(len(ids), all_texts.shape[1]).index_add(0, group_of, all_texts) / sizes[:, None]
+    pairs = logit_scale.exp() * (image_embeds * mean_texts[torch.searchsorted(ids, group_ids)]).sum(dim=1)
+    best_value = sizes[group_of].to(pairs.dtype).log().mean()
+    return share_of_mean(of_rows / 2 - pairs, len(over_columns)) + over_columns.mean() / 2 - best_value
+
+
+def tiled_siglip_loss(image_embeds, text_embeds, logit_scale, logit_bias, tile=TILE, sharded=False):
+    """siglip_loss in O(B * tile) memory: no cell needs another one, so each tile is visited once.
+
+    image_embeds, text_embeds  (B, E)  unit-norm rows; row i describes picture i
+    logit_scale, logit_bias    ()      the published start is ln(10) and -10
+    tile, sharded              as in tiled_clip_loss
+    returns                    ()      binary cross-entropy in nats, summed over the matrix, divided by B
+    raises                     ValueError if the two batches differ in shape
+    """
+    check_same_shape(image_embeds, text_embeds)
+    all_texts = gather_embeds(text_embeds) if sharded else text_embeds
+    # As if no cell were a pair; a cell that is one costs its logit less.
+    no_pairs = TiledSoftplus.apply(image_embeds, all_texts, logit_scale, logit_bias, tile)
+    pairs = logit_scale.exp() * (image_embeds * text_embeds).sum(dim=1) + logit_bias
+    return share_of_mean(no_pairs - pairs, len(all_texts))
+
+
+def share_of_mean(values, count):
+    """What this process adds to a mean over `count` rows of all processes: their mean of it is the mean of the rows."""
+    return values.sum() * process_count() / count if len(values) != count else values.mean()
+
+
+def row_and_column_terms(image_embeds, text_embeds, logit_scale, tile, sharded):
+    """The log-sum-exp of every row of logits_per_image, (R,) for R rows here, and of every column of all rows, (B,)."""
+    if not sharded:
+        return TiledLogSumExp.apply(image_embeds, text_embeds, logit_scale, tile)
+    of_rows, of_columns = TiledLogSumExp.apply(image_embeds, gather_embeds(text_embeds), logit_scale, tile)
+    return of_rows, gather_embeds(of_columns[None]).logsumexp(dim=0)
+
+
+class TiledLogSumExp(torch.autograd.Function):
+    """Log-sum-exp of every row and every column of exp(logit_scale) * image_embeds @ text_embeds.T.
+
+    The gradient is made of the softmax of rows and of columns, which need the finished sums: the backward pass visits
+    all tiles again, with scores kept from the forward pass as far as KEPT_SCORES reaches.
+    """
+
+    @staticmethod
+    def forward(ctx, image_embeds, text_embeds, logit_scale, tile):
+        of_rows = image_embeds.new_full((len(image_embeds),), -math.inf)
+        of_columns = text_embeds.new_full((len(text_embeds),), -math.inf)
+        ctx.tile, ctx.kept = tile, {}
+        for rows, columns, scores in score_tiles(logit_scale.exp() * image_embeds, text_embeds, tile, ctx.kept):
+            of_rows[rows] = of_rows[rows].logaddexp(scores.logsumexp(dim=1))
+            of_columns[columns] = of_columns[columns].logaddexp(scores.logsumexp(dim=0))
+        ctx.save_for_backward(image_embeds, text_embeds, logit_scale, of_rows, of_columns)
+        return of_rows, of_columns
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_rows, grad_columns):
+        image_embeds, text_embeds, logit_scale, of_rows, of_columns = ctx.saved_tensors
+        scaled_images = logit_scale.exp() * image_embeds
+        grad_scaled, grad_texts = torch.zeros_like(image_embeds), torch.zeros_like(text_embeds)
+        for rows, columns, scores in score_tiles(scaled_images, text_embeds, ctx.tile, ctx.kept):
+            grad = (scores - of_rows[rows, None]).exp_().mul_(grad_rows[rows, None])
+            grad += (scores - of_columns[columns]).exp_().mul_(grad_columns[columns])
+            grad_scaled[rows].addmm_(grad, text_embeds[columns])
+            grad_texts[columns].addmm_(grad.T, scaled_images[rows])
+        return logit_scale.exp() * grad_scaled, grad_texts, (grad_scaled * scaled_images).sum(), None
+
+
+class TiledSoftplus(torch.autograd.Function):
+    """For every row of exp(logit_scale) * image_embeds @ text_embeds.T + logit_bias, the sum of ln(1 + exp(score)).
+
+    The slope of a cell is its sigmoid, whatever the others are; only the weight of its row is not known until the
+    backward pass, which visits all tiles again.
+    """
+
+    @staticmethod
+    def forward(ctx, image_embeds, text_embeds, logit_scale, logit_bias, tile):
+        of_rows = image_embeds.new_zeros(len(image_embeds))
+        ctx.tile, ctx.kept = tile, {}
+        for rows, _, scores in score_tiles(logit_scale.exp() * image_embeds, text_embeds, tile, ctx.kept):
+            of_rows[rows] += F.softplus(scores + logit_bias).sum(dim=1)
+        ctx.save_for_backward(image_embeds, text_embeds, logit_scale, logit_bias)
+        return of_rows
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_rows):
+        image_embeds, text_embeds, logit_scale, logit_bias = ctx.saved_tensors
+        scaled_images, grad_bias = logit_scale.exp() * image_embeds, torch.zeros_like(logit_bias)
+        grad_scaled, grad_texts = torch.zeros_like(image_embeds), torch.zeros_like(text_embeds)
+        for rows, columns, scores in score_tiles(scaled_images, text_embeds, ctx.tile, ctx.kept):
+            grad = (scores + logit_bias).sigmoid_().mul_(grad_rows[rows, None])
+            grad_bias += grad.sum()
+            grad_scaled[rows].addmm_(grad, text_embeds[columns])
+            grad_texts[columns].addmm_(grad.T, scaled_images[rows])
+        return logit_scale.exp() * grad_scaled, grad_texts, (grad_scaled * scaled_images).sum(), grad_bias, None
+
+
+def score_tiles(scaled_images, text_embeds, tile, kept):
+    """Yields (row slice, column slice, scores) of scaled_images @ text_embeds.T, at most tile x tile at a time.
+
+    kept  {place: scores}, filled here up to KEPT_SCORES in all; what is in it is not computed again
+    """
+    for top, left in itertools.product(range(0, len(scaled_images), tile), range(0, len(text_embeds), tile)):
+        rows, columns = slice(top, top + tile), slice(left, left + tile)
+        scores = kept.get((top, left))
+        if scores is None:
+            scores = scaled_images[rows] @ text_embeds[columns].T
+            if (len(kept) + 1) * tile**2 <= KEPT_SCORES:
+                kept[top, left] = scores
+        yield rows, columns, scores
+
+
+def cached_backward(embed, pieces, loss_of, loss_weights=()):
+    """The exact gradient of a large batch in the memory of a small one (gradient caching).
+
+    Adding up the gradients of small batches would not do: each pair needs all others as wrong answers, and the sum of
+    small losses is another objective. But the loss needs only embeddings, which are small. So every piece is embedded
+    without a graph, the loss of the whole batch gives the gradient of each embedding, and a second pass through each
+    piece, with the same dropout, carries it into the weights.
+
+    embed         function of a piece: image_embeds (b, E) and text_embeds (b, E); a DistributedDataParallel module
+                  averages its gradients once, with the last piece
+    pieces        what embed takes, one after the other
+    loss_of       function of image_embeds (B, E) and text_embeds (B, E): the loss () of the whole batch
+    loss_weights  what the loss learns beside the embeddings: logit_scale, logit_bias
+    returns       the loss and all embeddings, without graph; gradients are added to .grad of every weight
+    source        Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", section 3
+    """
+    seeds = torch.randint(2**62, (len(pieces),)).tolist()
+    with torch.no_grad():
+        embeds = []
+        for piece, seed in zip(pieces, seeds):
+            torch.manual_seed(seed)
+            embeds.append(embed(piece))
+    image_embeds, text_embeds = (torch.cat(side).requires_grad_() for side in zip(*embeds))
+    loss = loss_of(image_embeds, text_embeds)
+    grad_images, grad_texts, *grad_weights = torch.autograd.grad(loss, [image_embeds, text_embeds, *loss_weights])
+    done = 0
+    for number, (piece, seed) in enumerate(zip(pieces, seeds), start=1):
+        last = number == len(pieces)
+        with nullcontext() if last else getattr(embed, "no_sync", nullcontext)():
+            torch.manual_seed(seed)
+            images, texts = embed(piece)
+            part = slice(done, done := done + len(images))
+            # A scalar whose gradient is the cached one.
+            proxy = (images * grad_images[part]).sum() + (texts * grad_texts[part]).sum()
+            if last:
+                proxy = proxy + sum((weight * grad).sum() for weight, grad in zip(loss_weights, grad_weights))
+            proxy.backward()
+    return loss.detach(), image_embeds.detach(), text_embeds.detach()
+
+
+def process_count():
+    """Processes of a torchrun job, or 1."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def process_rank():
+    """Which process of a torchrun job this is, counted from 0."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def gather_embeds(embeds):
+    """Every process's rows, with gradients; the identity in one process.
+
+    What each process's loss makes of a row comes back, summed, to the process that owns the row. So if every process
+    computes the loss of all gathered rows, each gets its own rows' gradient times the number of processes, and the mean
+    over processes that DistributedDataParallel takes is the gradient of the whole batch.
+
+    embeds   (R, ...)  this process's rows; R may differ between processes, the rest may not
+    returns  (B, ...)  the rows of all processes, in the order of their ranks
+    """
+    return embeds if process_count() == 1 else GatherRows.apply(embeds)
+
+
+class GatherRows(torch.autograd.Function):
+    """See gather_embeds."""
+
+    @staticmethod
+    def forward(ctx, rows):
+        count = torch.tensor([len(rows)], device=rows.device)
+        counts = [torch.empty_like(count) for _ in range(process_count())]
+        torch.distributed.all_gather(counts, count)
+        counts = torch.cat(counts).tolist()
+        ctx.mine = slice(sum(counts[: process_rank()]), sum(counts[: process_rank() + 1]))
+        # Processes must send tensors of one shape: short shares are filled up.
+        padded = F.pad(rows, (0, 0) * (rows.ndim - 1) + (0, max(counts) - len(rows)))
+        parts = [torch.empty_like(padded) for _ in counts]
+        torch.distributed.all_gather(parts, padded)
+        return torch.cat([part[:length] for part, length in zip(parts, counts)])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        torch.distributed.all_reduce(grad)
+        return grad[ctx.mine]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8  Checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
 MODEL_TYPE = "dualenc"  # config.json names its writer in model_type, as transformers' files do
@@ -1571,7 +1821,7 @@ def write_file(path, content):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8  Interchange with transformers
+# 9  Interchange with transformers
 # ---------------------------------------------------------------------------------------------------------------------
 #
 # Reading and writing go through the same tables. A family's `names` says what our tensors are called in its files, N
@@ -2385,7 +2635,7 @@ def tokenizer_config(processor):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 9  Data
+# 10  Data
 # ---------------------------------------------------------------------------------------------------------------------
 
 # What a class name becomes, for training captions and for zero-shot classification alike.
@@ -3010,7 +3260,7 @@ def draw_shape(draw, shape, centre, radius, fill):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 10  Command line
+# 11  Command line
 # ---------------------------------------------------------------------------------------------------------------------
 
 
