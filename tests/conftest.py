@@ -1,5 +1,8 @@
 """Small towers, captions and pictures that the tests share."""
 
+import multiprocessing
+import socket
+
 import numpy as np
 import pytest
 import torch
@@ -71,3 +74,26 @@ def fails_like(got, right, mistakes, what, tolerance=1e-5):
     ]
     hint = f"it looks like: {', '.join(looks)}" if looks else "it matches no well-known mistake"
     pytest.fail(f"{what} is off by up to {(got - right).abs().max():.2g}; {hint}")
+
+
+def in_processes(count, function, *arguments):
+    """function(rank, *arguments) in so many gloo processes; what each returned, in the order of ranks."""
+    multiprocessing.set_forkserver_preload(["dualenc"])  # imported once, not in every process
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+    with multiprocessing.get_context("forkserver").Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.start_processes(
+            _in_one_process, (count, address, function, arguments, results), count, start_method="forkserver"
+        )
+        return [results[rank] for rank in range(count)]
+
+
+def _in_one_process(rank, count, address, function, arguments, results):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", address, rank=rank, world_size=count)
+    try:
+        results[rank] = function(rank, *arguments)
+    finally:
+        torch.distributed.destroy_process_group()
