@@ -251,7 +251,7 @@ class TowerOutput:
     attentions         depth x (B, H, P, P)   on request: weights after softmax and dropout; rows sum to 1 without it
     """
 
-    last_hidden_state: Tensor
+    last_hidden_state: Tensor | None
     pooler_output: Tensor
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
@@ -295,11 +295,11 @@ class DualEncoder(nn.Module):
 
     def get_image_features(self, pixel_values):
         """(I, 3, S, S) pixels from the processor to (I, E) projected features, not normalised."""
-        return self.visual_projection(self._run_tower("vision", pixel_values).pooler_output)
+        return self.visual_projection(self._run_tower("vision", pixel_values, pooled_only=True).pooler_output)
 
     def get_text_features(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None):
         """(N, T) token ids to (N, E) projected features, not normalised; attention_mask is 1 on real tokens."""
-        output = self._run_tower("text", input_ids, attention_mask, token_type_ids, position_ids)
+        output = self._run_tower("text", input_ids, attention_mask, token_type_ids, position_ids, pooled_only=True)
         return self.text_projection(output.pooler_output)
 
     def encode_image(self, pixel_values):
@@ -466,10 +466,8 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
     returns            (B, H, T, W/H), and the weights (B, H, T, T) or None
     source             Vaswani et al. 2017, equation 1
     """
-    # A fused kernel never shows its weights; and on a CPU its bfloat16 backward pass is 2 to 5 times slower than the
-    # plain products below.
-    slow_kernel = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad
-    if not (return_weights or slow_kernel):
+    # A fused kernel never shows its weights.
+    if not (return_weights or fused_kernel_is_slow(query)):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout), None
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
     if mask is not None and mask.dtype == torch.bool:
@@ -478,6 +476,12 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
         scores = scores + mask
     weights = F.dropout(scores.softmax(dim=-1), dropout)
     return weights @ value, weights if return_weights else None
+
+
+def fused_kernel_is_slow(tensor):
+    """Whether plain products beat the fused attention kernel: when a CPU trains in bf16, two to five times over."""
+    in_bf16 = tensor.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    return tensor.device.type == "cpu" and in_bf16 and torch.is_grad_enabled()
 
 
 def masked_mean(hidden, attention_mask=None):
@@ -530,17 +534,23 @@ class TextLayer(nn.Module):
         )
         self.config = config
 
-    def forward(self, hidden, mask, return_weights):
-        """hidden (B, T, W), mask as in masked_attention; returns (B, T, W) and the weights (B, H, T, T) or None."""
-        (B, T, W), config = hidden.shape, self.config
+    def forward(self, hidden, mask, return_weights, first_only=False):
+        """hidden (B, T, W), mask as in masked_attention; returns (B, T, W) and the weights (B, H, T, T) or None.
+
+        first_only  computes the first token alone, (B, 1, W): all that is read of the last layer where pooling takes
+                    the first token. It still attends to all others.
+        """
+        config, asking = self.config, hidden[:, :1] if first_only else hidden
+        if mask is not None:
+            mask = mask[:, :, : asking.shape[1]]
         query, key, value = (
-            self.attention["self"][name](hidden).view(B, T, config.heads, W // config.heads).transpose(1, 2)
-            for name in ("query", "key", "value")
+            self.attention["self"][name](tokens).unflatten(-1, (config.heads, -1)).transpose(1, 2)
+            for name, tokens in (("query", asking), ("key", hidden), ("value", hidden))
         )
         attention_dropout = config.attention_dropout if self.training else 0.0
         mixed, weights = masked_attention(query, key, value, mask, attention_dropout, return_weights)
-        mixed = mixed.transpose(1, 2).reshape(B, T, W)
-        hidden = self._add_and_norm(self.attention["output"], mixed, hidden)
+        mixed = mixed.transpose(1, 2).flatten(2)
+        hidden = self._add_and_norm(self.attention["output"], mixed, asking)
         inner = ACTIVATIONS[config.activation](self.intermediate["dense"](hidden))
         return self._add_and_norm(self.output, inner, hidden), weights
 
@@ -608,11 +618,14 @@ class TextEncoder(nn.Module):
         position_ids=None,
         output_hidden_states=False,
         output_attentions=False,
+        pooled_only=False,
     ):
         """input_ids (B, T); attention_mask (B, T) is 1 on real tokens; the rest defaults to zeros and to counting.
 
-        returns  TowerOutput; last_hidden_state (B, T, W), pooler_output (B, W)
-        raises   ValueError for captions longer than max_tokens
+        pooled_only  leaves out of the last layer what pooling does not read: the same pooler_output for less work, but
+                     no last_hidden_state
+        returns      TowerOutput; last_hidden_state (B, T, W), pooler_output (B, W)
+        raises       ValueError for captions longer than max_tokens
         """
         T = input_ids.shape[1]
         if self.max_tokens < T:
@@ -625,11 +638,12 @@ class TextEncoder(nn.Module):
         hidden_states, attentions = [hidden], []
         for i in range(self.config.depth):
             layer = self.encoder["layer"][i * len(self.encoder["layer"]) // self.config.depth]
-            hidden, weights = layer(hidden, mask, output_attentions)
+            first_only = pooled_only and self.config.pooling != "mean" and i == self.config.depth - 1
+            hidden, weights = layer(hidden, mask, output_attentions, first_only)
             hidden_states.append(hidden)
             attentions.append(weights)
         return TowerOutput(
-            last_hidden_state=hidden,
+            last_hidden_state=None if pooled_only else hidden,
             pooler_output=self._pool(hidden, attention_mask),
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
@@ -713,10 +727,11 @@ class VisionEncoder(nn.Module):
             std=channel_values(data["std"], self.config.channels),
         )
 
-    def forward(self, pixel_values, output_hidden_states=False, output_attentions=False):
+    def forward(self, pixel_values, output_hidden_states=False, output_attentions=False, pooled_only=False):
         """pixel_values (B, 3, S, S) to TowerOutput; pooler_output (B, W) is timm's own pooling, without a classifier.
 
-        raises  ValueError for pixels of another size or channel count, and for attentions of a model that has none
+        pooled_only  as in TextEncoder
+        raises       ValueError for pixels of another size or channel count, and for attentions of a model that has none
         """
         self._check_pixels(pixel_values)
         hidden_states, attentions = [], []
@@ -725,24 +740,28 @@ class VisionEncoder(nn.Module):
             hooks += self._record_hidden_states(hidden_states)
         if output_attentions:
             hooks += self._record_attentions(attentions)
-        # timm fuses attention on request of each module; see masked_attention for when the fused kernel does not serve.
-        slow_kernel = pixel_values.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
-        fused = [module for module in self.trunk.modules() if getattr(module, "fused_attn", False)]
+        for module in self.trunk.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = not (output_attentions or fused_kernel_is_slow(pixel_values))
         try:
-            for module in fused:
-                module.fused_attn = not (output_attentions or slow_kernel)
-            features = self.trunk.forward_features(pixel_values.contiguous(memory_format=torch.channels_last))
+            features = self._run_trunk(pixel_values.contiguous(memory_format=torch.channels_last), pooled_only)
         finally:
-            for module in fused:
-                module.fused_attn = True
             for hook in hooks:
                 hook.remove()
         return TowerOutput(
-            last_hidden_state=features,
+            last_hidden_state=None if pooled_only else features,
             pooler_output=self._pool(features),
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
+
+    def _run_trunk(self, pixel_values, pooled_only):
+        """timm's forward_features; for pooled_only, a ViT that pools its first token gives that alone, (B, 1, W)."""
+        trunk = self.trunk
+        if not (pooled_only and reads_first_token(trunk)):
+            return trunk.forward_features(pixel_values)
+        x = trunk.norm_pre(trunk.patch_drop(trunk._pos_embed(trunk.patch_embed(pixel_values))))
+        return trunk.norm(first_token_block(trunk.blocks[-1], trunk.blocks[:-1](x)))
 
     def _pool(self, features):
         if self.config.pooling == "pooler":
@@ -805,6 +824,32 @@ def create_trunk(config, pretrained_from=None):
     except (RuntimeError, OSError) as error:
         weights = f"the weights of {pretrained_from}" if pretrained_from else "random weights"
         raise ValueError(f"timm could not build {config.name} with {weights}: {error}") from error
+
+
+def reads_first_token(trunk):
+    """Whether a timm model is a plain ViT whose pooling reads nothing but the first token."""
+    return (
+        isinstance(trunk, timm.models.VisionTransformer)
+        and trunk.global_pool == "token"
+        and type(trunk.blocks[-1]) is timm.models.vision_transformer.Block
+        and type(trunk.blocks[-1].attn) is timm.layers.Attention
+    )
+
+
+def first_token_block(block, x):
+    """A timm ViT block for the first token alone, which attends to all: (B, P, W) to (B, 1, W)."""
+    attn, normed = block.attn, block.norm1(x)
+    weights = attn.qkv.weight.chunk(3)
+    biases = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
+    query, key, value = (
+        F.linear(tokens, weight, bias).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+        for tokens, weight, bias in zip((normed[:, :1], normed, normed), weights, biases)
+    )
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    mixed, _ = masked_attention(attn.q_norm(query), attn.k_norm(key), value, dropout=dropout)
+    mixed = attn.norm(mixed.transpose(1, 2).flatten(2))
+    x = x[:, :1] + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(mixed))))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
 def channel_values(values, channels):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CAPTIONS, fails_like
+from torch.utils.flop_counter import FlopCounterMode
 
 import dualenc
 
@@ -274,3 +275,20 @@ def test_configurations_survive_json_and_refuse_unknown_fields():
 def test_text_configurations_that_cannot_be_built_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         dualenc.TextConfig(**fields)
+
+
+def test_embedding_alone_computes_no_more_than_pooling_reads(make_model, pictures):
+    """encode_image and encode_text take fewer products than forward, which also returns every token."""
+    model = make_model(text_pooling="cls")
+    inputs = model.processor(text=CAPTIONS, images=pictures)
+    pixel_values, captions = inputs.pop("pixel_values"), inputs
+    for alone, whole in (
+        (lambda: model.encode_image(pixel_values), lambda: model(pixel_values=pixel_values)),
+        (lambda: model.encode_text(**captions), lambda: model(**captions)),
+    ):
+        products = []
+        for way in (alone, whole):
+            with FlopCounterMode(display=False) as counter:
+                way()
+            products.append(counter.get_total_flops())
+        assert products[0] < 0.8 * products[1]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import fails_like
+from torch.utils.flop_counter import FlopCounterMode
 
 import dualenc
 
@@ -166,8 +167,44 @@ def test_the_plain_attention_of_bfloat16_training_equals_the_fused_one():
     query, key, value = (torch.randn(2, 3, 5, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     is_real = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()[:, None, None]
     plain, weights = dualenc.masked_attention(query, key, value, is_real)
-    fused, _ = dualenc.masked_attention(query.detach(), key.detach(), value.detach(), is_real)
+    with torch.no_grad():
+        fused, _ = dualenc.masked_attention(query, key, value, is_real)
     assert weights is None and torch.allclose(plain, fused, atol=2e-2)
+
+
+def test_plain_attention_serves_where_a_cpu_trains_in_bfloat16_and_nowhere_else():
+    single, half = torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)
+    assert dualenc.fused_kernel_is_slow(half) and not dualenc.fused_kernel_is_slow(single)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dualenc.fused_kernel_is_slow(single)
+    with torch.no_grad():
+        assert not dualenc.fused_kernel_is_slow(half)
+    assert not dualenc.fused_kernel_is_slow(half.to("meta")), "another device has other kernels"
+
+
+@pytest.mark.parametrize("pooling", ["cls", "pooler", "mean"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "mpnet", "albert"])
+def test_what_pooling_does_not_read_is_left_out_and_nothing_changes(family, pooling):
+    """pooled_only: the same vector and the same gradients of every weight, padding and all, for fewer products."""
+    encoder = make_encoder(family=family, pooling=pooling, layer_groups=1 if family == "albert" else None)
+    input_ids, mask = padded("left", encoder.config.pad_token_id)
+    gradients, vectors, products = [], [], []
+    for pooled_only in (False, True):
+        encoder.zero_grad()
+        with FlopCounterMode(display=False) as counter:
+            output = encoder(input_ids, mask, pooled_only=pooled_only)
+        output.pooler_output.square().sum().backward()
+        vectors.append(output.pooler_output)
+        gradients.append(
+            {name: weight.grad.clone() for name, weight in encoder.named_parameters() if weight.grad is not None}
+        )
+        products.append(counter.get_total_flops())
+    assert output.last_hidden_state is None
+    torch.testing.assert_close(vectors[0], vectors[1], rtol=0, atol=1e-10)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=1e-9, atol=1e-9)
+    assert products[1] == products[0] if pooling == "mean" else products[1] < 0.75 * products[0]
 
 
 def test_dropout_acts_in_training_only():

@@ -7,6 +7,7 @@ import timm
 import torch
 from conftest import TINY_VIT
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import dualenc
 
@@ -87,7 +88,6 @@ def test_hidden_states_are_the_input_of_the_first_block_and_the_output_of_each(f
 def test_vision_attention_weights_are_real_and_change_nothing(family):
     tower, size = make_tower(family)
     pixel_values = torch.randn(2, 3, size, size)
-    fused = [getattr(module, "fused_attn", None) for module in tower.modules()]
     with torch.no_grad():
         plain, shown = tower(pixel_values), tower(pixel_values, output_attentions=True)
     assert plain.attentions is None and len(shown.attentions) >= 2
@@ -95,7 +95,64 @@ def test_vision_attention_weights_are_real_and_change_nothing(family):
         assert weights.shape[-1] == weights.shape[-2]
         assert torch.allclose(weights.sum(-1), torch.ones(weights.shape[:-1]), atol=1e-5)
     assert torch.allclose(plain.pooler_output, shown.pooler_output, atol=1e-5)
-    assert fused == [getattr(module, "fused_attn", None) for module in tower.modules()], "fusing not restored"
+    tower(pixel_values)
+    assert all(getattr(module, "fused_attn", True) for module in tower.modules()), "the next call fuses again"
+    with torch.autocast("cpu", torch.bfloat16):
+        tower(pixel_values)
+    assert not any(getattr(module, "fused_attn", False) for module in tower.modules())
+
+
+# ViTs whose pooling reads the first token alone: with layer scale, normed queries and keys, several first tokens, no
+# biases. The name of a family stands for the plain model.
+FIRST_TOKEN_VITS = {
+    "plain": ("vit_tiny_patch16_224", {}),
+    "layer scale, normed queries": ("vit_tiny_patch16_224", {"init_values": 0.5, "qk_norm": True, "qkv_bias": False}),
+    "normed attention output": ("vit_tiny_patch16_224", {"scale_attn_norm": True}),
+    "CLIP": ("vit_base_patch32_clip_quickgelu_224", {}),
+    "registers": ("vit_base_patch14_reg4_dinov2", {}),
+}
+
+
+@pytest.mark.parametrize("variant", FIRST_TOKEN_VITS)
+def test_a_vit_that_pools_its_first_token_computes_no_other_in_its_last_block(variant):
+    """pooled_only: the same vector and the same gradients of every weight, for fewer products."""
+    name, arguments = FIRST_TOKEN_VITS[variant]
+    torch.manual_seed(0)
+    tower = dualenc.VisionEncoder(dualenc.VisionConfig(name, {**TINY_VIT, **arguments}, 32)).eval().double()
+    for weight in tower.parameters():  # every weight counts: no zero biases, no unit norms
+        torch.nn.init.normal_(weight, std=0.3)
+    pixel_values = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    gradients, vectors, products = [], [], []
+    for pooled_only in (False, True):
+        tower.zero_grad()
+        with FlopCounterMode(display=False) as counter:
+            output = tower(pixel_values, pooled_only=pooled_only)
+        output.pooler_output.square().sum().backward()
+        vectors.append(output.pooler_output)
+        gradients.append([weight.grad.clone() for weight in tower.parameters()])
+        products.append(counter.get_total_flops())
+    assert output.last_hidden_state is None and dualenc.reads_first_token(tower.trunk)
+    torch.testing.assert_close(vectors[0], vectors[1], rtol=0, atol=1e-10)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-9)
+    assert products[1] < 0.75 * products[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "pooling"),
+    [
+        ("vit_tiny_patch16_224", TINY_VIT, "avg"),
+        ("beit_base_patch16_224", TINY_VIT, "token"),
+        ("test_resnet", {}, None),
+        ("vit_base_patch16_rope_reg1_gap_256", TINY_VIT, None),
+        ("vit_tiny_patch16_224", {**TINY_VIT, "attn_layer": "diff"}, None),
+        ("vit_tiny_patch16_224", {**TINY_VIT, "block_fn": timm.models.vision_transformer.ResPostBlock}, None),
+    ],
+)
+def test_other_models_run_as_timm_has_them(name, arguments, pooling):
+    tower = dualenc.VisionEncoder(dualenc.VisionConfig(name, arguments, 32, pooling=pooling)).eval()
+    assert not dualenc.reads_first_token(tower.trunk)
+    pixel_values = torch.randn(2, 3, 32, 32)
+    assert torch.equal(tower(pixel_values, pooled_only=True).pooler_output, tower(pixel_values).pooler_output)
 
 
 def test_vit_attention_weights_are_the_softmax_of_its_queries_and_keys():
@@ -163,6 +220,12 @@ def test_patch_dropout_drops_patches_in_training_only():
     tower, pixel_values = dualenc.VisionEncoder(config), torch.randn(1, 3, 32, 32)
     assert tower.train()(pixel_values).last_hidden_state.shape == (1, 1 + 8, 32)
     assert tower.eval()(pixel_values).last_hidden_state.shape == (1, 1 + 16, 32)
+    products = []
+    for mode in (True, False):
+        with FlopCounterMode(display=False) as counter:
+            tower.train(mode)(pixel_values, pooled_only=True)
+        products.append(counter.get_total_flops())
+    assert products[0] < 0.7 * products[1]
 
 
 def test_pooling_is_timms_global_pool():
