@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import itertools
 import json
 import os
@@ -22,6 +23,7 @@ import eval as evaluation
 import train
 
 CAPTIONS = ["two dogs", "fox", "a small red circle left of a large blue star", "star", "two dogs", "a photo", "the fox"]
+SMALL = [*TINY, "--workers", "0"]  # workers of a process that came from a forkserver would take seconds to start
 DROPOUT = ["--vision", "test_vit", "--vision-args", "img_size=32", "--patch-dropout", "0.5", "--image-size", "0"]
 VIT = [*DROPOUT[:4], "--image-size", "0"]  # no batch norm: N processes compute what one does
 
@@ -279,7 +281,7 @@ def data(tmp_path_factory):
 
 
 def train_here(flags, happening=None, at=7, rank=1):
-    """train.main in this process; its exit status or error, and what it returned.
+    """What train.main in this process returns, or its error, or its exit status and the last line it printed.
 
     happening  "signal", "worker" or "loss": what befalls one process in step `at`
     """
@@ -301,10 +303,12 @@ def train_here(flags, happening=None, at=7, rank=1):
         return original(self, key)
 
     train.train_step, train.compute_loss, train.TrainingPairs.__getitem__ = train_step, compute_loss, fetch
+    printed = io.StringIO()
     try:
-        return train.main([str(flag) for flag in flags])
+        with contextlib.redirect_stdout(printed):
+            return train.main([str(flag) for flag in flags])
     except SystemExit as stop:
-        return stop.code
+        return stop.code, printed.getvalue().splitlines()[-1]
     except ValueError as error:
         return str(error)
 
@@ -315,12 +319,14 @@ def lines_of(out):
 
 @pytest.mark.parametrize(
     ("count", "more"),
-    [(2, []), (3, ["--micro-batch", "2"]), (2, ["--loss", "siglip", "--batch-size", "9", "--lock", "text"])],
-    ids=["two", "three, pieces", "siglip, uneven"],
+    [
+        pytest.param(2, ["--loss", "siglip", "--batch-size", "9", "--lock", "text"], id="uneven"),
+        pytest.param(3, ["--micro-batch", "2"], id="pieces", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_of_several_processes_is_the_run_of_one(count, more, data, tmp_path):
     """Weights, optimiser and every logged number to 1e-5; the evaluations come out the same."""
-    flags = [*data, *TINY, *VIT, *more]
+    flags = [*data, *SMALL, *VIT, *more]
     one, several = tmp_path / "one", tmp_path / "several"
     assert run(*flags, "--out", one) == 0
     best = in_processes(count, tmp_path / "job", train_here, [*flags, "--out", several])
@@ -335,31 +341,36 @@ def test_a_run_of_several_processes_is_the_run_of_one(count, more, data, tmp_pat
         assert line == pytest.approx(other, rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_class_folders_and_drawn_shapes_train_in_several_processes(tmp_path):
     for name in ("dog", "fox"):
         for split in ("train", "test"):
             write_pictures(tmp_path / "classes" / split / name, 12)
             (tmp_path / "classes" / split / name / "captions.csv").unlink()
-    flags = ["--data", tmp_path / "classes", "--loss", "multi-positive", *TINY, *VIT, "--steps", "3"]
+    flags = ["--data", tmp_path / "classes", "--loss", "multi-positive", *SMALL, *VIT, "--steps", "3"]
     best = in_processes(2, tmp_path / "job", train_here, [*flags, "--out", tmp_path / "classes run"])
     assert best[0] == best[1] and best[0]["n_classes"] == 2
-    flags = ["--data", "shapes", *TINY, "--steps", "2"]
+    flags = ["--data", "shapes", *SMALL, "--steps", "2"]
     best = in_processes(2, tmp_path / "other job", train_here, [*flags, "--out", tmp_path / "shapes run"])
     assert best[0] == best[1] and best[0]["n_images"] == 512
 
 
 @pytest.mark.parametrize(
-    ("count", "more"), [(2, [*DROPOUT, "--micro-batch", "3"]), (3, DROPOUT), (2, [])], ids=["pieces", "three", "norm"]
+    ("count", "more"),
+    [
+        pytest.param(2, [*DROPOUT, "--micro-batch", "3"], id="pieces"),
+        pytest.param(3, DROPOUT, id="three", marks=pytest.mark.slow),
+        pytest.param(2, [], id="norm", marks=pytest.mark.slow),
+    ],
 )
-def test_a_signal_to_one_process_stops_all_and_resuming_leaves_no_trace(count, more, data, tmp_path, capfd):
+def test_a_signal_to_one_process_stops_all_and_resuming_leaves_no_trace(count, more, data, tmp_path):
     """SIGTERM to the second one in step 7; dropout differs between processes and is replayed; to the bit."""
-    flags = [*data, *TINY, *more]
+    flags = [*data, *SMALL, *more]
     in_processes(count, tmp_path / "job", train_here, [*flags, "--out", tmp_path / "whole"])
     cut = tmp_path / "cut"
     stopped = in_processes(count, tmp_path / "first job", train_here, [*flags, "--out", cut], "signal")
-    assert stopped == [143] * count
-    said = f"SIGTERM; step 7 is saved; go on with: torchrun --nproc-per-node {count} train.py --resume {cut}"
-    assert said in capfd.readouterr().out
+    said = f"stopped  SIGTERM; step 7 is saved; go on with: torchrun --nproc-per-node {count} train.py --resume {cut}"
+    assert stopped == [(143, said)] * count
     with pytest.raises(
         ValueError, match=rf"began with {count} processes and would go on with 1.*--nproc-per-node {count} "
     ):
@@ -370,7 +381,7 @@ def test_a_signal_to_one_process_stops_all_and_resuming_leaves_no_trace(count, m
 
 def test_dropout_differs_between_processes(data, tmp_path):
     """Two processes with the same pictures and dropout would be one process with half the batch."""
-    seeds = in_processes(2, tmp_path / "job", seeds_of_steps, [*data, *TINY, "--out", tmp_path / "run"])
+    seeds = in_processes(2, tmp_path / "job", seeds_of_steps, [*data, *SMALL, "--out", tmp_path / "run"])
     assert len(set(seeds[0])) == len(seeds[0]) == 12 and not set(seeds[0]) & set(seeds[1])
 
 
@@ -387,7 +398,7 @@ def seeds_of_steps(flags):
 
 
 def test_a_resumed_run_of_one_process_refuses_several(data, tmp_path):
-    assert run(*data, *TINY, "--steps", "2", "--out", tmp_path / "run") == 0
+    assert run(*data, *SMALL, "--steps", "2", "--out", tmp_path / "run") == 0
     refused = in_processes(2, tmp_path / "job", train_here, ["--resume", tmp_path / "run"])
     assert refused[0] == refused[1] and re.search(r"began with 1 .*go on with: python train.py --resume", refused[0])
 
@@ -400,7 +411,7 @@ def test_a_resumed_run_of_one_process_refuses_several(data, tmp_path):
     ],
 )
 def test_a_fault_in_one_process_stops_all_with_its_message(happening, message, data, tmp_path):
-    flags = [*data, *TINY, *VIT, "--workers", "0", "--out", tmp_path / "run"]
+    flags = [*data, *SMALL, *VIT, "--out", tmp_path / "run"]
     one, other = in_processes(2, tmp_path / "job", train_here, flags, happening)
     assert one == other and re.search(message, one)
     step = torch.load(tmp_path / "run" / "last" / train.STATE_FILE, weights_only=True)["step"]
@@ -408,14 +419,15 @@ def test_a_fault_in_one_process_stops_all_with_its_message(happening, message, d
 
 
 def test_a_step_that_breaks_in_one_process_is_skipped_in_all(data, tmp_path):
-    flags = [*data, *TINY, *VIT, "--on-bad-step", "skip", "--out", tmp_path / "run"]
+    flags = [*data, *SMALL, *VIT, "--on-bad-step", "skip", "--out", tmp_path / "run"]
     in_processes(2, tmp_path / "job", train_here, flags, "loss")
     assert outcome(tmp_path / "run")["state"]["bad_steps"] == 1
 
 
+@pytest.mark.slow
 def test_bad_pictures_stop_or_are_skipped_and_counted_once(tmp_path):
     data = write_pictures(tmp_path / "data", 120, bad=[111])
-    flags, out = [*data, *TINY, *VIT, "--steps", "15"], tmp_path / "run"
+    flags, out = [*data, *SMALL, *VIT, "--steps", "15"], tmp_path / "run"
     one, other = in_processes(2, tmp_path / "job", train_here, [*flags, "--out", out])
     assert one == other and re.search(r"line 113: cannot read picture .*step \d+ is saved; go on with: torchrun", one)
     in_processes(2, tmp_path / "second job", train_here, ["--resume", out, "--on-bad-picture", "skip"])
@@ -426,7 +438,7 @@ def test_bad_pictures_stop_or_are_skipped_and_counted_once(tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_all_processes(data, tmp_path):
-    flags = [*data, *TINY, "--out", tmp_path / "run"]
+    flags = [*data, *SMALL, "--out", tmp_path / "run"]
     errors = in_processes(2, tmp_path / "job", train_with_a_full_disk, flags)
     assert errors[0] == errors[1] and re.search("No space left on device.*there is no", errors[0])
 
@@ -440,7 +452,9 @@ def train_with_a_full_disk(flags):
 
 
 def test_a_batch_smaller_than_the_job_is_refused(data, tmp_path):
-    errors = in_processes(3, tmp_path / "job", train_here, [*data, *TINY, "--batch-size", "2", "--out", tmp_path / "r"])
+    errors = in_processes(
+        3, tmp_path / "job", train_here, [*data, *SMALL, "--batch-size", "2", "--out", tmp_path / "r"]
+    )
     assert all("batch_size is 2, less than a pair for each of 3 processes" in error for error in errors)
 
 
@@ -449,7 +463,7 @@ def test_a_batch_smaller_than_the_job_is_refused(data, tmp_path):
 
 def torchrun(count, *flags, script=ROOT / "train.py", **env):
     """torchrun in a process group of its own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     return subprocess.Popen(
         [*command, str(script), *map(str, flags)],
         stdout=subprocess.PIPE,
@@ -476,7 +490,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="ne
 
 @pytest.mark.slow
 def test_torchrun_trains_like_one_process_and_only_the_first_one_prints(data, tmp_path):
-    flags = [*data, *TINY, *VIT]
+    flags = [*data, *SMALL, *VIT]
     out, error = finish(torchrun(2, *flags, "--out", tmp_path / "two"))
     assert [line.split()[0] for line in out.splitlines()] == [
         *("data", "model", "run", "flags", "step", "eval", "step", "eval", "step", "eval", "done")
@@ -491,7 +505,7 @@ def test_torchrun_trains_like_one_process_and_only_the_first_one_prints(data, tm
 @pytest.mark.slow
 @needs_proc
 def test_sigterm_to_torchrun_saves_and_what_it_prints_goes_on_to_the_same_end(data, tmp_path):
-    flags = [*data, *TINY, *DROPOUT, "--steps", "40", "--workers", "1"]
+    flags = [*data, *SMALL, *DROPOUT, "--steps", "40", "--workers", "1"]
     finish(torchrun(2, *flags, "--out", tmp_path / "whole"))
     process = torchrun(2, *flags, "--out", tmp_path / "cut")
     wait_for(process, "step")
@@ -506,7 +520,7 @@ def test_sigterm_to_torchrun_saves_and_what_it_prints_goes_on_to_the_same_end(da
 @pytest.mark.slow
 @needs_proc
 def test_one_process_killed_ends_the_job(data, tmp_path):
-    flags = [*data, *TINY, "--steps", "100000", "--eval-every", "100", "--out", tmp_path / "run"]
+    flags = [*data, *SMALL, "--steps", "100000", "--eval-every", "100", "--out", tmp_path / "run"]
     process = torchrun(2, *flags)
     wait_for(process, "step")
     os.kill(children(process.pid)[1], signal.SIGKILL)
@@ -530,7 +544,7 @@ def train_step(*arguments):
 train.train_step = train_step
 dualenc.run_script(train.main)
 """)
-    _, error = finish(torchrun(2, *data, *TINY, "--out", tmp_path / "run", script=script), status=1)
+    _, error = finish(torchrun(2, *data, *SMALL, "--out", tmp_path / "run", script=script), status=1)
     assert "ZeroDivisionError: a bug in one process" in error
 
 
@@ -545,7 +559,7 @@ def test_what_all_processes_refuse_is_said_once(tmp_path):
 @needs_proc
 def test_a_job_killed_at_random_moments_and_resumed_leaves_no_trace(data, tmp_path):
     """SIGKILL to torchrun and all its processes, some of them inside a checkpoint write."""
-    flags = [*data, *TINY, *DROPOUT, "--steps", "40", "--eval-every", "1", "--log-every", "3"]
+    flags = [*data, *SMALL, *DROPOUT, "--steps", "40", "--eval-every", "1", "--log-every", "3"]
     finish(torchrun(2, *flags, "--out", tmp_path / "whole"))
     rng, out = random.Random("kills of a job"), tmp_path / "cut"
     command, killed = [*flags, "--out", out], 0
