@@ -1,6 +1,7 @@
 """Claims about several processes: together they compute what one would, and they stop together."""
 
 import contextlib
+import datetime
 import functools
 import io
 import itertools
@@ -41,7 +42,13 @@ def in_processes(count, folder, work, *arguments):
 
 def enter(rank, count, folder, work, arguments):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=count,
+        timeout=datetime.timedelta(seconds=60),  # who waits in vain fails the test
+    )
     torch.save(work(*arguments), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -456,6 +463,20 @@ def test_a_batch_smaller_than_the_job_is_refused(data, tmp_path):
         3, tmp_path / "job", train_here, [*data, *SMALL, "--batch-size", "2", "--out", tmp_path / "r"]
     )
     assert all("batch_size is 2, less than a pair for each of 3 processes" in error for error in errors)
+
+
+def test_each_process_of_a_machine_takes_its_own_card_and_its_share_of_the_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert dualenc.own_cores() == 8 and dualenc.pick_device("auto") == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert dualenc.own_cores() == 2 and dualenc.pick_workers(-1, torch.device("cpu")) == 1
+    assert dualenc.pick_device("auto") == dualenc.pick_device("cuda") == torch.device("cuda:2")
+    assert dualenc.pick_device("cuda:1") == torch.device("cuda:1") and dualenc.pick_device("cpu").type == "cpu"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert dualenc.own_cores() == 1 and dualenc.pick_workers(-1, torch.device("cuda")) == 0
 
 
 # ---- torchrun -------------------------------------------------------------------------------------------------------
