@@ -41,12 +41,13 @@ import random
 import re
 import struct
 import sys
+import time
 import typing
 import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -1517,17 +1518,17 @@ class TiledSoftplus(torch.autograd.Function):
         return logit_scale.exp() * grad_scaled, grad_texts, (grad_scaled * scaled_images).sum(), grad_bias, None
 
 
-def score_tiles(scaled_images, text_embeds, tile, kept):
+def score_tiles(scaled_images, text_embeds, tile, kept=None):
     """Yields (row slice, column slice, scores) of scaled_images @ text_embeds.T, at most tile x tile at a time.
 
-    kept  {place: scores}, filled here up to KEPT_SCORES in all; what is in it is not computed again
+    kept  {place: scores}, filled here up to KEPT_SCORES in all; what is in it is not computed again; None for nothing
     """
     for top, left in itertools.product(range(0, len(scaled_images), tile), range(0, len(text_embeds), tile)):
         rows, columns = slice(top, top + tile), slice(left, left + tile)
-        scores = kept.get((top, left))
+        scores = kept.get((top, left)) if kept else None
         if scores is None:
             scores = scaled_images[rows] @ text_embeds[columns].T
-            if (len(kept) + 1) * tile**2 <= KEPT_SCORES:
+            if kept is not None and (len(kept) + 1) * tile**2 <= KEPT_SCORES:
                 kept[top, left] = scores
         yield rows, columns, scores
 
@@ -1540,7 +1541,8 @@ def cached_backward(embed, pieces, loss_of, loss_weights=()):
     without a graph, the loss of the whole batch gives the gradient of each embedding, and a second pass through each
     piece, with the same dropout, carries it into the weights.
 
-    embed         function of a piece: image_embeds (b, E) and text_embeds (b, E); a DistributedDataParallel module
+    embed         function of a piece: image_embeds (b, E) and text_embeds (b, E). If it is a module, the first pass
+                  leaves its buffers as they were: batch norm counts each picture once. A DistributedDataParallel module
                   averages its gradients once, with the last piece
     pieces        what embed takes, one after the other
     loss_of       function of image_embeds (B, E) and text_embeds (B, E): the loss () of the whole batch
@@ -1549,11 +1551,13 @@ def cached_backward(embed, pieces, loss_of, loss_weights=()):
     source        Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", section 3
     """
     seeds = torch.randint(2**62, (len(pieces),)).tolist()
+    restore_buffers = remember_buffers(embed)
     with torch.no_grad():
         embeds = []
         for piece, seed in zip(pieces, seeds):
             torch.manual_seed(seed)
             embeds.append(embed(piece))
+    restore_buffers()
     image_embeds, text_embeds = (torch.cat(side).requires_grad_() for side in zip(*embeds))
     loss = loss_of(image_embeds, text_embeds)
     grad_images, grad_texts, *grad_weights = torch.autograd.grad(loss, [image_embeds, text_embeds, *loss_weights])
@@ -1572,6 +1576,18 @@ def cached_backward(embed, pieces, loss_of, loss_weights=()):
     return loss.detach(), image_embeds.detach(), text_embeds.detach()
 
 
+def remember_buffers(module):
+    """A function that sets a module's buffers, batch norm's statistics above all, back to what they are now."""
+    buffers = list(getattr(module, "buffers", list)())
+    before = [buffer.clone() for buffer in buffers]
+
+    def restore():
+        for buffer, old in zip(buffers, before):
+            buffer.copy_(old)
+
+    return restore
+
+
 def process_count():
     """Processes of a torchrun job, or 1."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -1580,6 +1596,78 @@ def process_count():
 def process_rank():
     """Which process of a torchrun job this is, counted from 0."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def shares(count, parts):
+    """Slices that cut `count` things in a row into parts, as even as can be."""
+    return [slice(count * part // parts, count * (part + 1) // parts) for part in range(parts)]
+
+
+def share(count):
+    """The slice of `count` things in a row that falls to this process."""
+    return shares(count, process_count())[process_rank()]
+
+
+def sum_over_processes(values):
+    """The sum of a tensor over the processes, the same in each."""
+    total = values.clone()
+    if process_count() > 1:
+        torch.distributed.all_reduce(total)
+    return total
+
+
+def tell_all(news):
+    """What processes have to tell each other, the same in each; as long as it is nothing, this costs next to nothing.
+
+    news     anything that can be pickled; None for nothing
+    returns  the news of all processes that have some, in the order of their ranks
+    """
+    if not sum_over_processes(torch.tensor(int(news is not None))):
+        return []
+    told = [news] * process_count()
+    if process_count() > 1:
+        torch.distributed.all_gather_object(told, news)
+    return [one for one in told if one is not None]
+
+
+@contextmanager
+def together():
+    """An error inside, in whichever process, is raised in all of them: none waits for one that has stopped.
+
+    Every process must come here, and nothing inside may wait for another process.
+    """
+    error = None
+    try:
+        yield
+    except (ValueError, OSError) as failure:
+        error = failure
+    for first in tell_all(error):
+        raise first
+
+
+@contextmanager
+def process_group():
+    """Inside, the processes that torchrun started know each other, and all but the first are silent.
+
+    There is no farewell after an error: the others may be waiting for this process, and torchrun ends them.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or torch.distributed.is_initialized():
+        yield
+        return
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's choice, whatever the machine
+        torch.set_num_threads(own_cores())
+    with warnings.catch_warnings(), redirect_stdout(sys.stdout if process_rank() == 0 else None):
+        if process_rank() > 0:
+            warnings.simplefilter("ignore")
+        yield
+    torch.distributed.destroy_process_group()
+
+
+def own_cores():
+    """How many of the machine's cores are there for each of its processes, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def gather_embeds(embeds):
@@ -3405,6 +3493,8 @@ def pick_device(name):
     """The torch.device called name, "auto" being CUDA where there is some; raises ValueError for CUDA without any."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -3419,8 +3509,7 @@ def pick_workers(count, device):
     """How many processes read pictures; -1 picks: up to 8 beside a GPU, one where the cores themselves compute."""
     if count >= 0:
         return count
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(8 if device.type == "cuda" else 1, cores - 1)
+    return min(8 if device.type == "cuda" else 1, own_cores() - 1)
 
 
 def pick_precision(name, device):
@@ -3444,6 +3533,8 @@ def run_script(main):
     try:
         main()
     except (ValueError, OSError) as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # where the first process has the same to say, torchrun ends this one before it repeats it
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

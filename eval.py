@@ -112,6 +112,17 @@ def stack_pictures(images):
     return next((image for image in images if isinstance(image, ValueError)), None) or torch.stack(images)
 
 
+def progress(items, what):
+    """The same items, with a bar on a terminal: one bar, however many processes there are."""
+    return tqdm(items, desc=what, disable=dualenc.process_rank() > 0 or None, leave=False)
+
+
+def own_numbers(count, batch_size):
+    """The numbers of the pictures or captions that this process embeds: whole batches of those of one process."""
+    batches = dualenc.share(math.ceil(count / batch_size))
+    return range(count)[batches.start * batch_size : batches.stop * batch_size]
+
+
 def embed_pictures(model, pictures, precision="fp32", batch_size=EVAL_BATCH, workers=0):
     """I pictures to (I, E) unit-norm float32 rows on the CPU, through the model's own processor."""
     return run_pictures(model, model.encode_image, pictures, precision, batch_size, workers)
@@ -129,20 +140,23 @@ def picture_features(model, pictures, precision="fp32", batch_size=EVAL_BATCH, w
 @torch.no_grad()
 def run_pictures(model, encode, pictures, precision, batch_size, workers):
     device, transform = model.logit_scale.device, model.processor.image_transform
+    mine = own_numbers(len(pictures), batch_size)
     loader = torch.utils.data.DataLoader(
-        ReadyPictures(pictures, transform),
+        # A process without a share embeds a picture all the same: all must send rows of one width.
+        torch.utils.data.Subset(ReadyPictures(pictures, transform), mine or range(1)),
         batch_size,
         num_workers=workers,
         collate_fn=stack_pictures,
         generator=torch.Generator(),  # measuring leaves the global generator alone
     )
     rows = []
-    for batch in tqdm(loader, desc="pictures", disable=None, leave=False):
-        if isinstance(batch, ValueError):
-            raise batch
-        with dualenc.autocast(device, precision):
-            rows.append(encode(transform.normalize(batch.to(device))).float().cpu())
-    return finite(torch.cat(rows))
+    with dualenc.together():
+        for batch in progress(loader, "pictures"):
+            if isinstance(batch, ValueError):
+                raise batch
+            with dualenc.autocast(device, precision):
+                rows.append(encode(transform.normalize(batch.to(device))).float().cpu())
+    return finite(dualenc.gather_embeds(torch.cat(rows)[: len(mine)]))
 
 
 @torch.no_grad()
@@ -155,11 +169,13 @@ def embed_captions(model, captions, precision="fp32", batch_size=EVAL_BATCH):
     device, rows = model.logit_scale.device, []
     row_of = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
     distinct = list(row_of)
-    for start in tqdm(range(0, len(distinct), batch_size), desc="captions", disable=None, leave=False):
+    mine = own_numbers(len(distinct), batch_size)
+    for start in progress((mine or range(1))[::batch_size], "captions"):
         inputs = model.processor(text=distinct[start : start + batch_size])
         with dualenc.autocast(device, precision):
             rows.append(model.encode_text(**{name: t.to(device) for name, t in inputs.items()}).float().cpu())
-    return finite(torch.cat(rows))[torch.tensor([row_of[caption] for caption in captions])]
+    embeds = finite(dualenc.gather_embeds(torch.cat(rows)[: len(mine)]))
+    return embeds[torch.tensor([row_of[caption] for caption in captions])]
 
 
 class NotFinite(ValueError):
@@ -268,7 +284,7 @@ def resamples(n, seed=0):
     """Yields (R, n) float64 until RESAMPLES rows are drawn: how often each of n pictures is in a resample of n."""
     generator = torch.Generator().manual_seed(seed)
     at_once = max(1, min(RESAMPLES, 1_000_000 // n))
-    for start in tqdm(range(0, RESAMPLES, at_once), desc="intervals", disable=None, leave=False):
+    for start in progress(range(0, RESAMPLES, at_once), "intervals"):
         rows = min(at_once, RESAMPLES - start)
         drawn = torch.randint(n, (rows, n), generator=generator) + n * torch.arange(rows)[:, None]
         yield drawn.flatten().bincount(minlength=rows * n).view(rows, n).double()
@@ -386,7 +402,7 @@ def score_tiles(images, texts, only_right=False):
         if overlap or not only_right:
             pairs.append((image, text, overlap))
     product = images.tiles[0].rows.new_empty(len(images.tiles[0].rows), len(texts.tiles[0].rows))
-    for image, text, overlap in tqdm(pairs, desc="ranks", disable=None, leave=False):
+    for image, text, overlap in progress(pairs, "ranks"):
         rows, columns = image.where, text.where
         torch.mm(image.rows, text.rows.T, out=product)
         scores = product[: rows.stop - rows.start, : columns.stop - columns.start]
@@ -734,7 +750,7 @@ def probe_task(subject):
     weights, penalty = best_fit(*fit, n_classes, validation, desc="probe")
     weights = fit_logistic(train, train_labels, n_classes, penalty, weights)
     numbers = mean_with_interval("probe_top1", classify(test, weights) == subject.labels)
-    for shots in tqdm(SHOTS, desc="few-shot", disable=None, leave=False):
+    for shots in progress(SHOTS, "few-shot"):
         hits = []
         for draw in range(DRAWS):
             chosen = draw_shots(fit[1], shots, draw)

@@ -4,6 +4,7 @@ python train.py                                              drawn shapes, small
 python train.py --data captions.csv --vision vit_base_patch16_224.augreg_in21k --lock vision
 python train.py --data cifar10 --data-root data --epochs 10 --out runs/cifar
 python train.py --resume runs/cifar
+torchrun --nproc-per-node 2 train.py                         the same run in two processes
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ SCRATCH_POOLING = "mean"  # how the text tower of --text scratch makes one vecto
 STATE_FILE, METRICS_FILE, LOCK_FILE, BAD_PICTURES = "training_state.pt", "metrics.jsonl", "run.lock", "bad_pictures.txt"
 BAD_SHARE = 0.01  # of the pictures; when more are bad, --on-bad-picture skip stops too
 SHOWN_FLOOR = 0.01  # nats; a smaller floor of the loss is not worth a word
+TILED_FROM = 2048  # pairs over all processes from which on the tiled losses are faster
 BAD_STEPS_IN_A_ROW = 10  # --on-bad-step skip stops then: more of them will not help
 
 
@@ -112,7 +114,7 @@ class TrainConfig:
     )
     epochs: float = knob(10, "passes over the pictures", "optimisation")
     steps: int = knob(0, "steps, instead of epochs", "optimisation")
-    batch_size: int = knob(256, "pairs a step", "optimisation")
+    batch_size: int = knob(256, "pairs a step, over all processes", "optimisation")
     lr: float = knob(1e-3, "peak learning rate; 1e-3 suits new towers, 1e-4 to 3e-5 pretrained ones", "optimisation")
     weight_decay: float = knob(0.05, "off norms, biases, position tables and logit_scale", "optimisation")
     warmup: float = knob(0.05, "share of the steps in which the learning rate rises", "optimisation")
@@ -130,6 +132,12 @@ class TrainConfig:
         "arithmetic of the towers; weights and loss are float32",
         "memory and speed",
         choices=("auto", "bf16", "fp32"),
+    )
+    micro_batch: int = knob(
+        0,
+        "pairs that a process embeds at a time, for the exact gradient of the whole batch in less memory and about 4/3 "
+        "of the time; 0: all at once",
+        "memory and speed",
     )
     workers: int = knob(-1, "processes that read pictures; -1 picks", "memory and speed")
     device: str = knob("auto", "auto, cpu, cuda or cuda:N", "memory and speed")
@@ -186,7 +194,10 @@ def random_crop(image, smallest_share, rng):
 
 
 class Batches(torch.utils.data.Sampler):
-    """The keys of each step's batch, which the seed alone decides: every epoch a new order, whole batches only."""
+    """The keys of each step's batch, which the seed alone decides: every epoch a new order, whole batches only.
+
+    Of several processes, each gets its share of every batch.
+    """
 
     def __init__(self, n_pictures, batch_size, seed, first_step, steps):
         self.n_pictures, self.batch_size, self.seed = n_pictures, batch_size, seed
@@ -204,7 +215,8 @@ class Batches(torch.utils.data.Sampler):
                 order, order_epoch = list(range(self.n_pictures)), epoch
                 random.Random(f"order {self.seed} {epoch}").shuffle(order)
             start = position * self.batch_size
-            yield [(epoch, i) for i in order[start : start + self.batch_size]]
+            batch = order[start : start + self.batch_size]
+            yield [(epoch, i) for i in batch[dualenc.share(len(batch))]]
 
 
 class Batch(typing.NamedTuple):
@@ -259,9 +271,10 @@ class BadPictures:
         self.found = dict(line.split("\t", 1) for line in lines if line)
 
     def check(self, batch, names):
-        """Take note of a batch's bad pictures; raises DataFault if they are reason to stop."""
-        self.add({names[i]: reason for i, reason in batch.bad.items()})
-        if len(batch.captions) < 2:
+        """Take note of the bad pictures of a batch, in all processes; raises DataFault if they are reason to stop."""
+        told = dualenc.tell_all({names[i]: reason for i, reason in batch.bad.items()} or None)
+        self.add({name: reason for reasons in told for name, reason in reasons.items()})
+        if told and dualenc.sum_over_processes(torch.tensor(len(batch.captions))) < 2:
             raise DataFault("fewer than two pictures of this batch can be read; a larger --batch-size would go on")
 
     def add(self, reasons):
@@ -272,7 +285,10 @@ class BadPictures:
         new = {" ".join(name.split()): " ".join(reason.split()) for name, reason in reasons.items()}
         if new.keys() - self.found.keys():
             self.found.update(new)
-            dualenc.write_file(self.path, "".join(f"{name}\t{reason}\n" for name, reason in self.found.items()))
+            with dualenc.together():
+                if dualenc.process_rank() == 0:
+                    lines = (f"{name}\t{reason}\n" for name, reason in self.found.items())
+                    dualenc.write_file(self.path, "".join(lines))
         if len(self.found) > BAD_SHARE * self.total:
             raise DataFault(
                 f"{len(self.found)} of {self.total:,} pictures cannot be read, more than {BAD_SHARE:.0%}; {self.path} "
@@ -363,19 +379,43 @@ def learning_rate(step, steps, warmup, peak):
 
 
 def pair_groups(pairs, captions, numbers):
-    """(B,) group ids: pictures of one class, or with word-for-word the same caption, describe each other."""
-    keys = [pairs.labels[i] for i in numbers] if pairs.labels else captions
-    first = {}
-    return torch.tensor([first.setdefault(key, len(first)) for key in keys])
+    """(B,) group ids: pictures of one class, or with word-for-word the same caption, describe each other.
+
+    Ids are class numbers, or hashes of captions: several processes give a group the same one.
+    """
+    if pairs.labels:
+        return torch.tensor([pairs.labels[i] for i in numbers], dtype=torch.long)
+    hashes = [hashlib.blake2b(caption.encode(errors="surrogatepass"), digest_size=8).digest() for caption in captions]
+    return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in hashes], dtype=torch.long)
+
+
+# What --loss names, for small batches and for those of TILED_FROM pairs or more; the same values and gradients.
+LOSSES = {
+    "clip": (dualenc.clip_loss, dualenc.tiled_clip_loss),
+    "siglip": (dualenc.siglip_loss, dualenc.tiled_siglip_loss),
+    "multi-positive": (dualenc.multi_positive_clip_loss, dualenc.tiled_multi_positive_clip_loss),
+}
+
+
+def loss_weights(name, model):
+    """What a loss learns beside the embeddings."""
+    return [model.logit_scale, model.logit_bias] if name == "siglip" else [model.logit_scale]
 
 
 def compute_loss(name, model, image_embeds, text_embeds, groups):
-    """The loss that --loss names, in float32."""
-    if name == "siglip":
-        return dualenc.siglip_loss(image_embeds, text_embeds, model.logit_scale, model.logit_bias)
-    if name == "multi-positive":
-        return dualenc.multi_positive_clip_loss(image_embeds, text_embeds, model.logit_scale, groups)
-    return dualenc.clip_loss(image_embeds, text_embeds, model.logit_scale)
+    """The loss that --loss names, in float32, of the pairs of all processes.
+
+    image_embeds, text_embeds  (R, E)  unit-norm rows of this process's pairs
+    groups                     (R,)    their group ids
+    returns                    ()      the mean of the results over processes, and of their gradients, is the loss's
+    """
+    textbook, tiled = LOSSES[name]
+    weights = loss_weights(name, model)
+    if len(dualenc.gather_embeds(groups)) >= TILED_FROM:
+        more = [groups] if name == "multi-positive" else []
+        return tiled(image_embeds, text_embeds, *weights, *more, sharded=dualenc.process_count() > 1)
+    image_embeds, text_embeds, groups = map(dualenc.gather_embeds, (image_embeds, text_embeds, groups))
+    return textbook(image_embeds, text_embeds, *weights, *([groups] if name == "multi-positive" else []))
 
 
 def reference_losses(name, groups):
@@ -387,8 +427,9 @@ def reference_losses(name, groups):
             return math.log(n) - (n - 1) * math.log1p(-1 / n) if n > 1 else 0.0
         return math.log(n)
 
-    sizes = groups.bincount()[groups].tolist()
-    chance, floor = guessing(len(groups)), sum(map(guessing, sizes)) / len(sizes)
+    sizes, how_many = groups.unique(return_counts=True)[1].unique(return_counts=True)
+    of_groups = sum(n * size * guessing(size) for size, n in zip(sizes.tolist(), how_many.tolist()))
+    chance, floor = guessing(len(groups)), of_groups / len(groups)
     return (chance - floor, 0.0) if name == "multi-positive" else (chance, floor)
 
 
@@ -404,10 +445,33 @@ def data_losses(config, pairs, batches=10):
 
 @torch.no_grad()
 def in_batch_accuracy(image_embeds, text_embeds, groups):
-    """The share of pictures and captions whose nearest counterpart in the batch is a right one."""
-    cosines = image_embeds @ text_embeds.T
-    nearest = torch.cat([groups[cosines.argmax(dim=1)], groups[cosines.argmax(dim=0)]])
-    return (nearest == torch.cat([groups, groups])).double().mean().item()
+    """The share of pictures and captions whose nearest counterpart in the batch is a right one.
+
+    image_embeds, text_embeds, groups  this process's rows; the counterparts, and the share, are those of all processes
+    """
+    all_texts, all_groups = dualenc.gather_embeds(text_embeds), dualenc.gather_embeds(groups)
+    texts, images = Nearest(groups), Nearest(all_groups)  # nearest to each picture here, and to each caption
+    for rows, columns, scores in dualenc.score_tiles(image_embeds, all_texts, dualenc.TILE):
+        texts.update(rows, scores, all_groups[columns])
+        images.update(columns, scores.T, groups[rows])
+    # Of the pictures nearest to a caption, one in each process, the nearest.
+    scores, found = dualenc.gather_embeds(images.scores[None]), dualenc.gather_embeds(images.groups[None])
+    right_images = found.gather(0, scores.argmax(dim=0, keepdim=True))[0] == all_groups
+    right_texts = dualenc.sum_over_processes((texts.groups == groups).sum())
+    return (right_images.sum() + right_texts).item() / (2 * len(all_groups))
+
+
+class Nearest:
+    """The highest score so far of some rows, and the group of what scored it."""
+
+    def __init__(self, rows):
+        self.scores, self.groups = torch.full(rows.shape, -torch.inf, device=rows.device), torch.zeros_like(rows)
+
+    def update(self, part, scores, groups):
+        """Take note of the scores (r, c) of some of the rows with columns of these groups (c,)."""
+        best, column = scores.max(dim=1)
+        self.groups[part] = torch.where(best > self.scores[part], groups[column], self.groups[part])
+        self.scores[part] = best.maximum(self.scores[part])
 
 
 # ---- The run folder -------------------------------------------------------------------------------------------------
@@ -453,13 +517,15 @@ def drop_metrics_after(out, step):
 
 
 def claim_run(config):
-    """(the run folder, a lock on it that lasts as long as this process holds it).
+    """(the run folder, a lock on it that lasts as long as this process holds it; None but in the first process).
 
     raises  ValueError if another process holds it, if it has a run that is neither resumed nor overwritten, or if it
             holds anything else
     """
     name = Path(config.data.partition(":")[2] or config.data).resolve().stem
     out = Path(config.resume or config.out or f"runs/{name}")
+    if dualenc.process_rank() > 0:
+        return out, None
     if (out / evaluation.RUN_CONFIG).exists():
         if not (config.resume or config.overwrite):
             raise ValueError(
@@ -481,11 +547,18 @@ def claim_run(config):
 
 
 def open_run(out, config, pairs, argv, device):
-    """Clear the run folder and note what is run with what; a resumed run must find the data it began with."""
-    path, data = out / evaluation.RUN_CONFIG, fingerprint(pairs)
+    """Clear the run folder and note what is run with what; a resumed run must find what it began with."""
+    path, data, processes = out / evaluation.RUN_CONFIG, fingerprint(pairs), dualenc.process_count()
     if config.resume:
-        if dualenc.read_json(path).get("data_sha256") != data:
+        record = dualenc.read_json(path)
+        if record.get("data_sha256") != data:
             raise ValueError(f"{config.data} has changed since {out} began with it: start a new run")
+        begun = record.get("processes", 1)
+        if begun != processes:
+            raise ValueError(
+                f"{out} began with {begun} processes and would go on with {processes}: dropout and batch norm would "
+                f"differ; go on with: {resume_command(out, begun)}"
+            )
         return
     for old in out.iterdir():
         if old.is_dir():
@@ -496,6 +569,7 @@ def open_run(out, config, pairs, argv, device):
         "flags": dataclasses.asdict(config),
         "command": ["train.py", *(sys.argv[1:] if argv is None else argv)],
         "device": str(device),
+        "processes": processes,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
         "data_sha256": data,
     }
@@ -537,6 +611,10 @@ def check_recipe(config, pairs, held_out):
             f"batch_size is {config.batch_size}: with one pair there is nothing to tell it from and the loss is always "
             f"0; take at least 2, better 256"
         )
+    if config.batch_size < dualenc.process_count():
+        raise ValueError(
+            f"batch_size is {config.batch_size}, less than a pair for each of {dualenc.process_count()} processes"
+        )
     if len(pairs) < config.batch_size:
         raise ValueError(
             f"{config.data} has {len(pairs)} training pictures, fewer than one batch of {config.batch_size}: pictures "
@@ -545,7 +623,7 @@ def check_recipe(config, pairs, held_out):
     if not len(held_out):
         raise ValueError(f"no pictures are held out of {config.data}: raise --val-fraction ({config.val_fraction})")
     dualenc.at_least("--log-every", config.log_every, 1)
-    for name in ("steps", "eval_every", "epochs", "lr", "weight_decay", "warmup", "clip_grad"):
+    for name in ("steps", "micro_batch", "eval_every", "epochs", "lr", "weight_decay", "warmup", "clip_grad"):
         dualenc.at_least(f"--{name.replace('_', '-')}", getattr(config, name), 0)
     if config.warmup > 1:
         raise ValueError(f"--warmup is {config.warmup}, expected a share of the steps, at most 1")
@@ -594,6 +672,11 @@ class StopSignals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
+    def received_anywhere(self):
+        """The signal that this or another process received, from then on the same in all."""
+        self.received = next(iter(dualenc.tell_all(self.received)), None)
+        return self.received
+
     def _note(self, number, frame):
         self.received = signal.Signals(number)
         self.__exit__()
@@ -623,13 +706,14 @@ class Meter:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for _ in range(len(loader)):
             asked = time.perf_counter()
-            try:
-                batch = next(batches)
-            except (RuntimeError, OSError, EOFError) as error:
-                raise DataFault(
-                    f"a worker that reads pictures ended ({error}); perhaps memory: try fewer --workers"
-                ) from error
-            self.waited += time.perf_counter() - asked
+            with dualenc.together():
+                try:
+                    batch = next(batches)
+                except (RuntimeError, OSError, EOFError) as error:
+                    raise DataFault(
+                        f"a worker that reads pictures ended ({error}); perhaps memory: try fewer --workers"
+                    ) from error
+                self.waited += time.perf_counter() - asked
             yield batch
 
     def add(self, values, first):
@@ -650,10 +734,14 @@ class Meter:
         self.started += time.perf_counter() - began
 
     def read(self):
-        """Means of what was added, pairs_per_s, data_share (of the time, waiting for data); then start anew."""
+        """Means of what was added, pairs_per_s, data_share (of the time, waiting for data); then start anew.
+
+        Of several processes, data_share is that of the one which waits longest: the others wait for it.
+        """
+        waited = dualenc.gather_embeds(torch.tensor([self.waited])).max().item()
         seconds = max(time.perf_counter() - self.started, 1e-9)
         means = {name: total / self.count for name, total in self.sums.items()}
-        rates = {"pairs_per_s": self.timed_steps * self.batch_size / seconds, "data_share": self.waited / seconds}
+        rates = {"pairs_per_s": self.timed_steps * self.batch_size / seconds, "data_share": waited / seconds}
         self.reset()
         return {**means, **rates}
 
@@ -696,7 +784,15 @@ def introduce(config, model, pairs, held_out, losses, steps, device, precision):
     towers = f"{model.config.vision.name} ({millions(model.vision_model)}) + {text.family} {text.depth}x{text.width}"
     sizes = f"({millions(model.text_model)}) -> {config.projection_dim}"
     print(f"model    {towers} {sizes}   trainable {millions(model, trainable=True)} of {millions(model)}")
-    print(f"run      batch_size={config.batch_size} steps={steps}   torch {torch.__version__}   {device} {precision}")
+    processes = f"   {dualenc.process_count()} processes" if dualenc.process_count() > 1 else ""
+    how = f"torch {torch.__version__}   {device} {precision}{processes}"
+    print(f"run      batch_size={config.batch_size} steps={steps}   {how}")
+    at_once = piece_size(config) or config.batch_size // dualenc.process_count()
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    if at_once < config.batch_size and any(norm.training for norm in norms):
+        print(
+            f"norm     batch norm sees {at_once} pictures at a time, not the whole batch: other statistics, other run"
+        )
     chance, floor = losses
     if floor > SHOWN_FLOOR:
         print(f"loss     chance {chance:.3f}, floor {floor:.3f}: pairs of one caption or class cannot be told apart")
@@ -737,14 +833,23 @@ class Run:
     bad_pictures: BadPictures
     meter: Meter
     model: nn.Module
+    embed: nn.Module
     optimizer: torch.optim.Optimizer
     state: dict
 
     def log(self, line):
         """Append one object to metrics.jsonl."""
         path = self.out / METRICS_FILE
-        with dualenc.blamed_on(path, "cannot write"), open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with dualenc.together():
+            if dualenc.process_rank() == 0:
+                with dualenc.blamed_on(path, "cannot write"), open(path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+
+    def save(self, name, state=None):
+        """Write a checkpoint."""
+        with dualenc.together():
+            if dualenc.process_rank() == 0:
+                save_checkpoint(self.out / name, self.model, state)
 
 
 def load_run(config, pairs, out, device, meter):
@@ -773,33 +878,118 @@ def load_run(config, pairs, out, device, meter):
     return model, optimizer, state
 
 
-def train_step(model, optimizer, config, batch, groups, precision):
+def piece_size(config):
+    """Pairs that each process embeds at a time; 0 for its whole share of the batch.
+
+    Only the flags decide, not how many pictures could be read: all processes must go the same way.
+    """
+    return config.micro_batch if config.micro_batch < config.batch_size / dualenc.process_count() else 0
+
+
+class Piece(typing.NamedTuple):
+    """Pairs that are embedded at a time."""
+
+    images: torch.Tensor  # (b, C, S, S) uint8
+    captions: dict  # the processor's tensors (b, T), padded to the longest here
+    count: int  # how many of them are wanted
+
+
+def split_batch(batch, processor, size):
+    """The pieces of a batch, of at most `size` pairs each, or one piece if that is 0."""
+    if not batch.captions:
+        # A process whose pictures are all bad takes part nevertheless: the others wait for its share of the gradient.
+        return [blank_piece(processor, count=0)]
+    parts = dualenc.shares(len(batch.captions), math.ceil(len(batch.captions) / size) if size else 1)
+    return [
+        Piece(batch.images[part], processor(text=batch.captions[part]), len(batch.captions[part])) for part in parts
+    ]
+
+
+def blank_piece(processor, count):
+    """Two black pictures with empty captions."""
+    transform = processor.image_transform
+    return Piece(
+        torch.zeros(2, transform.channels, *transform.crop, dtype=torch.uint8), processor(text=["", ""]), count
+    )
+
+
+class Embedder(nn.Module):
+    """What a step runs of a model: from a Piece to image_embeds and text_embeds."""
+
+    def __init__(self, model, precision):
+        super().__init__()
+        self.model, self.precision = model, precision
+
+    def forward(self, piece):
+        """(image_embeds, text_embeds), each (count, E)"""
+        device, normalize = self.model.logit_scale.device, self.model.processor.image_transform.normalize
+        captions = {name: tensor.to(device) for name, tensor in piece.captions.items()}
+        with dualenc.autocast(device, self.precision):
+            image_embeds = self.model.encode_image(normalize(piece.images.to(device, non_blocking=True)))
+            text_embeds = self.model.encode_text(**captions)
+        return image_embeds[: piece.count], text_embeds[: piece.count]
+
+
+def make_embedder(model, config, precision):
+    """An Embedder; in a job of several processes, one whose gradients become their mean over the processes."""
+    embed = Embedder(model, precision)
+    if dualenc.process_count() == 1:
+        return embed
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # newer versions have another name for the argument, older do not
+        embed = nn.parallel.DistributedDataParallel(embed, broadcast_buffers=False)
+    # After its first backward pass it bundles gradients in another order, in which sums of three are rounded in another
+    # way. With that pass done here, a resumed run computes what an uninterrupted one does, to the bit.
+    restore_buffers = dualenc.remember_buffers(model)
+    images, texts = embed(blank_piece(model.processor, count=2))
+    sum([images.sum(), texts.sum(), *loss_weights(config.loss, model)]).backward()
+    restore_buffers()
+    return embed
+
+
+def train_step(model, optimizer, config, batch, groups, precision, embed=None):
     """Forward, loss, backward, update; returns what to log of it.
 
     If loss or gradient are not finite, returns None, and weights and batch-norm statistics are as they were.
     """
-    before = [buffer.clone() for buffer in model.buffers()]
-    device = model.logit_scale.device
-    inputs = {name: tensor.to(device) for name, tensor in model.processor(text=batch.captions).items()}
-    with dualenc.autocast(device, precision):
-        image_embeds = model.encode_image(
-            model.processor.image_transform.normalize(batch.images.to(device, non_blocking=True))
-        )
-        text_embeds = model.encode_text(**inputs)
-    loss = compute_loss(config.loss, model, image_embeds, text_embeds, groups)
+    restore_buffers = dualenc.remember_buffers(model)
+    embed = embed or Embedder(model, precision)
     optimizer.zero_grad()
-    loss.backward()
+    loss, image_embeds, text_embeds = compute_gradient(model, embed, config, batch, groups)
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
-    if not (loss.isfinite() and norm.isfinite()):
-        for buffer, old in zip(model.buffers(), before):
-            buffer.copy_(old)
+    finite = loss.isfinite() and norm.isfinite()
+    if not (finite and batch.captions):
+        restore_buffers()
+    if not finite:
         return None
     optimizer.step()
     with torch.no_grad():
         model.logit_scale.clamp_(max=dualenc.LOGIT_SCALE_MAX)
-    chance, floor = reference_losses(config.loss, groups)
+    chance, floor = reference_losses(config.loss, dualenc.gather_embeds(groups))
     accuracy = in_batch_accuracy(image_embeds, text_embeds, groups)
     return {"loss": loss.item(), "chance_loss": chance, "floor_loss": floor, "in_batch_acc": accuracy}
+
+
+def compute_gradient(model, embed, config, batch, groups):
+    """The gradient of the whole batch, of all processes, in .grad of every weight.
+
+    returns  (the loss, image_embeds and text_embeds of this process's pairs)
+    """
+
+    def loss_of(image_embeds, text_embeds):
+        return compute_loss(config.loss, model, image_embeds, text_embeds, groups)
+
+    pieces = split_batch(batch, model.processor, piece_size(config))
+    if piece_size(config):
+        weights = loss_weights(config.loss, model)
+        loss, image_embeds, text_embeds = dualenc.cached_backward(embed, pieces, loss_of, weights)
+    else:
+        image_embeds, text_embeds = embed(*pieces)
+        loss = loss_of(image_embeds, text_embeds)
+        loss.backward()
+    return dualenc.sum_over_processes(loss.detach()) / dualenc.process_count(), image_embeds, text_embeds
 
 
 def not_finite_error(run, step, what):
@@ -830,11 +1020,14 @@ def save_last(run):
     run.state["saved"] = run.state["step"]
     meter = {"sums": run.meter.sums, "count": run.meter.count}
     state = {**run.state, "optimizer": run.optimizer.state_dict(), "meter": meter}
-    save_checkpoint(run.out / "last", run.model, state)
+    run.save("last", state)
 
 
 def evaluate_and_save(run):
     """Evaluate, log and print it; write the last checkpoint, and the best one if this is it."""
+    if dualenc.process_count() > 1:
+        for buffer in run.model.buffers():  # each process has batch-norm statistics of its own pictures
+            torch.distributed.broadcast(buffer, 0)
     try:
         workers = dualenc.pick_workers(run.config.workers, run.device)
         results = evaluation.evaluate(
@@ -848,7 +1041,7 @@ def evaluate_and_save(run):
     line, best = {"step": run.state["step"], **numbers}, run.state["best"]
     if best is None or score(line) >= score(best):
         run.state["best"] = line
-        save_checkpoint(run.out / "best", run.model)
+        run.save("best")
     run.log(line)  # before the checkpoint: a run that is resumed drops the lines after its checkpoint, and repeats them
     run.state["evaluated"] = run.state["step"]
     save_last(run)
@@ -875,10 +1068,10 @@ def train(run):
                 run.bad_pictures.check(batch, run.pairs.names)
                 take_step(run, batch, first=run.state["step"] == first_step)
                 evaluate_if_due(run)
-                if stop.received:
+                if stop.received_anywhere():
                     break
         except DataFault as fault:
-            return stop.received, fault
+            return stop.received_anywhere(), fault
     return stop.received, None
 
 
@@ -888,10 +1081,12 @@ def take_step(run, batch, first):
     lr = learning_rate(state["step"], run.steps, config.warmup, config.lr)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    # Like the order of the pictures, dropout is a function of seed and step: resuming needs no generator's state.
-    torch.manual_seed(random.Random(f"dropout {config.seed} {state['step']}").getrandbits(63))
+    # Like the order of the pictures, dropout is a function of seed and step, and of the process: resuming needs no
+    # generator's state.
+    seed = random.Random(f"dropout {config.seed} {state['step']}").getrandbits(63)
+    torch.manual_seed(seed + dualenc.process_rank())
     groups = pair_groups(run.pairs, batch.captions, batch.numbers).to(run.device)
-    values = train_step(run.model, run.optimizer, config, batch, groups, run.precision)
+    values = train_step(run.model, run.optimizer, config, batch, groups, run.precision, run.embed)
     if values is None:
         take_bad_step(run)
     else:
@@ -913,10 +1108,16 @@ def evaluate_if_due(run):
             evaluate_and_save(run)
 
 
+def resume_command(out, processes):
+    """What to type to go on with a run of so many processes."""
+    launcher = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
+    return f"{launcher} train.py --resume {shlex.quote(str(out))}"
+
+
 def stop_early(run, signalled, fault):
     """Save a run that is cut short and end it: with the status that shells expect of a signal, or with an error."""
     save_last(run)
-    hint = f"step {run.state['step']} is saved; go on with: python train.py --resume {shlex.quote(str(run.out))}"
+    hint = f"step {run.state['step']} is saved; go on with: {resume_command(run.out, dualenc.process_count())}"
     if not signalled:
         raise ValueError(f"{fault}; {hint}")
     print(f"stopped  {signalled.name}; {hint}", flush=True)
@@ -925,11 +1126,20 @@ def stop_early(run, signalled, fault):
 
 def main(argv=None):
     """Train from the command line; returns the numbers of the best checkpoint, by name."""
+    with dualenc.process_group():
+        return train_by_flags(argv)
+
+
+def train_by_flags(argv):
+    """main, in each of the processes that torchrun started, or in one."""
     # 1. Flags, device, run folder and data.
     config = read_flags(argv)
     device = dualenc.pick_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     precision = dualenc.pick_precision(config.precision, device)
-    out, lock = claim_run(config)
+    with dualenc.together():
+        out, lock = claim_run(config)
     pairs, held_out, templates = load_data(config)
     held_out, unreadable = held_out_to_measure(config, held_out, device)
     losses = check_recipe(config, pairs, held_out)
@@ -940,8 +1150,10 @@ def main(argv=None):
     model, optimizer, state = load_run(config, pairs, out, device, meter)
 
     # 3. The run folder, cleared only now that everything is known to work, and the head of the printout.
-    open_run(out, config, pairs, argv, device)
-    drop_metrics_after(out, state["step"])
+    with dualenc.together():
+        if dualenc.process_rank() == 0:
+            open_run(out, config, pairs, argv, device)
+            drop_metrics_after(out, state["step"])
     bad_pictures = BadPictures(out, config.on_bad_picture, len(pairs) + len(held_out) + len(unreadable))
     bad_pictures.add(unreadable)
     introduce(config, model, pairs, held_out, losses, steps, device, precision)
@@ -959,13 +1171,15 @@ def main(argv=None):
         bad_pictures=bad_pictures,
         meter=meter,
         model=model,
+        embed=make_embedder(model, config, precision),
         optimizer=optimizer,
         state=state,
     )
     signalled, fault = train(run)
     if fault or state["step"] < steps:
         stop_early(run, signalled, fault)
-    lock.close()
+    if lock:
+        lock.close()
 
     # 5. What came out, and what to do with it.
     best = state["best"]

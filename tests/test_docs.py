@@ -19,9 +19,9 @@ DOCUMENTS = {"README.md": README, "train.py": train.__doc__, "eval.py": evaluati
 
 
 def commands():
-    """Every `python train.py ...` and `python eval.py ...` in the README and the scripts' docstrings."""
+    """Every `python train.py ...`, `torchrun ... train.py ...` and `python eval.py ...` in README and docstrings."""
     for name, text in DOCUMENTS.items():
-        for script, arguments in re.findall(r"python (train|eval)\.py([^`\n&]*)", text):
+        for script, arguments in re.findall(r"(?:python|torchrun [^`\n]*) (train|eval)\.py([^`\n&]*)", text):
             if "--help" in arguments:
                 continue
             yield pytest.param(script, arguments.partition("   ")[0], id=f"{name}: {script}{arguments[:40]}")

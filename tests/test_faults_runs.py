@@ -35,7 +35,9 @@ VARIANTS = {
     "workers": ["--workers", "2"],
     "augmented": ["--crop-scale", "0.5", "--flip"],
     "dropout": ["--vision", "test_vit", "--vision-args", "img_size=32", "--patch-dropout", "0.5", "--image-size", "0"],
+    "micro-batched": ["--micro-batch", "3"],
 }
+VARIANTS["micro-batched, dropout"] = [*VARIANTS["dropout"], *VARIANTS["micro-batched"]]
 
 
 class Killed(BaseException):
@@ -264,7 +266,9 @@ def test_sigint_to_the_process_group_of_the_real_script_with_workers(data, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("variant", "kills"), [("plain", 20), ("locked", 4), ("workers", 4)])
+@pytest.mark.parametrize(
+    ("variant", "kills"), [("plain", 20), ("micro-batched, dropout", 4), ("locked", 4), ("workers", 4)]
+)
 def test_twenty_kills_at_random_moments_leave_no_trace(variant, kills, data, tmp_path):
     """SIGKILL again and again in one run that writes a checkpoint each step; it ends like one that was left alone."""
     flags = [*data, *TINY, "--steps", "60", "--eval-every", "1", "--log-every", "3", *VARIANTS[variant]]
