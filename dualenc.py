@@ -176,6 +176,7 @@ def clip_loss(image_embeds, text_embeds, logit_scale):
     returns       ()      mean loss in nats: about ln(B) before training, towards 0 as pairs separate
     raises        ValueError if the two batches differ in shape
     source        Radford et al. 2021, Figure 3
+    Exercise 1    easy, 20 minutes: the loss of both directions, run `pytest -k exercise_1`
     """
     check_same_shape(image_embeds, text_embeds)
     logits_per_image = logit_scale.exp() * image_embeds @ text_embeds.T
@@ -329,6 +330,7 @@ class DualEncoder(nn.Module):
         return_loss     adds clip_loss; picture i and caption i must be a pair
         returns         DualEncoderOutput
         raises          ValueError if there is nothing to encode, or return_loss is asked for without matching pairs
+        Exercise 2      medium, 40 minutes: towers, projections, unit norm and temperature, run `pytest -k exercise_2`
         """
         if input_ids is None and pixel_values is None:
             raise ValueError("nothing to encode: give input_ids, pixel_values or both")
@@ -355,6 +357,7 @@ class DualEncoder(nn.Module):
 
         tower   "vision" (LiT: the text tower learns to read a finished vision tower) or "text"
         source  Zhai et al. 2022, section 3
+        Exercise 12  medium, 30 minutes: lock a tower for good, run `pytest -k exercise_12`
         """
         one_of("tower to lock", tower, ("vision", "text"))
         self.locked.add(tower)
@@ -362,7 +365,10 @@ class DualEncoder(nn.Module):
         return self.train(self.training)
 
     def train(self, mode=True):
-        """Training mode, except that a locked tower stays in evaluation mode: batch-norm statistics are weights too."""
+        """Training mode, except that a locked tower stays in evaluation mode: batch-norm statistics are weights too.
+
+        Exercise 12  with lock
+        """
         super().train(mode)
         for tower in self.locked:
             self._tower(tower).eval()
@@ -376,6 +382,10 @@ class DualEncoder(nn.Module):
             return self._tower(name)(*inputs, **extras)
 
     def _normalize(self, features):
+        """Features to unit norm.
+
+        Exercise 2  with forward
+        """
         # Back to the weights' own precision first: under bf16 autocast a cosine would keep two to three digits only.
         return F.normalize(features.to(self.logit_scale.dtype), dim=-1)
 
@@ -466,6 +476,7 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
     dropout            share of the weights dropped
     returns            (B, H, T, W/H), and the weights (B, H, T, T) or None
     source             Vaswani et al. 2017, equation 1
+    Exercise 3         medium, 40 minutes: attention that never looks at padding, run `pytest -k exercise_3`
     """
     # A fused kernel never shows its weights.
     if not (return_weights or fused_kernel_is_slow(query)):
@@ -486,7 +497,10 @@ def fused_kernel_is_slow(tensor):
 
 
 def masked_mean(hidden, attention_mask=None):
-    """The mean over real tokens: hidden (B, T, W), attention_mask (B, T) with 1 on real tokens, returns (B, W)."""
+    """The mean over real tokens: hidden (B, T, W), attention_mask (B, T) with 1 on real tokens, returns (B, W).
+
+    Exercise 4  easy, 10 minutes: the mean over real tokens only, run `pytest -k exercise_4`
+    """
     if attention_mask is None:
         return hidden.mean(dim=1)
     weight = attention_mask[:, :, None].to(hidden.dtype)
@@ -497,6 +511,8 @@ def positions_after_pad(input_ids, pad_token_id):
     """RoBERTa's positions: real tokens count up from pad_token_id + 1, padding stays at pad_token_id; (B, T) to (B, T).
 
     They follow from the ids, not from the attention mask.
+
+    Exercise 5  easy, 15 minutes: positions that count real tokens, run `pytest -k exercise_5`
     """
     is_real = (input_ids != pad_token_id).long()
     return is_real.cumsum(dim=1) * is_real + pad_token_id
@@ -1461,6 +1477,8 @@ class TiledLogSumExp(torch.autograd.Function):
 
     The gradient is made of the softmax of rows and of columns, which need the finished sums: the backward pass visits
     all tiles again, with scores kept from the forward pass as far as KEPT_SCORES reaches.
+
+    Exercise 9  hard, 120 minutes: the loss without its matrix, forward and backward, run `pytest -k exercise_9`
     """
 
     @staticmethod
@@ -1549,6 +1567,7 @@ def cached_backward(embed, pieces, loss_of, loss_weights=()):
     loss_weights  what the loss learns beside the embeddings: logit_scale, logit_bias
     returns       the loss and all embeddings, without graph; gradients are added to .grad of every weight
     source        Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", section 3
+    Exercise 10   hard, 90 minutes: a large batch's gradient in two passes, run `pytest -k exercise_10`
     """
     seeds = torch.randint(2**62, (len(pieces),)).tolist()
     restore_buffers = remember_buffers(embed)
@@ -1684,7 +1703,10 @@ def gather_embeds(embeds):
 
 
 class GatherRows(torch.autograd.Function):
-    """See gather_embeds."""
+    """See gather_embeds.
+
+    Exercise 11  hard, 60 minutes: rows of all processes, with gradients, run `pytest -k exercise_11`
+    """
 
     @staticmethod
     def forward(ctx, rows):

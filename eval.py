@@ -328,6 +328,7 @@ def ranks(image_embeds, text_embeds, image_groups, text_groups, tile=1024):
     tile                       rows and columns at a time, a multiple of 64: never more than tile x tile scores at once
     returns                    (I,) and (N,)      integers from 1, on the CPU; computed where the embeddings are
     raises                     ValueError if a picture has no caption that fits, or a caption no picture
+    Exercise 7                 medium, 45 minutes: ranks with several captions, run `pytest -k exercise_7`
     """
     image_groups, text_groups = image_groups.to(image_embeds.device), text_groups.to(image_embeds.device)
     if not torch.equal(image_groups.unique(), text_groups.unique()):
@@ -517,7 +518,8 @@ TEMPLATE_SETS = {"plain": ("a photo of a {}.",), "clip7": CLIP7, "clip80": CLIP8
 def class_embeds(model, classes, templates, precision="fp32", batch_size=EVAL_BATCH):
     """One direction a class: its captions in all templates, embedded, averaged, normalised again; (K, E).
 
-    source  Radford et al. 2021, section 3.1.4 (ensembling over the embedding space)
+    source      Radford et al. 2021, section 3.1.4 (ensembling over the embedding space)
+    Exercise 8  easy, 20 minutes: a classifier made of captions, run `pytest -k exercise_8`
     """
     captions = [template.replace("{}", name) for name in classes for template in templates]
     rows = embed_captions(model, captions, precision, batch_size)

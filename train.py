@@ -368,6 +368,7 @@ def learning_rate(step, steps, warmup, peak):
 
     warmup  share of the steps in which it rises; the first step gets a part of peak, never 0
     peak    the largest rate
+    Exercise 6  easy, 15 minutes: warm-up and cosine, run `pytest -k exercise_6`
     """
     rising = max(1, round(warmup * steps))
     if step < rising:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scores import pytest_addoption, pytest_configure, pytest_terminal_summary  # noqa: F401  pytest finds them here
 
 import dualenc
 
@@ -64,15 +65,14 @@ def pictures():
 def fails_like(got, right, mistakes, what, tolerance=1e-5):
     """Assert that got equals right; if not, the message names the well-known mistake whose value it has."""
     got, right = (torch.as_tensor(value, dtype=torch.float64) for value in (got, right))
-    assert got.shape == right.shape, f"{what} has shape {tuple(got.shape)}, expected {tuple(right.shape)}"
-    if torch.allclose(got, right, rtol=tolerance, atol=tolerance):
+    if got.shape == right.shape and torch.allclose(got, right, rtol=tolerance, atol=tolerance):
         return
+    mistakes = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in mistakes.items()}
     looks = [
-        name
-        for name, value in mistakes.items()
-        if torch.allclose(got, torch.as_tensor(value, dtype=torch.float64), atol=1e-4)
+        name for name, value in mistakes.items() if got.shape == value.shape and torch.allclose(got, value, atol=1e-4)
     ]
     hint = f"it looks like: {', '.join(looks)}" if looks else "it matches no well-known mistake"
+    assert got.shape == right.shape, f"{what} has shape {tuple(got.shape)}, expected {tuple(right.shape)}; {hint}"
     pytest.fail(f"{what} is off by up to {(got - right).abs().max():.2g}; {hint}")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import fails_like, in_processes
-from torch.utils._python_dispatch import TorchDispatchMode
+from references import LargestTensor
 
 import dualenc
 
@@ -71,19 +71,6 @@ def test_tiled_losses_hold_at_every_temperature_in_float32(name, scale):
     ):
         assert got.isfinite().all()
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Notes the most numbers that any operation inside puts into one tensor."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        out = function(*arguments, **(options or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.numbers = max(self.numbers, tensor.numel())
-        return out
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -7,83 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CAPTIONS, fails_like
+from references import slow_clip_loss, tensors, unit_rows
 from torch.utils.flop_counter import FlopCounterMode
 
 import dualenc
-
-
-def unit_rows(n, width, seed):
-    rows = np.random.default_rng(seed).normal(size=(n, width))
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
-def tensors(*arrays):
-    return [torch.tensor(array, dtype=torch.float64, requires_grad=True) for array in arrays]
-
-
-def slow_row_loss(logits, row, right):
-    """Minus the log of the probability that a softmax over a row gives the right columns, shared evenly."""
-    total = sum(math.exp(value) for value in logits[row])
-    return -sum(math.log(math.exp(logits[row][j]) / total) for j in right) / len(right)
-
-
-def slow_clip_loss(images, texts, log_scale, exp=True, both=True, transpose=True, groups=None):
-    n = len(images)
-    scale = math.exp(log_scale) if exp else log_scale
-    logits = [[scale * float(images[i] @ texts[j]) for j in range(n)] for i in range(n)]
-    columns = [list(column) for column in zip(*logits)] if transpose else logits
-    groups = groups or list(range(n))
-    right = [[j for j in range(n) if groups[j] == groups[i]] for i in range(n)]
-    forward = sum(slow_row_loss(logits, i, right[i]) for i in range(n)) / n
-    backward = sum(slow_row_loss(columns, i, right[i]) for i in range(n)) / n
-    return (forward + backward) / 2 if both else forward
-
-
-def test_clip_loss_is_the_mean_cross_entropy_of_both_directions():
-    images, texts = unit_rows(5, 8, 0), unit_rows(5, 8, 1)
-    got = dualenc.clip_loss(*tensors(images, texts, 1.3))
-    n = len(images)
-    mistakes = {
-        "one direction only": slow_clip_loss(images, texts, 1.3, both=False),
-        "no transpose for the second direction": slow_clip_loss(images, texts, 1.3, transpose=False),
-        "logit_scale used without exp": slow_clip_loss(images, texts, 1.3, exp=False),
-        "both directions added, not averaged": 2 * slow_clip_loss(images, texts, 1.3),
-        "sum over the batch, not mean": n * slow_clip_loss(images, texts, 1.3),
-        "no temperature": slow_clip_loss(images, texts, 0.0),
-    }
-    fails_like(got.detach(), slow_clip_loss(images, texts, 1.3), mistakes, "clip_loss", 1e-10)
-
-
-def test_clip_loss_has_the_gradients_of_its_definition():
-    """Central differences of the slow loss, embeddings and logit_scale alike."""
-    images, texts = unit_rows(4, 3, 2), unit_rows(4, 3, 3)
-    inputs = tensors(images, texts, 0.7)
-    dualenc.clip_loss(*inputs).backward()
-    step = 1e-5
-    up, down = (slow_clip_loss(images, texts, 0.7 + d) for d in (step, -step))
-    assert inputs[2].grad.item() == pytest.approx((up - down) / (2 * step), abs=1e-8)
-    for array, grad in ((images, inputs[0].grad), (texts, inputs[1].grad)):
-        for i in np.ndindex(array.shape):
-            array[i] += step
-            up = slow_clip_loss(images, texts, 0.7)
-            array[i] -= 2 * step
-            down = slow_clip_loss(images, texts, 0.7)
-            array[i] += step
-            assert grad[i].item() == pytest.approx((up - down) / (2 * step), abs=1e-8)
-
-
-def test_clip_loss_is_ln_of_the_batch_when_nothing_is_learned_and_0_when_all_is():
-    same = torch.ones(7, 4) / 2
-    assert dualenc.clip_loss(same, same, torch.tensor(2.0)).item() == pytest.approx(math.log(7), abs=1e-6)
-    apart = torch.eye(7)
-    assert dualenc.clip_loss(apart, apart, torch.tensor(math.log(100.0))).item() < 1e-6
-
-
-def test_clip_loss_sees_which_row_belongs_to_which():
-    """Shuffling one side must cost: a loss that pairs rows wrongly cannot tell."""
-    apart = torch.eye(6)
-    right = dualenc.clip_loss(apart, apart, torch.tensor(2.6592))
-    assert dualenc.clip_loss(apart, apart.roll(1, 0), torch.tensor(2.6592)) > right + 5
 
 
 def test_siglip_loss_is_a_sigmoid_for_every_cell():

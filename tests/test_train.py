@@ -89,15 +89,6 @@ def log_of(folder):
 # ---- Parts of the recipe --------------------------------------------------------------------------------------------
 
 
-def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
-    rates = [train.learning_rate(step, 100, 0.1, 2.0) for step in range(100)]
-    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
-    assert rates[10] == pytest.approx(2.0) and max(rates) == pytest.approx(2.0)
-    assert rates[55] == pytest.approx(1.0) and rates[99] < 0.001
-    assert rates[10:] == pytest.approx([1 + math.cos(math.pi * i / 90) for i in range(90)])
-    assert train.learning_rate(0, 10, 0.0, 1.0) == 1.0, "no warm-up: full rate at once"
-
-
 def test_weight_decay_is_kept_off_norms_biases_positions_and_the_temperature(make_model):
     model = make_model(logit_bias_init=-1.0)
     groups = train.make_optimizer(model, train.TrainConfig(weight_decay=0.3)).param_groups

@@ -1,0 +1,85 @@
+"""Exercise 11, GatherRows: rows of two processes, and where the gradients of each go."""
+
+import functools
+
+import pytest
+import torch
+from conftest import fails_like, in_processes
+
+import dualenc
+
+pytestmark = pytest.mark.exercise
+
+COUNTS = ((2, 2), (3, 1))  # rows of process 0 and of process 1: equal shares, uneven ones
+
+
+def all_rows(counts):
+    return torch.arange(2.0 * sum(counts)).view(-1, 2) + 1
+
+
+def loss_weights(rank, n):
+    """What the loss of a process makes of each gathered row: another weight in each process."""
+    return torch.arange(1.0, n + 1)[:, None] * (rank + 1)
+
+
+def gather_in_one_process(rank):
+    """For each share: (the gathered rows, the gradient of this process's own rows); and gathered ids."""
+    results = []
+    for counts in COUNTS:
+        start = sum(counts[:rank])
+        own = all_rows(counts)[start : start + counts[rank]].requires_grad_()
+        gathered = dualenc.gather_embeds(own)
+        gradient = None
+        if gathered.requires_grad:
+            (gathered * loss_weights(rank, len(gathered))).sum().backward()
+            gradient = own.grad.tolist()
+        results.append((gathered.tolist(), gradient))
+    ids = dualenc.gather_embeds(torch.tensor([7, 8]) + 10 * rank)
+    return results, ids.tolist(), str(ids.dtype)
+
+
+@functools.cache
+def gathered():
+    """What each of two processes got."""
+    return in_processes(2, gather_in_one_process)
+
+
+def test_exercise_11_every_process_gets_all_rows_in_the_order_of_ranks():
+    for rank, (results, _, _) in enumerate(gathered()):
+        for counts, (got, _) in zip(COUNTS, results):
+            right = all_rows(counts)
+            own = right[: counts[0]] if rank == 0 else right[counts[0] :]
+            other = right[counts[0] :] if rank == 0 else right[: counts[0]]
+            mistakes = {
+                "own rows only": own,
+                "own rows first, whatever the rank": torch.cat([own, other]),
+                "ranks in the wrong order": torch.cat([right[counts[0] :], right[: counts[0]]]),
+                "own rows twice": torch.cat([own, own]),
+                "rows that only fill up a short share are left in": torch.cat([right, torch.zeros(2, 2)]),
+            }
+            fails_like(torch.tensor(got), right, mistakes, f"rows of shares {counts} in process {rank}", 0)
+
+
+def test_exercise_11_a_rows_gradient_is_the_sum_of_what_all_processes_make_of_it():
+    for rank, (results, _, _) in enumerate(gathered()):
+        for counts, (_, got) in zip(COUNTS, results):
+            assert got is not None, "gathered rows have no gradient: it looks like: gathered without autograd"
+            n = sum(counts)
+            mine = slice(0, counts[0]) if rank == 0 else slice(counts[0], n)
+            shares = [loss_weights(process, n).expand(-1, 2) for process in (0, 1)]
+            right = sum(shares)
+            mistakes = {
+                "only this process's loss counts (the others' share is lost)": shares[rank][mine],
+                "only the other process's loss counts": shares[1 - rank][mine],
+                "divided by the process count": right[mine] / 2,
+                "a factor of the process count": 2 * right[mine],
+                "the gradient of the other process's rows": right[: len(right[mine])] if rank else right[-counts[0] :],
+                "the gradient of all rows, not of its own": right,
+            }
+            what = f"the gradient of process {rank}'s rows, shares {counts},"
+            fails_like(torch.tensor(got), right[mine], mistakes, what, 1e-6)
+
+
+def test_exercise_11_numbers_that_have_no_gradient_are_gathered_too():
+    for _, ids, dtype in gathered():
+        assert ids == [7, 8, 17, 18] and dtype == "torch.int64", f"group ids come back as {ids} of {dtype}"

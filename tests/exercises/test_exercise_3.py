@@ -1,0 +1,140 @@
+"""Exercise 3, masked_attention: one query at a time, in loops."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import fails_like
+from references import slow_gradient
+
+import dualenc
+
+pytestmark = pytest.mark.exercise
+
+# Three captions of five tokens: padding on the right, on the left, none.
+IS_REAL = np.array([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1], [1, 1, 1, 1, 1]], bool)
+
+
+def slow_attention(query, key, value, is_real, scale=None, bias=None):
+    """(mixed values, weights): each query asks the keys that it may see."""
+    (B, H, T, D), weights = query.shape, np.zeros((*query.shape[:3], query.shape[2]))
+    for b, h, t in np.ndindex(B, H, T):
+        seen = [s for s in range(T) if is_real[b, s]]
+        scores = [query[b, h, t] @ key[b, h, s] * (scale or 1 / math.sqrt(D)) for s in seen]
+        if bias is not None:
+            scores = [score + bias[b, h, t, s] for score, s in zip(scores, seen)]
+        total = sum(math.exp(score) for score in scores)
+        for s, score in zip(seen, scores):
+            weights[b, h, t, s] = math.exp(score) / total
+    return weights @ value, weights
+
+
+def inputs(B=3, H=2, T=5, D=4):
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=(B, H, T, D)) for _ in range(3)]
+
+
+def mistaken(query, key, value):
+    """What well-known mistakes make of the mixed values."""
+    everywhere = np.ones_like(IS_REAL)
+    full = slow_attention(query, key, value, everywhere)[1]
+    real = IS_REAL[:, None, None, :]
+    scores = query @ key.swapaxes(-1, -2) / math.sqrt(query.shape[-1])
+    masked = np.where(real, scores, -1e30)
+    over_queries = np.exp(scores) * real
+    over_queries /= over_queries.sum(-2, keepdims=True) + (~real)
+    inverted = np.where(~real, scores, -1e30)
+    inverted = np.exp(inverted - inverted.max(-1, keepdims=True))
+    plus_one = np.exp(scores + real)
+    return {
+        "the mask is not used": full @ value,
+        "inverted mask": inverted / inverted.sum(-1, keepdims=True) @ value,
+        "scores are not divided by the root of the head size": slow_attention(query, key, value, IS_REAL, 1.0)[0],
+        "divided by the head size, not by its root": slow_attention(query, key, value, IS_REAL, 1 / query.shape[-1])[0],
+        "divided by the root of the whole width": slow_attention(query, key, value, IS_REAL, 8**-0.5)[0],
+        "softmax over the wrong axis": over_queries @ value,
+        "no softmax": np.where(masked > -1e29, scores, 0) @ value,
+        "weights set to 0 after the softmax, no longer adding up to 1": full * real @ value,
+        "the mask added as 1 and 0": plus_one / plus_one.sum(-1, keepdims=True) @ value,
+    }
+
+
+@pytest.mark.parametrize("return_weights", [False, True])
+def test_exercise_3_padding_gets_no_weight(return_weights):
+    query, key, value = inputs()
+    right, right_weights = slow_attention(query, key, value, IS_REAL)
+    mask = torch.tensor(IS_REAL)[:, None, None, :]
+    got, weights = dualenc.masked_attention(*map(torch.tensor, (query, key, value)), mask, 0.0, return_weights)
+    fails_like(got, right, mistaken(query, key, value), "the mixed values", 1e-10)
+    if not return_weights:
+        assert weights is None, "weights only on request"
+        return
+    scores = query @ key.swapaxes(-1, -2) / math.sqrt(query.shape[-1])
+    fails_like(weights, right_weights, {"scores, before the softmax": scores}, "the weights", 1e-10)
+    assert (weights.numpy()[~np.broadcast_to(IS_REAL[:, None, None], weights.shape)] == 0).all(), "exactly 0 on padding"
+
+
+def test_exercise_3_without_a_mask_every_token_is_seen():
+    query, key, value = inputs()
+    right, _ = slow_attention(query, key, value, np.ones_like(IS_REAL))
+    got, _ = dualenc.masked_attention(*map(torch.tensor, (query, key, value)))
+    fails_like(got, right, {}, "the mixed values without a mask", 1e-10)
+
+
+@pytest.mark.parametrize("return_weights", [False, True])
+def test_exercise_3_a_mask_of_numbers_is_added_to_the_scores(return_weights):
+    query, key, value = inputs()
+    bias = np.random.default_rng(1).normal(size=(3, 2, 5, 5))
+    right, _ = slow_attention(query, key, value, IS_REAL, bias=bias)
+    mask = torch.tensor(np.where(IS_REAL[:, None, None], bias, np.finfo(float).min))
+    got, _ = dualenc.masked_attention(*map(torch.tensor, (query, key, value)), mask, 0.0, return_weights)
+    mistakes = {
+        "numbers used as yes and no": slow_attention(query, key, value, np.ones_like(IS_REAL))[0],
+        "only whether a key may be seen is used, not the number": slow_attention(query, key, value, IS_REAL)[0],
+    }
+    fails_like(got, right, mistakes, "the mixed values under a mask of numbers", 1e-10)
+
+
+def test_exercise_3_the_gradients_are_those_of_the_definition():
+    arrays = inputs(B=1, T=5, D=2)
+    query, key, value = (torch.tensor(array, requires_grad=True) for array in arrays)
+    mix = np.random.default_rng(2).normal(size=arrays[0].shape)
+    got, _ = dualenc.masked_attention(query, key, value, torch.tensor(IS_REAL[:1])[:, None, None, :])
+    (got * torch.tensor(mix)).sum().backward()
+    slow = slow_gradient(lambda q, k, v: float((slow_attention(q, k, v, IS_REAL[:1])[0] * mix).sum()), arrays)
+    for name, tensor, right in zip(("query", "key", "value"), (query, key, value), slow):
+        fails_like(tensor.grad, right, {"no gradient": 0 * right}, f"the gradient of {name}", 1e-7)
+
+
+def test_exercise_3_the_result_has_the_type_of_its_inputs():
+    for dtype in (torch.bfloat16, torch.float32):
+        for learns in (False, True):
+            query, key, value = (torch.tensor(array, dtype=dtype, requires_grad=learns) for array in inputs())
+            mask = torch.tensor(IS_REAL)[:, None, None, :]
+            got, _ = dualenc.masked_attention(query, key, value, mask)
+            assert got.dtype == dtype, f"attention over {dtype} gives {got.dtype}"
+            right, _ = slow_attention(*inputs(), IS_REAL)
+            fails_like(
+                got.detach(), right, {}, f"the mixed values in {dtype}", 5e-2 if dtype == torch.bfloat16 else 1e-5
+            )
+
+
+def test_exercise_3_large_scores_do_not_overflow():
+    query, key, value = (torch.tensor(array, dtype=torch.float32) for array in inputs())
+    got, weights = dualenc.masked_attention(200 * query, key, value, return_weights=True)
+    assert got.isfinite().all(), "exp overflows on large scores: take off the largest first, as softmax does"
+    assert torch.allclose(weights.sum(-1), torch.ones(3, 2, 5))
+
+
+def test_exercise_3_dropout_drops_weights_and_rescales_the_rest():
+    query, key, value = (torch.tensor(array) for array in inputs())
+    plain, plain_weights = dualenc.masked_attention(query, key, value, return_weights=True)
+    torch.manual_seed(0)
+    got, weights = dualenc.masked_attention(query, key, value, dropout=0.5, return_weights=True)
+    assert not torch.allclose(got, plain), "dropout does nothing"
+    dropped = weights == 0
+    assert 0.2 < dropped.double().mean() < 0.8 and torch.allclose(weights[~dropped], 2 * plain_weights[~dropped]), (
+        "half of the weights are dropped and the other half doubled, after the softmax"
+    )
+    assert torch.allclose(weights @ value, got), "the weights that are returned are not those that were used"

@@ -1,0 +1,63 @@
+"""Exercise 4, masked_mean."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import fails_like
+
+import dualenc
+
+pytestmark = pytest.mark.exercise
+
+HIDDEN = np.random.default_rng(0).normal(size=(3, 4, 5))
+MASK = np.array([[1, 1, 0, 0], [0, 1, 1, 1], [1, 1, 1, 1]])  # padding on the right, on the left, none
+
+
+def slow_mean():
+    rows = [[token for token, real in zip(*row) if real] for row in zip(HIDDEN, MASK)]
+    return np.stack([sum(row) / len(row) for row in rows])
+
+
+def test_exercise_4_padding_does_not_count():
+    weighted = HIDDEN * MASK[:, :, None]
+    mistakes = {
+        "mean over padding too": HIDDEN.mean(1),
+        "padding left out of the sum, but counted in the number": weighted.mean(1),
+        "sum, not mean": weighted.sum(1),
+        "divided by the real tokens of the whole batch": weighted.sum(1) / MASK.sum(),
+        "first token, not mean": HIDDEN[:, 0],
+        "inverted mask": (HIDDEN * (1 - MASK)[:, :, None]).sum(1) / np.maximum((1 - MASK).sum(1), 1)[:, None],
+        "all captions together, not each alone": np.tile(weighted.sum((0, 1)) / MASK.sum(), (3, 1)),
+        "mean over the wrong axis": weighted.sum(2) / MASK.sum(1)[:, None],
+    }
+    got = dualenc.masked_mean(torch.tensor(HIDDEN), torch.tensor(MASK))
+    fails_like(got, slow_mean(), mistakes, "masked_mean", 1e-12)
+
+
+def test_exercise_4_without_a_mask_every_token_counts():
+    got = dualenc.masked_mean(torch.tensor(HIDDEN))
+    fails_like(got, sum(HIDDEN.swapaxes(0, 1)) / 4, {}, "masked_mean without a mask", 1e-12)
+
+
+def test_exercise_4_the_result_has_the_type_of_the_hidden_states():
+    """Masks are whole numbers or bools; the mean of bfloat16 rows stays bfloat16."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for mask_type in (torch.int64, torch.bool, torch.float32):
+            got = dualenc.masked_mean(torch.tensor(HIDDEN, dtype=dtype), torch.tensor(MASK).to(mask_type))
+            assert got.dtype == dtype, f"{dtype} hidden states under a {mask_type} mask give {got.dtype}"
+            tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-6
+            fails_like(got, slow_mean(), {}, f"masked_mean under a {mask_type} mask", tolerance)
+
+
+def test_exercise_4_each_real_token_gets_its_share_of_the_gradient():
+    hidden = torch.tensor(HIDDEN, requires_grad=True)
+    dualenc.masked_mean(hidden, torch.tensor(MASK)).sum().backward()
+    right = np.array([[0.5, 0.5, 0, 0], [0, 1 / 3, 1 / 3, 1 / 3], [0.25] * 4])
+    mistakes = {"padding gets a share": np.full((3, 4), 0.25), "the sum's gradient": MASK}
+    fails_like(hidden.grad[:, :, 0], right, mistakes, "the gradient of hidden", 1e-12)
+
+
+def test_exercise_4_the_mask_and_the_hidden_states_are_left_as_they_were():
+    hidden, mask = torch.tensor(HIDDEN), torch.tensor(MASK)
+    dualenc.masked_mean(hidden, mask)
+    assert torch.equal(hidden, torch.tensor(HIDDEN)) and torch.equal(mask, torch.tensor(MASK)), "inputs were changed"

@@ -1,0 +1,85 @@
+"""Exercise 8, class_embeds: captions lie on a circle, where the mean of directions is seen with the eye."""
+
+import math
+
+import pytest
+import torch
+from conftest import fails_like
+
+import eval as evaluation
+
+pytestmark = pytest.mark.exercise
+
+CLASSES, TEMPLATES = ["cat", "dog"], ("a {}", "the {}", "my {}, {}")
+# Degrees; the three captions of a class lie evenly around the class: at 30 and at 110.
+ANGLES = {"a cat": 10, "the cat": 30, "my cat, cat": 50, "a dog": 60, "the dog": 160, "my dog, dog": 110}
+
+
+def direction(degrees):
+    return [math.cos(math.radians(degrees)), math.sin(math.radians(degrees))]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Every caption that is embedded, and with what options; ANGLES says where it goes."""
+    captions, options = [], []
+
+    def embed_captions(model, texts, precision="fp32", batch_size=0):
+        unknown = [text for text in texts if text not in ANGLES]
+        assert not unknown, f"templates are filled in wrongly: {unknown[0]!r}"
+        captions.extend(texts)
+        options.append((model, precision, batch_size))
+        return torch.tensor([direction(ANGLES[text]) for text in texts])
+
+    monkeypatch.setattr(evaluation, "embed_captions", embed_captions)
+    return captions, options
+
+
+def mean(*angles):
+    rows = [direction(angle) for angle in angles]
+    return [sum(row[i] for row in rows) / len(rows) for i in (0, 1)]
+
+
+def unit(row):
+    return [value / math.hypot(*row) for value in row]
+
+
+def test_exercise_8_a_class_is_the_mean_direction_of_its_captions(asked):
+    got = evaluation.class_embeds("model", CLASSES, TEMPLATES)
+    mixed = [unit(mean(10, 50, 160)), unit(mean(30, 60, 110))]
+    mistakes = {
+        "not normalised after the mean": [mean(10, 30, 50), mean(60, 160, 110)],
+        "first template only": [direction(10), direction(60)],
+        "last template only": [direction(50), direction(110)],
+        "classes and templates exchanged": mixed,
+        "normalised over the classes, not each": [
+            [x / math.hypot(*(r[i] for r in ([mean(10, 30, 50), mean(60, 160, 110)]))) for i, x in enumerate(row)]
+            for row in (mean(10, 30, 50), mean(60, 160, 110))
+        ],
+        "a row a caption, not averaged": [direction(angle) for angle in ANGLES.values()],
+        "a row a template, averaged over classes": [unit(mean(10, 60)), unit(mean(30, 160)), unit(mean(50, 110))],
+    }
+    fails_like(got, [direction(30), direction(110)], mistakes, "class_embeds", 1e-6)
+    assert sorted(asked[0]) == sorted(ANGLES), "each class in each template, once"
+
+
+def test_exercise_8_rows_have_unit_norm_and_the_type_of_the_embeddings(asked):
+    got = evaluation.class_embeds("model", CLASSES, TEMPLATES)
+    assert got.shape == (2, 2) and got.dtype == torch.float32
+    norms = got.norm(dim=1).tolist()
+    assert norms == pytest.approx([1, 1], abs=1e-6), f"norms are {norms}: not normalised after the mean"
+
+
+def test_exercise_8_one_class_and_one_template_are_enough(asked):
+    got = evaluation.class_embeds("model", ["cat"], ["the {}"])
+    fails_like(got, [direction(30)], {}, "class_embeds of one caption", 1e-6)
+    got = evaluation.class_embeds("model", ["dog", "cat"], ["a {}"])
+    fails_like(
+        got, [direction(60), direction(10)], {"classes in another order": [direction(10), direction(60)]}, "rows"
+    )
+
+
+def test_exercise_8_model_precision_and_batch_size_are_handed_on(asked):
+    evaluation.class_embeds("model", CLASSES, TEMPLATES, "bf16", 7)
+    for model, precision, batch_size in asked[1]:
+        assert (model, precision, batch_size) == ("model", "bf16", 7), "embed_captions got other options"
