@@ -1,0 +1,259 @@
+"""Write the handout of an assignment: the sources without the answers, the tests of the exercises, the notebooks.
+
+    python notebooks/make_assignment.py ~/handout
+    python notebooks/make_assignment.py ~/handout --exercises 1,2,5
+    python notebooks/make_assignment.py ~/staff --with-solutions
+
+A docstring row `Exercise n` marks a function to write; tests/scores.py says how. Its body becomes
+`raise NotImplementedError("Exercise n: ...")`, and everything else stays as it is, to the letter. Before the folder
+appears, every test in it has been seen red as it stands, and green with the answers put back.
+"""
+
+import argparse
+import ast
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+import scores
+
+FILES = ("LICENSE", "requirements.txt", "pyproject.toml", "tests/conftest.py", "tests/references.py", "tests/scores.py")
+FOR_STAFF = ("make_assignment.py", "grade.py")
+
+# Functions that are no exercise, but so like one that they would show its answer: {exercise: (file, name)}.
+LOOK_ALIKES = {
+    1: [("dualenc.py", "multi_positive_clip_loss")],
+    9: [("dualenc.py", "TiledSoftplus.forward"), ("dualenc.py", "TiledSoftplus.backward")],
+}
+SHORTEST_TELLING_LINE = 25  # characters: below, a line such as `return self` tells nothing
+
+README = """\
+# {title}
+
+Two towers, one for pictures and one for captions, learn to meet in one space: the module docstring of `dualenc.py`
+shows the whole of it. The sources here are complete but for {count} exercises, each the body of a function. {where}
+
+## Set up (about 5 minutes)
+
+    python -m venv .venv && source .venv/bin/activate
+    pip install -r requirements.txt
+    pytest -m exercise
+
+Python 3.10 or newer; no GPU and, after the installation, no network. The last command takes less than a minute, prints
+the score, and everything is red: `Exercise 1: ...` is what a function says that is not written yet.
+
+## The exercises
+
+| | what there is to do | where | difficulty | points | minutes |
+| --- | --- | --- | --- | --- | --- |
+{table}
+| | | | | {points} | {minutes} |
+
+Minutes are for somebody who has read the source that comes before and the paper that the docstring names.
+
+1. Read the docstring of the function: shapes, what it returns, what it raises.
+2. Run its tests, say `pytest -k exercise_{first}`, and read them: they hold a slow version in loops.
+3. Write the body. Run the tests again; when an answer is wrong in a well-known way, the message says which.
+4. An exercise has its points when all of its tests pass. `--score-file score.json` writes the table to a file.
+
+Exercises do not need each other, so any order will do. `python train.py` needs all of them.
+
+## Rules
+
+* Write inside the marked functions: only their bodies are graded, with fresh copies of everything else. A helper
+  function or an import goes inside the body. Changes elsewhere, in the tests too, are ignored and reported.
+* Each exercise has {seconds} seconds and {memory} GiB of memory when it is graded, on a CPU.
+* Hand in `dualenc.py`, `train.py` and `eval.py`.
+
+## Honour code
+
+Talk about ideas with whomever you like, and name them. Write the code yourself: do not look at the answers of others,
+in the public repository of this library or elsewhere, and do not have a person or a program write them. If you used a
+source beyond the papers and documentation named here, say which and for what.
+"""
+
+
+def starts(node):
+    return min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ()))])
+
+
+def statements(function):
+    """The body of a function node, without its docstring."""
+    return function.body[1:] if ast.get_docstring(function, clean=False) is not None else function.body
+
+
+def body_lines(source, function):
+    """(first, last) line, from 0 and past the end, of a function's body: after the docstring, with its comments."""
+    lines = source.splitlines()
+    first = starts(statements(function)[0]) - 1
+    while lines[first - 1].lstrip().startswith("#") or not lines[first - 1].strip():
+        first -= 1
+    return first, function.end_lineno
+
+
+def replace_bodies(source, bodies):
+    """The source with other bodies: {name such as "DualEncoder.lock": text without indentation}."""
+    lines, found = source.splitlines(keepends=True), scores.functions(ast.parse(source))
+    for name in sorted(bodies, key=lambda name: -found[name].lineno):  # from below, so that numbers of lines stay
+        first, last = body_lines(source, found[name])
+        lines[first:last] = [textwrap.indent(bodies[name].rstrip() + "\n", " " * (found[name].col_offset + 4))]
+    return "".join(lines)
+
+
+def stubs(exercises, file):
+    """{name: body} for the functions of one file that the handout goes without."""
+    bodies = {}
+    for number, exercise in exercises.items():
+        own = {name: f"Exercise {number}: {exercise.task}" for place, name in exercise.places if place == file}
+        alike = {name for place, name in LOOK_ALIKES.get(number, ()) if place == file}
+        bodies |= {name: f"left out: it looks like the answer of Exercise {number}" for name in alike} | own
+    return {name: f"raise NotImplementedError({json.dumps(message)})" for name, message in bodies.items()}
+
+
+def write_sources(folder, exercises, with_solutions=False):
+    for file in scores.SOURCES:
+        source = (ROOT / file).read_text()
+        (folder / file).write_text(source if with_solutions else replace_bodies(source, stubs(exercises, file)))
+
+
+def copy_tests(folder, exercises):
+    """The tests of the exercises, with what they lean on."""
+    for file in (*FILES, *(f"tests/exercises/test_exercise_{number}.py" for number in exercises)):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, folder / file)
+
+
+def write_readme(folder, exercises, with_solutions=False, seconds=120, memory=4):
+    rows, chosen = [], exercises.values()
+    for exercise in chosen:
+        where = ", ".join(f"`{name}` in `{file}`" for file, name in exercise.places)
+        rows.append(
+            f"| {exercise.number} | {exercise.task} | {where} | {exercise.difficulty} | {exercise.points} "
+            f"| {exercise.minutes} |"
+        )
+    where = (
+        "This copy holds the solutions." if with_solutions else "A few functions that are too like them are gone too."
+    )
+    text = README.format(
+        title="Contrastive learning of pictures and captions: the assignment",
+        count=len(exercises),
+        where=where,
+        table="\n".join(rows),
+        points=sum(exercise.points for exercise in chosen),
+        minutes=sum(exercise.minutes for exercise in chosen),
+        first=next(iter(exercises)),
+        seconds=seconds,
+        memory=memory,
+    )
+    (folder / "README.md").write_text(text)
+
+
+def run_exercises(folder):
+    """The score (see scores.total) of the exercises in a folder."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        command = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "exercise"]
+        done = subprocess.run([*command, f"--score-file={file.name}"], cwd=folder, capture_output=True, text=True)
+        content = Path(file.name).read_text()
+    if not content:
+        raise ValueError(f"pytest gave no score:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return json.loads(content)
+
+
+def check_colour(results, exercises, green):
+    """ValueError unless every test of every exercise passed (green), or every single one failed."""
+    tested = {row["exercise"] for row in results["exercises"]}
+    wrong = [f"Exercise {number} has no test" for number in exercises if number not in tested]
+    for row in results["exercises"]:
+        expected = row["tests"] if green else 0
+        if row["passed"] != expected:
+            wrong.append(f"Exercise {row['exercise']}: {row['passed']} of {row['tests']} tests pass, not {expected}")
+    if wrong:
+        raise ValueError(
+            f"with{'' if green else 'out'} the answers, the tests should be {'green' if green else 'red'}: {wrong}"
+        )
+
+
+def telling_lines(exercise):
+    """The lines of an exercise's answer that are long enough to tell something."""
+    for file, name in exercise.places:
+        source = (ROOT / file).read_text()
+        first, last = body_lines(source, scores.functions(ast.parse(source))[name])
+        for line in source.splitlines()[first:last]:
+            if len(line.strip()) >= SHORTEST_TELLING_LINE and not line.lstrip().startswith("#"):
+                yield line.strip()
+
+
+def text_of(path):
+    """What a reader sees of a file: of a notebook, the cells."""
+    if path.suffix == ".ipynb":
+        return "\n".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"])
+    return path.read_text(errors="replace")
+
+
+def check_secrecy(folder, exercises):
+    """ValueError if a fourth of an answer's telling lines, or two of them, stand somewhere in the folder."""
+    texts = {path: text_of(path) for path in folder.rglob("*") if path.is_file() and path.suffix != ".png"}
+    for number, exercise in exercises.items():
+        lines = set(telling_lines(exercise))
+        for path, text in texts.items():
+            shown = sorted(line for line in lines if line in text)
+            if len(shown) > max(1, len(lines) // 4):
+                raise ValueError(f"{path.relative_to(folder)} shows the answer of Exercise {number}: {shown}")
+
+
+def build(folder, exercises, with_solutions=False):
+    """Fill an empty folder and check it."""
+    copy_tests(folder, exercises)
+    ignored = shutil.ignore_patterns(*FOR_STAFF, "__pycache__", ".ipynb_checkpoints")
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=ignored)
+    write_readme(folder, exercises, with_solutions)
+    write_sources(folder, exercises, with_solutions=True)
+    check_colour(run_exercises(folder), exercises, green=True)
+    if not with_solutions:
+        write_sources(folder, exercises)
+        check_secrecy(folder, exercises)
+        check_colour(run_exercises(folder), exercises, green=False)
+
+
+def choose(words):
+    """{number: Exercise} of a word such as "1,2,5"; all of them if it is empty."""
+    exercises = scores.find_exercises(ROOT)
+    try:
+        numbers = sorted({int(word) for word in words.split(",")}) if words else list(exercises)
+        return {number: exercises[number] for number in numbers}
+    except (ValueError, KeyError):
+        raise ValueError(f"--exercises is {words!r}, expected numbers out of 1 to {max(exercises)}: 1,2,5") from None
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("dest", type=Path, help="the folder to write: new, or empty")
+    parser.add_argument("--exercises", default="", help="numbers such as 1,2,5 (default: all)")
+    parser.add_argument("--with-solutions", action="store_true", help="leave the answers in: a copy for staff")
+    args = parser.parse_args(argv)
+    try:
+        exercises = choose(args.exercises)
+        if args.dest.exists() and (not args.dest.is_dir() or any(args.dest.iterdir())):
+            raise ValueError(f"{args.dest} is there and not empty; name another folder")
+        args.dest.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=args.dest.parent, prefix=".assignment-") as scratch:
+            folder = Path(scratch) / "handout"
+            folder.mkdir()
+            build(folder, exercises, args.with_solutions)
+            if args.dest.exists():
+                args.dest.rmdir()
+            folder.rename(args.dest)
+    except ValueError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    state = "with their answers, all green" if args.with_solutions else "all red here, all green with their answers"
+    print(f"{args.dest}: {len(exercises)} exercises, {sum(e.points for e in exercises.values())} points; {state}")
+
+
+if __name__ == "__main__":
+    main()
