@@ -109,16 +109,21 @@ def pytest_configure(config):
     config.option.keyword = re.sub(r"\bexercise_(\d+)\b", r"exercise_\1_", config.option.keyword)
 
 
+def message_of(report):
+    """The line of a failure that says most: the first, or the last where another process's traceback follows it."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    lines = (crash.message if crash else str(report.longrepr)).strip().splitlines()
+    return lines[-1] if lines[0].rstrip().endswith("ProcessRaisedException:") else lines[0]
+
+
 def pytest_terminal_summary(terminalreporter, config):
     """A table, if exercises were asked for."""
     outcomes = {}
     for report in (r for kind in ("passed", "failed", "error") for r in terminalreporter.stats.get(kind, ())):
         named = re.search(r"::test_exercise_(\d+)_(.*)", report.nodeid)
         if named:
-            crash = getattr(report.longrepr, "reprcrash", None)
-            message = crash.message if crash else str(report.longrepr)
             of_exercise = outcomes.setdefault(int(named[1]), {})
-            of_exercise[named[2]] = of_exercise.get(named[2]) if report.passed else message.partition("\n")[0]
+            of_exercise[named[2]] = of_exercise.get(named[2]) if report.passed else message_of(report)
     asked = "exercise" in config.option.markexpr + config.option.keyword or config.option.score_file
     if not (asked and outcomes):
         return
