@@ -30,7 +30,7 @@ def gather_in_one_process(rank):
         own = all_rows(counts)[start : start + counts[rank]].requires_grad_()
         gathered = dualenc.gather_embeds(own)
         gradient = None
-        if gathered.requires_grad:
+        if gathered.requires_grad and len(gathered) == sum(counts):
             (gathered * loss_weights(rank, len(gathered))).sum().backward()
             gradient = own.grad.tolist()
         results.append((gathered.tolist(), gradient))

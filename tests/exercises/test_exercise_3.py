@@ -12,8 +12,8 @@ import dualenc
 
 pytestmark = pytest.mark.exercise
 
-# Three captions of five tokens: padding on the right, on the left, none.
-IS_REAL = np.array([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1], [1, 1, 1, 1, 1]], bool)
+# Three captions of five tokens: padding on the right, on the left, on both sides.
+IS_REAL = np.array([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1], [0, 1, 1, 1, 0]], bool)
 
 
 def slow_attention(query, key, value, is_real, scale=None, bias=None):
@@ -42,8 +42,6 @@ def mistaken(query, key, value):
     real = IS_REAL[:, None, None, :]
     scores = query @ key.swapaxes(-1, -2) / math.sqrt(query.shape[-1])
     masked = np.where(real, scores, -1e30)
-    over_queries = np.exp(scores) * real
-    over_queries /= over_queries.sum(-2, keepdims=True) + (~real)
     inverted = np.where(~real, scores, -1e30)
     inverted = np.exp(inverted - inverted.max(-1, keepdims=True))
     plus_one = np.exp(scores + real)
@@ -53,7 +51,6 @@ def mistaken(query, key, value):
         "scores are not divided by the root of the head size": slow_attention(query, key, value, IS_REAL, 1.0)[0],
         "divided by the head size, not by its root": slow_attention(query, key, value, IS_REAL, 1 / query.shape[-1])[0],
         "divided by the root of the whole width": slow_attention(query, key, value, IS_REAL, 8**-0.5)[0],
-        "softmax over the wrong axis": over_queries @ value,
         "no softmax": np.where(masked > -1e29, scores, 0) @ value,
         "weights set to 0 after the softmax, no longer adding up to 1": full * real @ value,
         "the mask added as 1 and 0": plus_one / plus_one.sum(-1, keepdims=True) @ value,
@@ -70,16 +67,19 @@ def test_exercise_3_padding_gets_no_weight(return_weights):
     if not return_weights:
         assert weights is None, "weights only on request"
         return
-    scores = query @ key.swapaxes(-1, -2) / math.sqrt(query.shape[-1])
-    fails_like(weights, right_weights, {"scores, before the softmax": scores}, "the weights", 1e-10)
+    fails_like(weights, right_weights, {}, "the weights", 1e-10)
     assert (weights.numpy()[~np.broadcast_to(IS_REAL[:, None, None], weights.shape)] == 0).all(), "exactly 0 on padding"
 
 
 def test_exercise_3_without_a_mask_every_token_is_seen():
     query, key, value = inputs()
-    right, _ = slow_attention(query, key, value, np.ones_like(IS_REAL))
-    got, _ = dualenc.masked_attention(*map(torch.tensor, (query, key, value)))
-    fails_like(got, right, {}, "the mixed values without a mask", 1e-10)
+    right, right_weights = slow_attention(query, key, value, np.ones_like(IS_REAL))
+    got, weights = dualenc.masked_attention(*map(torch.tensor, (query, key, value)), return_weights=True)
+    scores = query @ key.swapaxes(-1, -2) / math.sqrt(query.shape[-1])
+    over_queries = np.exp(scores) / np.exp(scores).sum(-2, keepdims=True)
+    mistakes = {"softmax over the wrong axis": over_queries @ value, "no softmax": scores @ value}
+    fails_like(got, right, mistakes, "the mixed values without a mask", 1e-10)
+    fails_like(weights, right_weights, {"scores, before the softmax": scores}, "the weights without a mask", 1e-10)
 
 
 @pytest.mark.parametrize("return_weights", [False, True])

@@ -10,7 +10,7 @@ import dualenc
 pytestmark = pytest.mark.exercise
 
 HIDDEN = np.random.default_rng(0).normal(size=(3, 4, 5))
-MASK = np.array([[1, 1, 0, 0], [0, 1, 1, 1], [1, 1, 1, 1]])  # padding on the right, on the left, none
+MASK = np.array([[1, 1, 0, 0], [0, 1, 1, 1], [0, 1, 0, 0]])  # padding on the right, on the left, on both sides
 
 
 def slow_mean():
@@ -26,7 +26,7 @@ def test_exercise_4_padding_does_not_count():
         "sum, not mean": weighted.sum(1),
         "divided by the real tokens of the whole batch": weighted.sum(1) / MASK.sum(),
         "first token, not mean": HIDDEN[:, 0],
-        "inverted mask": (HIDDEN * (1 - MASK)[:, :, None]).sum(1) / np.maximum((1 - MASK).sum(1), 1)[:, None],
+        "inverted mask": (HIDDEN * (1 - MASK)[:, :, None]).sum(1) / (1 - MASK).sum(1)[:, None],
         "all captions together, not each alone": np.tile(weighted.sum((0, 1)) / MASK.sum(), (3, 1)),
         "mean over the wrong axis": weighted.sum(2) / MASK.sum(1)[:, None],
     }
@@ -52,7 +52,7 @@ def test_exercise_4_the_result_has_the_type_of_the_hidden_states():
 def test_exercise_4_each_real_token_gets_its_share_of_the_gradient():
     hidden = torch.tensor(HIDDEN, requires_grad=True)
     dualenc.masked_mean(hidden, torch.tensor(MASK)).sum().backward()
-    right = np.array([[0.5, 0.5, 0, 0], [0, 1 / 3, 1 / 3, 1 / 3], [0.25] * 4])
+    right = np.array([[0.5, 0.5, 0, 0], [0, 1 / 3, 1 / 3, 1 / 3], [0, 1, 0, 0]])
     mistakes = {"padding gets a share": np.full((3, 4), 0.25), "the sum's gradient": MASK}
     fails_like(hidden.grad[:, :, 0], right, mistakes, "the gradient of hidden", 1e-12)
 
