@@ -1,0 +1,360 @@
+"""Claims about the assignment: what the handout holds and lacks, and what the grader does with what comes back."""
+
+import ast
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from answers import ANSWERS
+from scores import SOURCES, find_exercises, functions, score, score_lines, total
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "notebooks"))
+make_assignment = importlib.import_module("make_assignment")
+grade = importlib.import_module("grade")
+EXERCISES = find_exercises(ROOT)
+
+
+def body_of(number):
+    """{name: body} of the answer to an exercise."""
+    found = functions(ast.parse(ANSWERS[number]))
+    return {name: "\n".join(map(ast.unparse, make_assignment.statements(node))) for name, node in found.items()}
+
+
+@pytest.fixture
+def submit(tmp_path):
+    """A function that writes a submission, from the handout's sources and {exercise: body or {name: body}}."""
+
+    def go(answers=(), edit=lambda file, text: text):
+        folder = tmp_path / "submission"
+        folder.mkdir()
+        make_assignment.write_sources(folder, EXERCISES)
+        for number, bodies in dict(answers).items():
+            file, name = EXERCISES[number].places[0]
+            path, bodies = folder / file, {name: bodies} if isinstance(bodies, str) else bodies
+            path.write_text(make_assignment.replace_bodies(path.read_text(), bodies))
+        for file in SOURCES:
+            (folder / file).write_text(edit(file, (folder / file).read_text()))
+        return folder
+
+    return go
+
+
+def graded(folder, *numbers, **limits):
+    results = grade.grade(folder, {number: EXERCISES[number] for number in numbers}, **limits)
+    return results, {row["exercise"]: row for row in results["exercises"]}
+
+
+# ---- The exercises in the source ------------------------------------------------------------------------------------
+
+
+def test_rows_of_docstrings_announce_every_exercise_once():
+    assert list(EXERCISES) == list(range(1, 13))
+    for number, exercise in EXERCISES.items():
+        assert exercise.minutes > 0 and exercise.task and exercise.points in (5, 10, 15), number
+        assert (ROOT / "tests" / "exercises" / f"test_exercise_{number}.py").exists()
+    rows = [line for file in SOURCES for line in (ROOT / file).read_text().splitlines() if "Exercise " in line]
+    full = [line for line in rows if "minutes" in line]
+    assert len(full) == 12 and len(rows) == 14, "12 exercises, two of which are written in a second place"
+    assert EXERCISES[12].places == [("dualenc.py", "DualEncoder.lock"), ("dualenc.py", "DualEncoder.train")]
+    assert EXERCISES[9].places == [("dualenc.py", f"TiledLogSumExp.{way}") for way in ("forward", "backward")]
+
+
+def test_tests_of_an_exercise_are_named_and_marked_so_that_pytest_finds_them_alone():
+    for number in EXERCISES:
+        text = (ROOT / "tests" / "exercises" / f"test_exercise_{number}.py").read_text()
+        names = re.findall(r"^def (test_\w+)", text, re.MULTILINE)
+        assert names and all(name.startswith(f"test_exercise_{number}_") for name in names)
+        assert "pytestmark = pytest.mark.exercise" in text
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-k", "exercise_1", "tests/exercises"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    assert "test_exercise_1_" in found and "test_exercise_12_" not in found, "exercise_1 is a part of exercise_12"
+
+
+def test_points_are_given_when_all_tests_pass():
+    exercise = EXERCISES[1]
+    assert score(exercise, {"a": None, "b": None})["points"] == 5
+    assert score(exercise, {"a": None, "b": "wrong"})["points"] == score(exercise, {})["points"] == 0
+    results = total([score(exercise, {"a": None, "b": "Failed: one direction only"}), score(EXERCISES[9], {"a": None})])
+    assert (results["points"], results["out_of"]) == (15, 20)
+    lines = list(score_lines(results))
+    assert re.search(r"^ 1  the loss .* 1/2 +0 of 5 +Failed: one direction only$", lines[1]) and "15 of 20" in lines[-1]
+
+
+# ---- The handout ----------------------------------------------------------------------------------------------------
+
+
+def test_stubs_keep_signature_decorators_and_docstring_and_nothing_of_the_body():
+    source = '''
+class A:
+    @staticmethod
+    def f(x,
+          y=1):
+        """Adds."""
+        # The secret comment.
+
+        total = x + y  # secret
+        return total
+
+    def g(self):
+        # Another secret.
+        return 1
+
+
+def after():
+    return "kept"
+'''
+    got = make_assignment.replace_bodies(source, {"A.f": "raise NotImplementedError", "A.g": "a = 1\nreturn a"})
+    assert got == source.replace(
+        "        # The secret comment.\n\n        total = x + y  # secret\n        return total\n",
+        "        raise NotImplementedError\n",
+    ).replace("        # Another secret.\n        return 1\n", "        a = 1\n        return a\n")
+
+
+def test_the_handouts_sources_lack_the_answers_and_differ_in_nothing_else(tmp_path):
+    make_assignment.write_sources(tmp_path, EXERCISES)
+    marked = {place for exercise in EXERCISES.values() for place in exercise.places}
+    marked |= {place for places in make_assignment.LOOK_ALIKES.values() for place in places}
+    for file in SOURCES:
+        ours, theirs = (ROOT / file).read_text(), (tmp_path / file).read_text()
+        assert len(theirs.splitlines()) < len(ours.splitlines())
+        before, after = functions(ast.parse(ours)), functions(ast.parse(theirs))
+        assert list(before) == list(after)
+        for name, node in before.items():
+            assert ast.get_docstring(node) == ast.get_docstring(after[name])
+            assert ast.unparse(node.args) == ast.unparse(after[name].args)
+            changed = ast.get_source_segment(ours, node) != ast.get_source_segment(theirs, after[name])
+            assert changed == ((file, name) in marked), name
+        for _, name in (place for place in marked if place[0] == file):
+            assert "raise NotImplementedError(" in ast.unparse(make_assignment.statements(after[name]))
+    assert 'NotImplementedError("Exercise 5: positions' in (tmp_path / "dualenc.py").read_text()
+
+
+def test_a_handout_of_some_exercises_leaves_the_others_in(tmp_path):
+    chosen = make_assignment.choose("8,1")
+    assert list(chosen) == [1, 8]
+    make_assignment.write_sources(tmp_path, chosen)
+    make_assignment.copy_tests(tmp_path, chosen)
+    make_assignment.write_readme(tmp_path, chosen)
+    text = (tmp_path / "dualenc.py").read_text()
+    assert "Exercise 1:" in text and "left out: it looks like the answer of Exercise 1" in text
+    assert 'NotImplementedError("Exercise 3' not in text and "answer of Exercise 9" not in text
+    tests = {path.name for path in (tmp_path / "tests" / "exercises").iterdir()}
+    assert tests == {"test_exercise_1.py", "test_exercise_8.py"}
+    readme = (tmp_path / "README.md").read_text()
+    assert "| 8 | a classifier made of captions | `class_embeds` in `eval.py` | easy | 5 | 20 |" in readme
+    assert "| | | | | 10 | 40 |" in readme and "Honour code" in readme and "{" not in readme
+
+
+def test_an_answer_anywhere_in_the_handout_is_noticed(tmp_path):
+    make_assignment.write_sources(tmp_path, EXERCISES)
+    make_assignment.check_secrecy(tmp_path, EXERCISES)
+    source = (ROOT / "dualenc.py").read_text()
+    first, last = make_assignment.body_lines(source, functions(ast.parse(source))["clip_loss"])
+    cell = {"cell_type": "code", "source": [line + "\n" for line in source.splitlines()[first:last]]}
+    (tmp_path / "lesson.ipynb").write_text(json.dumps({"cells": [cell]}))
+    with pytest.raises(ValueError, match="lesson.ipynb shows the answer of Exercise 1"):
+        make_assignment.check_secrecy(tmp_path, EXERCISES)
+
+
+def test_a_test_of_the_wrong_colour_stops_the_handout():
+    row = score(EXERCISES[1], {"a": None, "b": "wrong"})
+    for green in (True, False):
+        with pytest.raises(ValueError, match="Exercise 1: 1 of 2 tests pass.*|Exercise 2 has no test"):
+            make_assignment.check_colour(total([row]), {1: EXERCISES[1]}, green)
+    with pytest.raises(ValueError, match="Exercise 2 has no test"):
+        make_assignment.check_colour(total([]), {2: EXERCISES[2]}, green=True)
+    make_assignment.check_colour(total([score(EXERCISES[1], {"a": None})]), {1: EXERCISES[1]}, green=True)
+
+
+def test_a_folder_where_pytest_does_not_start_is_reported(tmp_path):
+    with pytest.raises(ValueError, match="pytest gave no score"):
+        make_assignment.run_exercises(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["full"], "full is there and not empty; name another folder"),
+        (["file"], "file is there and not empty"),
+        (["new", "--exercises", "1,13"], "--exercises is '1,13', expected numbers out of 1 to 12"),
+        (["new", "--exercises", "one"], "--exercises is 'one', expected numbers"),
+    ],
+)
+def test_a_handout_is_refused_with_one_line_and_leaves_nothing(tmp_path, capsys, arguments, message):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine too")
+    with pytest.raises(SystemExit) as stop:
+        make_assignment.main([str(tmp_path / arguments[0]), *arguments[1:]])
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and message in said and said.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
+    assert (tmp_path / "full" / "precious.txt").read_text() == "mine" and (tmp_path / "file").read_text() == "mine too"
+
+
+def test_a_handout_comes_from_the_command_line_checked(tmp_path, capsys):
+    """Two quick exercises into an empty folder: red, and green with the answers; then a copy for staff."""
+    handout = tmp_path / "deep" / "handout"
+    handout.mkdir(parents=True)
+    make_assignment.main([str(handout), "--exercises", "4,5"])
+    assert "2 exercises, 10 points; all red here" in capsys.readouterr().out
+    names = {str(path.relative_to(handout)) for path in handout.rglob("*") if path.is_file()}
+    assert {"README.md", "dualenc.py", "tests/exercises/test_exercise_4.py", "requirements.txt"} <= names
+    for secret in ("answers", "make_assignment", "grade.py", ".git/", "test_lesson", "__pycache__"):
+        assert not any(secret in name for name in names), secret
+    make_assignment.main([str(tmp_path / "staff"), "--exercises", "4", "--with-solutions"])
+    assert (tmp_path / "staff" / "dualenc.py").read_bytes() == (ROOT / "dualenc.py").read_bytes()
+    assert "holds the solutions" in (tmp_path / "staff" / "README.md").read_text()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [], "no scratch folder is left"
+
+
+# ---- The grader -----------------------------------------------------------------------------------------------------
+
+
+def test_right_wrong_and_missing_answers_are_told_apart_and_written_down(submit, tmp_path, capsys):
+    wrong = body_of(4)["masked_mean"].replace("mask.sum(1)", "hidden.shape[1]")
+    folder = submit({5: body_of(5), 4: wrong})
+    file = tmp_path / "results.json"
+    grade.main([str(folder), "--exercises", "4,5,6", "--out", str(file)])
+    results = json.loads(file.read_text())
+    rows = {row["exercise"]: row for row in results["exercises"]}
+    assert (results["points"], results["out_of"]) == (5, 15) and results["ignored"] == []
+    assert rows[5]["points"] == 5 and rows[5]["passed"] == rows[5]["tests"] >= 4 and rows[5]["stopped"] is None
+    assert rows[4]["points"] == 0 < rows[4]["passed"] < rows[4]["tests"]
+    assert any("left out of the sum, but counted in the number" in said for said in rows[4]["failures"].values())
+    assert rows[6]["passed"] == 0 and "Exercise 6: warm-up" in next(iter(rows[6]["failures"].values()))
+    assert "5 of 15" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_solution_that_hangs_is_stopped_with_what_it_started(submit, tmp_path):
+    marker = f"sleep 98{id(tmp_path) % 1000}"
+    body = f"import subprocess\nsubprocess.Popen({marker.split()})\nwhile True:\n    pass"
+    _, rows = graded(submit({5: body}), 5, seconds=25)
+    assert rows[5]["points"] == 0 and rows[5]["stopped"].startswith("stopped after 25 seconds, in real_tokens_count")
+    listed = subprocess.run(["ps", "ax", "-o", "args"], capture_output=True, text=True).stdout
+    assert marker not in listed.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("hog = []\nwhile True:\n    hog.append(bytearray(10**8))", "MemoryError"),
+        ("import sys\nsys.exit(0)", "SystemExit: 0"),
+        ("import os\nos._exit(0)", "ended without a result, exit status 0, in real_tokens_count"),
+        ("while True:\n    print('spam' * 10**6)", "File too large|ended without a result"),
+    ],
+)
+def test_a_solution_that_eats_memory_or_disk_or_leaves_is_reported(submit, body, message):
+    _, rows = graded(submit({5: body}), 5, memory=2.0)
+    assert rows[5]["points"] == 0 and re.search(message, next(iter(rows[5]["failures"].values())))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda text: text.replace("def positions_after_pad(", "def position("), "no positions_after_pad in it"),
+        (lambda text: text.replace("def positions_after_pad(", "def positions_after_pad(("), "is no Python: "),
+        (lambda text: "\0" * 8 + "\udcff" + text, "cannot be read"),
+    ],
+)
+def test_what_is_no_python_costs_its_own_exercise_only(submit, edit, message):
+    folder = submit({4: body_of(4), 5: body_of(5)})
+    text = edit((folder / "dualenc.py").read_text())
+    (folder / "dualenc.py").write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(grade.Unusable, match=message):
+        grade.student_sources(folder, EXERCISES[5])
+    if "read" not in message:
+        sources = grade.student_sources(folder, EXERCISES[4])
+        assert body_of(4)["masked_mean"].splitlines()[-1].strip() in sources["dualenc.py"]
+    results, rows = graded(folder, 5)
+    assert rows[5]["points"] == 0 and re.search(message, rows[5]["stopped"])
+
+
+def test_a_body_that_parses_but_does_not_compile_is_reported(submit):
+    for body in ("break", "nonlocal x", "+".join("1" * 20000)):
+        folder = submit() if body == "break" else folder  # noqa: F821  bound in the first round
+        text = make_assignment.replace_bodies((folder / "dualenc.py").read_text(), {"positions_after_pad": "pass"})
+        head, _, tail = text.partition("    pass\n")
+        (folder / "dualenc.py").write_text(f"{head}    {body}\n{tail}")
+        with pytest.raises(grade.Unusable, match="dualenc.py: "):
+            grade.student_sources(folder, EXERCISES[5])
+
+
+def test_methods_are_found_in_a_file_that_does_not_parse(submit):
+    folder = submit({12: body_of(12)}, lambda file, text: text + "\nthis is no Python\n")
+    sources = grade.student_sources(folder, EXERCISES[12])
+    assert "nn.Module.train(self, mode)" in sources["dualenc.py"]
+    assert sources["dualenc.py"].count("def train(self") == 1
+
+
+def test_only_bodies_of_the_exercise_are_taken_over(submit):
+    """Not the signature, the helpers, the docstring, nor another exercise's body."""
+    folder = submit(
+        {5: "return helper(input_ids)", 4: "return 'mine'"}, lambda file, text: text + "\ndef helper(x): 1\n"
+    )
+    text = (folder / "dualenc.py").read_text().replace("(input_ids, pad_token_id):", "(input_ids, pad_token_id=7):")
+    (folder / "dualenc.py").write_text(text.replace("RoBERTa's positions:", "My positions:"))
+    sources = grade.student_sources(folder, EXERCISES[5])
+    ours = (ROOT / "dualenc.py").read_text()
+    assert sources["eval.py"] == (ROOT / "eval.py").read_text()
+    assert sources["dualenc.py"] == make_assignment.replace_bodies(
+        ours, {"positions_after_pad": "return helper(input_ids)"}
+    )
+
+
+def test_edits_outside_the_marked_functions_are_reported(submit):
+    assert grade.ignored_edits(submit()) == []
+
+
+def test_edits_outside_are_named_one_by_one(submit):
+    def edit(file, text):
+        if file == "train.py":
+            return text + "\nthis is no Python\n"
+        if file == "eval.py":
+            return text
+        text = text.replace("def masked_mean(hidden,", "def masked_mean(hiding,").replace("TILE = 1024", "TILE = 1")
+        return text.replace("def gelu_tanh(x):\n", "import antigravity\n\n\ndef gelu_fast(x):\n")
+
+    folder = submit({5: body_of(5)}, edit)
+    (folder / "tests" / "exercises").mkdir(parents=True)
+    (folder / "tests" / "exercises" / "test_exercise_1.py").write_text("def test_exercise_1_fine(): pass\n")
+    edits = "\n".join(grade.ignored_edits(folder))
+    for said in (
+        "dualenc.py: masked_mean changed",
+        "dualenc.py: import antigravity added",
+        "dualenc.py: gelu_fast added",
+        "dualenc.py: gelu_tanh removed",
+        "train.py does not parse",
+        "tests/exercises/test_exercise_1.py differs from ours",
+    ):
+        assert said in edits, edits
+    assert "positions_after_pad" not in edits and "multi_positive" not in edits and "eval.py" not in edits
+
+
+def test_the_grader_refuses_what_is_no_folder(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        grade.main([str(tmp_path / "nowhere")])
+    assert "error: no folder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_whole_assignment_from_handout_to_grade(tmp_path):
+    """All red as handed out, with 0 points; all green with right answers; half of them, half of the points."""
+    handout = tmp_path / "handout"
+    make_assignment.main([str(handout)])
+    nothing, _ = graded(handout, *EXERCISES)
+    assert nothing["points"] == 0 and nothing["out_of"] == 110 and nothing["ignored"] == []
+    assert all(row["passed"] == 0 for row in nothing["exercises"])
+    for number, exercise in EXERCISES.items():
+        path = handout / exercise.places[0][0]
+        path.write_text(make_assignment.replace_bodies(path.read_text(), body_of(number)))
+        if number == 6:
+            half, _ = graded(handout, *EXERCISES)
+            assert [row["exercise"] for row in half["exercises"] if row["points"]] == [1, 2, 3, 4, 5, 6]
+    everything, _ = graded(handout, *EXERCISES)
+    assert everything["points"] == 110 and everything["ignored"] == []
