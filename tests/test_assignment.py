@@ -7,16 +7,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from answers import ANSWERS
-from scores import SOURCES, find_exercises, functions, score, score_lines, total
+from scores import SOURCES, find_exercises, functions, pytest_configure, score, score_lines, total
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "notebooks"))
 make_assignment = importlib.import_module("make_assignment")
 grade = importlib.import_module("grade")
 EXERCISES = find_exercises(ROOT)
+SLOW = pytest.mark.slow
 
 
 def body_of(number):
@@ -70,9 +72,9 @@ def test_tests_of_an_exercise_are_named_and_marked_so_that_pytest_finds_them_alo
         names = re.findall(r"^def (test_\w+)", text, re.MULTILINE)
         assert names and all(name.startswith(f"test_exercise_{number}_") for name in names)
         assert "pytestmark = pytest.mark.exercise" in text
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-k", "exercise_1", "tests/exercises"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
-    assert "test_exercise_1_" in found and "test_exercise_12_" not in found, "exercise_1 is a part of exercise_12"
+    config = SimpleNamespace(option=SimpleNamespace(keyword="exercise_1 or exercise_12 and not exercise_3_padding"))
+    pytest_configure(config)
+    assert config.option.keyword == "exercise_1_ or exercise_12_ and not exercise_3_padding", "1 is a part of 12"
 
 
 def test_points_are_given_when_all_tests_pass():
@@ -127,8 +129,7 @@ def test_the_handouts_sources_lack_the_answers_and_differ_in_nothing_else(tmp_pa
         for name, node in before.items():
             assert ast.get_docstring(node) == ast.get_docstring(after[name])
             assert ast.unparse(node.args) == ast.unparse(after[name].args)
-            changed = ast.get_source_segment(ours, node) != ast.get_source_segment(theirs, after[name])
-            assert changed == ((file, name) in marked), name
+            assert (ast.unparse(node) != ast.unparse(after[name])) == ((file, name) in marked), name
         for _, name in (place for place in marked if place[0] == file):
             assert "raise NotImplementedError(" in ast.unparse(make_assignment.statements(after[name]))
     assert 'NotImplementedError("Exercise 5: positions' in (tmp_path / "dualenc.py").read_text()
@@ -197,12 +198,20 @@ def test_a_handout_is_refused_with_one_line_and_leaves_nothing(tmp_path, capsys,
     assert (tmp_path / "full" / "precious.txt").read_text() == "mine" and (tmp_path / "file").read_text() == "mine too"
 
 
-def test_a_handout_comes_from_the_command_line_checked(tmp_path, capsys):
-    """Two quick exercises into an empty folder: red, and green with the answers; then a copy for staff."""
+def test_a_handout_goes_into_an_empty_folder_once_its_colours_are_seen(tmp_path, capsys, monkeypatch):
+    """Two exercises: green with the answers, then red without; then a copy for staff. The slow test runs pytest."""
+    seen = []
+
+    def run_exercises(folder):
+        green = (folder / "dualenc.py").read_bytes() == (ROOT / "dualenc.py").read_bytes()
+        seen.append("green" if green else "red")
+        return total([score(exercise, {"a": None if green else "red"}) for exercise in EXERCISES.values()])
+
+    monkeypatch.setattr(make_assignment, "run_exercises", run_exercises)
     handout = tmp_path / "deep" / "handout"
     handout.mkdir(parents=True)
     make_assignment.main([str(handout), "--exercises", "4,5"])
-    assert "2 exercises, 10 points; all red here" in capsys.readouterr().out
+    assert "2 exercises, 10 points; all red here" in capsys.readouterr().out and seen == ["green", "red"]
     names = {str(path.relative_to(handout)) for path in handout.rglob("*") if path.is_file()}
     assert {"README.md", "dualenc.py", "tests/exercises/test_exercise_4.py", "requirements.txt"} <= names
     for secret in ("answers", "make_assignment", "grade.py", ".git/", "test_lesson", "__pycache__"):
@@ -216,26 +225,26 @@ def test_a_handout_comes_from_the_command_line_checked(tmp_path, capsys):
 # ---- The grader -----------------------------------------------------------------------------------------------------
 
 
-def test_right_wrong_and_missing_answers_are_told_apart_and_written_down(submit, tmp_path, capsys):
+def test_right_and_wrong_answers_are_told_apart_and_written_down(submit, tmp_path, capsys):
     wrong = body_of(4)["masked_mean"].replace("mask.sum(1)", "hidden.shape[1]")
     folder = submit({5: body_of(5), 4: wrong})
     file = tmp_path / "results.json"
-    grade.main([str(folder), "--exercises", "4,5,6", "--out", str(file)])
+    grade.main([str(folder), "--exercises", "4,5", "--out", str(file)])
     results = json.loads(file.read_text())
     rows = {row["exercise"]: row for row in results["exercises"]}
-    assert (results["points"], results["out_of"]) == (5, 15) and results["ignored"] == []
+    assert (results["points"], results["out_of"]) == (5, 10) and results["ignored"] == []
     assert rows[5]["points"] == 5 and rows[5]["passed"] == rows[5]["tests"] >= 4 and rows[5]["stopped"] is None
     assert rows[4]["points"] == 0 < rows[4]["passed"] < rows[4]["tests"]
     assert any("left out of the sum, but counted in the number" in said for said in rows[4]["failures"].values())
-    assert rows[6]["passed"] == 0 and "Exercise 6: warm-up" in next(iter(rows[6]["failures"].values()))
-    assert "5 of 15" in capsys.readouterr().out.splitlines()[-1]
+    assert "5 of 10" in capsys.readouterr().out.splitlines()[-1]
 
 
+@SLOW
 def test_a_solution_that_hangs_is_stopped_with_what_it_started(submit, tmp_path):
     marker = f"sleep 98{id(tmp_path) % 1000}"
     body = f"import subprocess\nsubprocess.Popen({marker.split()})\nwhile True:\n    pass"
-    _, rows = graded(submit({5: body}), 5, seconds=25)
-    assert rows[5]["points"] == 0 and rows[5]["stopped"].startswith("stopped after 25 seconds, in real_tokens_count")
+    _, rows = graded(submit({5: body}), 5, seconds=30)
+    assert rows[5]["points"] == 0 and rows[5]["stopped"].startswith("stopped after 30 seconds")
     listed = subprocess.run(["ps", "ax", "-o", "args"], capture_output=True, text=True).stdout
     assert marker not in listed.splitlines()
 
@@ -243,10 +252,10 @@ def test_a_solution_that_hangs_is_stopped_with_what_it_started(submit, tmp_path)
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("hog = []\nwhile True:\n    hog.append(bytearray(10**8))", "MemoryError"),
-        ("import sys\nsys.exit(0)", "SystemExit: 0"),
-        ("import os\nos._exit(0)", "ended without a result, exit status 0, in real_tokens_count"),
-        ("while True:\n    print('spam' * 10**6)", "File too large|ended without a result"),
+        pytest.param("import os\nos._exit(0)", "ended without a result, exit status 0, in real_tokens", id="leaves"),
+        pytest.param("hog = []\nwhile True:\n    hog.append(bytearray(10**8))", "MemoryError", id="memory", marks=SLOW),
+        pytest.param("import sys\nsys.exit(0)", "SystemExit: 0", id="exits", marks=SLOW),
+        pytest.param("while True:\n    print('spam' * 10**6)", "too large|without a result", id="disk", marks=SLOW),
     ],
 )
 def test_a_solution_that_eats_memory_or_disk_or_leaves_is_reported(submit, body, message):
@@ -271,13 +280,13 @@ def test_what_is_no_python_costs_its_own_exercise_only(submit, edit, message):
     if "read" not in message:
         sources = grade.student_sources(folder, EXERCISES[4])
         assert body_of(4)["masked_mean"].splitlines()[-1].strip() in sources["dualenc.py"]
-    results, rows = graded(folder, 5)
+    _, rows = graded(folder, 5)
     assert rows[5]["points"] == 0 and re.search(message, rows[5]["stopped"])
 
 
 def test_a_body_that_parses_but_does_not_compile_is_reported(submit):
+    folder = submit()
     for body in ("break", "nonlocal x", "+".join("1" * 20000)):
-        folder = submit() if body == "break" else folder  # noqa: F821  bound in the first round
         text = make_assignment.replace_bodies((folder / "dualenc.py").read_text(), {"positions_after_pad": "pass"})
         head, _, tail = text.partition("    pass\n")
         (folder / "dualenc.py").write_text(f"{head}    {body}\n{tail}")
@@ -342,19 +351,20 @@ def test_the_grader_refuses_what_is_no_folder(tmp_path, capsys):
     assert "error: no folder" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@SLOW
 def test_the_whole_assignment_from_handout_to_grade(tmp_path):
-    """All red as handed out, with 0 points; all green with right answers; half of them, half of the points."""
+    """All red as handed out; graded when half of it is written, half is right; all green with right answers."""
     handout = tmp_path / "handout"
     make_assignment.main([str(handout)])
-    nothing, _ = graded(handout, *EXERCISES)
-    assert nothing["points"] == 0 and nothing["out_of"] == 110 and nothing["ignored"] == []
-    assert all(row["passed"] == 0 for row in nothing["exercises"])
     for number, exercise in EXERCISES.items():
         path = handout / exercise.places[0][0]
         path.write_text(make_assignment.replace_bodies(path.read_text(), body_of(number)))
         if number == 6:
-            half, _ = graded(handout, *EXERCISES)
-            assert [row["exercise"] for row in half["exercises"] if row["points"]] == [1, 2, 3, 4, 5, 6]
-    everything, _ = graded(handout, *EXERCISES)
-    assert everything["points"] == 110 and everything["ignored"] == []
+            results, rows = graded(handout, *EXERCISES)
+    assert results["points"] == sum(EXERCISES[number].points for number in range(1, 7)) and results["out_of"] == 110
+    assert results["ignored"] == []
+    for number, row in rows.items():
+        assert row["passed"] == (row["tests"] if number <= 6 else 0) and row["stopped"] is None
+        unwritten = f"NotImplementedError: Exercise {number}: {row['task']}"
+        assert number <= 6 or unwritten in row["failures"].values()
+    assert make_assignment.run_exercises(handout)["points"] == 110
