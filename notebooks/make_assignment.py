@@ -190,10 +190,12 @@ def telling_lines(exercise):
 
 
 def text_of(path):
-    """What a reader sees of a file: of a notebook, the cells."""
-    if path.suffix == ".ipynb":
-        return "\n".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"])
-    return path.read_text(errors="replace")
+    """What a reader sees of a file: of a notebook, the cells and what they print."""
+    if path.suffix != ".ipynb":
+        return path.read_text(errors="replace")
+    cells = json.loads(path.read_text())["cells"]
+    printed = [output.get("text", "") for cell in cells for output in cell.get("outputs", ())]
+    return "\n".join("".join(lines) for lines in [*(cell["source"] for cell in cells), *printed])
 
 
 def check_secrecy(folder, exercises):

@@ -156,10 +156,11 @@ def test_an_answer_anywhere_in_the_handout_is_noticed(tmp_path):
     make_assignment.check_secrecy(tmp_path, EXERCISES)
     source = (ROOT / "dualenc.py").read_text()
     first, last = make_assignment.body_lines(source, functions(ast.parse(source))["clip_loss"])
-    cell = {"cell_type": "code", "source": [line + "\n" for line in source.splitlines()[first:last]]}
-    (tmp_path / "lesson.ipynb").write_text(json.dumps({"cells": [cell]}))
-    with pytest.raises(ValueError, match="lesson.ipynb shows the answer of Exercise 1"):
-        make_assignment.check_secrecy(tmp_path, EXERCISES)
+    lines = [line + "\n" for line in source.splitlines()[first:last]]
+    for cell in ({"source": lines}, {"source": "print_source()", "outputs": [{"text": lines}]}):
+        (tmp_path / "lesson.ipynb").write_text(json.dumps({"cells": [cell]}))
+        with pytest.raises(ValueError, match="lesson.ipynb shows the answer of Exercise 1"):
+            make_assignment.check_secrecy(tmp_path, EXERCISES)
 
 
 def test_a_test_of_the_wrong_colour_stops_the_handout():
@@ -219,7 +220,11 @@ def test_a_handout_goes_into_an_empty_folder_once_its_colours_are_seen(tmp_path,
     make_assignment.main([str(tmp_path / "staff"), "--exercises", "4", "--with-solutions"])
     assert (tmp_path / "staff" / "dualenc.py").read_bytes() == (ROOT / "dualenc.py").read_bytes()
     assert "holds the solutions" in (tmp_path / "staff" / "README.md").read_text()
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [], "no scratch folder is left"
+    monkeypatch.setattr(make_assignment, "LOOK_ALIKES", {})
+    with pytest.raises(SystemExit):
+        make_assignment.main([str(tmp_path / "telling"), "--exercises", "1"])
+    assert "dualenc.py shows the answer of Exercise 1" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"deep", "staff"}, "no scratch folder is left"
 
 
 # ---- The grader -----------------------------------------------------------------------------------------------------
