@@ -65,7 +65,7 @@ PRESETS = {
 WORDS = ["".join(letters) for letters in zip(string.ascii_lowercase, string.ascii_lowercase[1:] + "a")]
 
 
-def ours(preset, **overrides):
+def ours(preset, text_pooling="mean"):
     """A DualEncoder in training mode, as `train.py --text scratch` builds it, with a processor."""
     torch.manual_seed(0)
     model = dualenc.DualEncoder.from_vision_text_pretrained(
@@ -80,8 +80,7 @@ def ours(preset, **overrides):
         text_heads=preset.text_heads,
         text_vocab_size=preset.vocab,
         text_max_positions=512,
-        text_pooling="mean",
-        **overrides,
+        text_pooling=text_pooling,
     )
     tokenizer = dualenc.train_tokenizer(WORDS, 200, 512)
     model.processor = dualenc.Processor(model.vision_model.image_transform(crop_pct=1.0), tokenizer)

@@ -1,7 +1,7 @@
 """The contrastive loss alone, forward and backward: tiled, the textbook, transformers' and open_clip's.
 
     python tests/bench/loss.py                                  # B = 1,024 to 8,192
-    python tests/bench/loss.py --sizes 16384 32768 --rounds 1   # ours only: beyond --others-up-to the others are left out
+    python tests/bench/loss.py --sizes 16384 32768 --rounds 1   # ours alone: the others stop at --others-up-to
 
 Unit-norm rows of --width float32 numbers with gradients for both sides and logit_scale. Times come from alternating
 rounds in one process. Extra memory is the peak of a process of its own, beyond the embeddings and what a small call
@@ -106,7 +106,8 @@ def print_sizes(ways_of, baseline, args):
             if args.memory:
                 row.append(f"{memory[name][size] / common.MEGABYTE:.0f}")
             rows.append(row)
-    common.print_table(["pairs", "loss", "seconds", f"{baseline} is x times as fast"] + ["extra MB"] * args.memory, rows)
+    titles = ["pairs", "loss", "seconds", f"{baseline} is x times as fast"]
+    common.print_table(titles + ["extra MB"] * args.memory, rows)
 
 
 def main(argv=None):
