@@ -79,6 +79,7 @@ class Theirs:
         import transformers
 
         transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         self.model = transformers.VisionTextDualEncoderModel.from_pretrained(folder).eval()
         self.processor = transformers.AutoImageProcessor.from_pretrained(folder)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

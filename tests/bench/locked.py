@@ -9,7 +9,8 @@ learning the tokenizer, the pass of every picture through the tower, the epochs,
 few held-out pictures.
 The peers are plain loops as their users write them: pictures through the library's own processor once, kept in memory
 (counted in the first epoch), vision tower frozen, bf16 autocast around model and loss, AdamW over what is left to
-train, captions tokenized as ours and padded to the longest of the batch. Building their models is not counted.
+train, captions tokenized as ours and padded to the longest of the batch (open_clip: of all captions, for its text tower
+takes one length only). Building their models is not counted.
 --peer-epochs measures fewer epochs of the peers; the later ones are alike, so their median is multiplied, and the
 table says so.
 """
@@ -88,7 +89,8 @@ class Frozen:
             from open_clip.loss import ClipLoss
             from open_clip.transform import image_transform
 
-            self.model, self.loss = common.open_clip_model(preset, tokens=64), ClipLoss()
+            longest = self.tokenize(text=list(captions))["input_ids"].shape[1]
+            self.model, self.loss = common.open_clip_model(preset, tokens=longest), ClipLoss()
             self.model.lock_image_tower()
             transform = image_transform(preset.image_size, is_train=False)
             self.prepare = lambda pictures: torch.stack([transform(picture) for picture in pictures])
@@ -99,7 +101,9 @@ class Frozen:
     def batch_loss(self, pixels, inputs):
         if self.library == "transformers":
             return self.model(pixel_values=pixels, return_loss=True, **inputs).loss
-        return self.loss(**self.model(pixels, inputs["input_ids"]))
+        ids = inputs["input_ids"]
+        ids = torch.nn.functional.pad(ids, (0, self.model.context_length - ids.shape[1]))
+        return self.loss(**self.model(pixels, ids))
 
     def epoch(self):
         if self.pixels is None:
