@@ -11,8 +11,9 @@ train_one_epoch (autocast around model and loss, AdamW with decay 0.2 off gains 
 "timm ViT alone" is forward and backward of the vision tower under autocast, without loss and optimiser.
 
 Rows of one precision are compared with each other; "as each runs by default" compares ours at --precision auto with
-the peers in fp32, which is what they do on a CPU unless told. FLOPs are those of products, counted once; shares are of
-the measured rate of a large product in the same precision.
+the peers in fp32, which is what they do on a CPU unless told. FLOPs are those of the products that are done, forward
+and backward: ours does fewer, for it leaves out of the last layer what pooling does not read. Shares are of the
+measured rate of a large product in the same precision.
 """
 
 import math
