@@ -3294,7 +3294,8 @@ class ShapesPairs(Pairs):
         else:
             scenes = held_out_scenes(random.Random(f"shapes held out {seed}"), count or 512)
         names = [f"shapes/{seed}/{'train' if split == 'train' else 'held-out'}/{i}" for i in range(len(scenes))]
-        self.told = [as_told(*scene, random.Random(name)) for name, scene in zip(names, scenes)]
+        # A generator of its own: with the picture's, the background would give the wording away.
+        self.told = [as_told(*scene, random.Random(f"{name} told")) for name, scene in zip(names, scenes)]
         super().__init__(names, DrawnScenes(scenes, names, side), [[describe(*scene)] for scene in self.told])
 
     def hard_negatives(self, i):

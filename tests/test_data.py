@@ -322,3 +322,13 @@ def test_selected_pairs_keep_picture_captions_and_label_together():
     some = pairs.select([2, 1])
     assert (some.names, [some[i] for i in range(2)], some.labels) == (["c", "b"], [(2, ["z"]), (1, ["y"])], [0, 1])
     assert isinstance(some, torch.utils.data.Dataset) and len(some.pictures) == 2
+
+
+def test_a_picture_does_not_give_the_wording_of_its_caption_away():
+    """ "A left of B" and "B right of A" describe one picture: its background must not say which of them was drawn."""
+    pairs = dualenc.ShapesPairs("train", count=400)
+    as_drawn = torch.tensor([told[1] in dualenc.RELATIONS for told in pairs.told]).float()
+    backgrounds = torch.tensor([picture.getpixel((0, 0)) for picture in pairs.pictures]).float()
+    assert 0.4 < as_drawn.mean() < 0.6
+    correlations = torch.corrcoef(torch.cat([as_drawn[None], backgrounds.T]))[0, 1:]
+    assert correlations.abs().max() < 0.2, f"red, green and blue of the background: {correlations.tolist()}"
