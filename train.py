@@ -936,10 +936,8 @@ def make_embedder(model, config, precision):
     embed = Embedder(model, precision)
     if dualenc.process_count() == 1:
         return embed
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # newer versions have another name for the argument, older do not
+    with warnings.catch_warnings():  # newer versions have another name for the argument, older ones do not
+        warnings.simplefilter("ignore", FutureWarning)
         embed = nn.parallel.DistributedDataParallel(embed, broadcast_buffers=False)
     # After its first backward pass it bundles gradients in another order, in which sums of three are rounded in another
     # way. With that pass done here, a resumed run computes what an uninterrupted one does, to the bit.
@@ -1136,11 +1134,14 @@ def train_by_flags(argv):
     # 1. Flags, device, run folder and data.
     config = read_flags(argv)
     device = dualenc.pick_device(config.device)
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     precision = dualenc.pick_precision(config.precision, device)
     with dualenc.together():
         out, lock = claim_run(config)
+    with dualenc.together():
+        if config.download and dualenc.process_rank() == 0:
+            load_data(config)  # the other processes wait until all is there
     pairs, held_out, templates = load_data(config)
     held_out, unreadable = held_out_to_measure(config, held_out, device)
     losses = check_recipe(config, pairs, held_out)

@@ -458,6 +458,23 @@ def train_with_a_full_disk(flags):
     return train_here(flags)
 
 
+def wait_for_downloads(marker):
+    def load_data(config):
+        if dualenc.process_rank() == 0:
+            time.sleep(0.5)
+            marker.touch()
+        if not marker.exists():
+            raise ValueError("came before the download was done")
+        raise ValueError("all is there")
+
+    train.load_data = load_data
+    return train_here(["--download", "--out", marker.with_name("run")])
+
+
+def test_one_process_downloads_and_the_others_wait_for_it(tmp_path):
+    assert in_processes(2, tmp_path / "job", wait_for_downloads, tmp_path / "marker") == ["all is there"] * 2
+
+
 def test_a_batch_smaller_than_the_job_is_refused(data, tmp_path):
     errors = in_processes(
         3, tmp_path / "job", train_here, [*data, *SMALL, "--batch-size", "2", "--out", tmp_path / "r"]
