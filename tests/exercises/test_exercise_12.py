@@ -21,7 +21,7 @@ class Tower(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
 
-    def forward(self, inputs, *_):
+    def forward(self, inputs, *_, **extras):
         return dualenc.TowerOutput(None, self.layers(inputs))
 
 

@@ -82,6 +82,15 @@ def test_exercise_3_without_a_mask_every_token_is_seen():
     fails_like(weights, right_weights, {"scores, before the softmax": scores}, "the weights without a mask", 1e-10)
 
 
+def test_exercise_3_one_query_may_ask_all_keys():
+    """As the last layer does where only the first token is read."""
+    query, key, value = inputs()
+    right, _ = slow_attention(query, key, value, IS_REAL)
+    mask = torch.tensor(IS_REAL)[:, None, None, :]
+    got, _ = dualenc.masked_attention(torch.tensor(query[:, :, :1]), torch.tensor(key), torch.tensor(value), mask)
+    fails_like(got, right[:, :, :1], {}, "the mixed values of the first query", 1e-10)
+
+
 @pytest.mark.parametrize("return_weights", [False, True])
 def test_exercise_3_a_mask_of_numbers_is_added_to_the_scores(return_weights):
     query, key, value = inputs()
