@@ -51,6 +51,11 @@ from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows, where lock_file locks nothing
+    fcntl = None
+
 import huggingface_hub
 import numpy as np
 import safetensors
@@ -308,6 +313,10 @@ class DualEncoder(nn.Module):
         """get_image_features with unit norm: (I, E)."""
         return self._normalize(self.get_image_features(pixel_values))
 
+    def project_image(self, pooler_output):
+        """What encode_image does after the vision tower: (I, W) pooled features to (I, E), unit norm."""
+        return self._normalize(self.visual_projection(pooler_output))
+
     def encode_text(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None):
         """get_text_features with unit norm: (N, E)."""
         return self._normalize(self.get_text_features(input_ids, attention_mask, token_type_ids, position_ids))
@@ -338,7 +347,7 @@ class DualEncoder(nn.Module):
         output = DualEncoderOutput()
         if pixel_values is not None:
             output.vision_model_output = self._run_tower("vision", pixel_values, **extras)
-            output.image_embeds = self._normalize(self.visual_projection(output.vision_model_output.pooler_output))
+            output.image_embeds = self.project_image(output.vision_model_output.pooler_output)
         if input_ids is not None:
             inputs = (input_ids, attention_mask, token_type_ids, position_ids)
             output.text_model_output = self._run_tower("text", *inputs, **extras)
@@ -1973,6 +1982,17 @@ def write_file(path, content):
         with suppress(OSError):
             temporary.unlink()
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def lock_file(file, wait=False):
+    """Hold a lock on an open file until it is closed or this process ends, whatever ends it.
+
+    wait    for another process that holds the lock
+    raises  OSError if another process holds it and there is no waiting for it
+    """
+    if fcntl:
+        # Unlike flock's, this lock is not inherited by workers, which may outlive a killed run for seconds.
+        fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ Symbols    I pictures, N captions, K classes, E embedding size, R resamples.
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import html
 import io
@@ -29,6 +30,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -89,9 +91,10 @@ class EvalConfig:
 
 
 class ReadyPictures(torch.utils.data.Dataset):
-    """Pictures resized and cropped but not normalised: uint8 (3, S, S), a quarter of the bytes to move.
+    """(picture, None), resized and cropped but not normalised: uint8 (3, S, S), a quarter of the bytes to move.
 
-    For a picture that cannot be read, the error itself: raised in a worker, it would come with the worker's traceback.
+    For a picture that cannot be read, (a blank one, the error): raised in a worker, it would come with the worker's
+    traceback.
     """
 
     def __init__(self, pictures, transform):
@@ -101,15 +104,17 @@ class ReadyPictures(torch.utils.data.Dataset):
         return len(self.pictures)
 
     def __getitem__(self, i):
+        channels = self.transform.channels
         try:
-            return self.transform.resize_and_crop(dualenc.to_pixels(self.pictures[i], self.transform.channels))
+            return self.transform.resize_and_crop(dualenc.to_pixels(self.pictures[i], channels)), None
         except ValueError as error:
-            return error
+            return self.transform.resize_and_crop(torch.zeros(channels, 8, 8, dtype=torch.uint8)), error
 
 
-def stack_pictures(images):
-    """A batch (B, 3, S, S), or the first error among its pictures."""
-    return next((image for image in images if isinstance(image, ValueError)), None) or torch.stack(images)
+def stack_pictures(items):
+    """A batch (B, 3, S, S), and B times why a picture cannot be read, or None."""
+    images, errors = zip(*items)
+    return torch.stack(images), errors
 
 
 def progress(items, what):
@@ -130,33 +135,57 @@ def embed_pictures(model, pictures, precision="fp32", batch_size=EVAL_BATCH, wor
 
 def picture_features(model, pictures, precision="fp32", batch_size=EVAL_BATCH, workers=0):
     """I pictures to (I, W) float32 rows on the CPU: what the vision tower pools, before the projection."""
+    return run_pictures(model, partial(pooled, model), pictures, precision, batch_size, workers)
 
-    def pooled(pixel_values):
-        return model(pixel_values=pixel_values).vision_model_output.pooler_output
 
-    return run_pictures(model, pooled, pictures, precision, batch_size, workers)
+def pooled(model, pixel_values):
+    """(B, 3, S, S) normalised pixels to (B, W)."""
+    return model.vision_model(pixel_values, pooled_only=True).pooler_output
+
+
+def run_pictures(model, encode, pictures, precision, batch_size, workers):
+    """One row a picture, in every process those of all; raises the first error of a picture that cannot be read."""
+    mine, rows = own_numbers(len(pictures), batch_size), []
+    # A process without a share embeds a picture all the same: all must send rows of one width.
+    batches = cut(mine or range(1), batch_size)
+    with dualenc.together():
+        for some, errors in run_batches(model, encode, pictures, batches, precision, workers):
+            for error in filter(None, errors):
+                raise error
+            rows.append(some)
+    return finite(dualenc.gather_embeds(torch.cat(rows)[: len(mine)]))
+
+
+def cut(numbers, size):
+    """A sequence of picture numbers in lists of this size, the last one perhaps shorter."""
+    return [list(numbers[start : start + size]) for start in range(0, len(numbers), size)]
 
 
 @torch.no_grad()
-def run_pictures(model, encode, pictures, precision, batch_size, workers):
+def run_batches(model, encode, pictures, batches, precision, workers):
+    """For each list of picture numbers yields (its rows, float32 on the CPU; why each cannot be read, or None)."""
     device, transform = model.logit_scale.device, model.processor.image_transform
-    mine = own_numbers(len(pictures), batch_size)
     loader = torch.utils.data.DataLoader(
-        # A process without a share embeds a picture all the same: all must send rows of one width.
-        torch.utils.data.Subset(ReadyPictures(pictures, transform), mine or range(1)),
-        batch_size,
+        ReadyPictures(pictures, transform),
+        batch_sampler=batches,
         num_workers=workers,
         collate_fn=stack_pictures,
         generator=torch.Generator(),  # measuring leaves the global generator alone
     )
-    rows = []
-    with dualenc.together():
-        for batch in progress(loader, "pictures"):
-            if isinstance(batch, ValueError):
-                raise batch
-            with dualenc.autocast(device, precision):
-                rows.append(encode(transform.normalize(batch.to(device))).float().cpu())
-    return finite(dualenc.gather_embeds(torch.cat(rows)[: len(mine)]))
+    for images, errors in progress(loader, "pictures"):
+        with dualenc.autocast(device, precision):
+            rows = encode(transform.normalize(images.to(device))).float().cpu()
+        yield rows, errors
+
+
+@torch.no_grad()
+def embed_features(model, features, precision="fp32", batch_size=EVAL_BATCH):
+    """(I, W) rows of picture_features to those of embed_pictures, (I, E), with the vision tower's work left out."""
+    device, rows = model.logit_scale.device, []
+    for some in features.split(batch_size):
+        with dualenc.autocast(device, precision):
+            rows.append(model.project_image(some.to(device)).float().cpu())
+    return finite(torch.cat(rows))
 
 
 @torch.no_grad()
@@ -178,6 +207,140 @@ def embed_captions(model, captions, precision="fp32", batch_size=EVAL_BATCH):
     return embeds[torch.tensor([row_of[caption] for caption in captions])]
 
 
+# ---- Rows kept on disk: of a search index, of a locked tower
+
+
+def store_home(spec, ending, data_root="data"):
+    """Where rows made from the pictures of a data spec lie: beside its folder or file, else below data_root; hidden."""
+    path = Path(spec.partition(":")[2] or spec)
+    beside = Path(os.path.abspath(path)) if path.exists() else Path(data_root) / spec
+    return beside.with_name(f".{beside.name}.{ending}")
+
+
+def index_key(model, precision, parts=("vision_model.", "visual_projection.")):
+    """A name that changes with whatever changes a row: weights and build of the picture's side, transform, arithmetic.
+
+    parts  what the names of the weights that decide a row begin with
+    """
+    # Patches are left out while a tower learns, never here.
+    tower = dataclasses.asdict(dataclasses.replace(model.config.vision, patch_dropout=0.0))
+    facts = [tower, model.processor.image_transform.to_dict(), precision, parts]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in model.state_dict().items():
+        if name.startswith(parts):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def stamps_of(pairs):
+    """What tells each picture from its older versions: of a file name, size and time of change; else its name."""
+    return [stamp(name, path) for name, path in zip(pairs.names, picture_paths(pairs.pictures))] or pairs.names
+
+
+def stamp(name, path):
+    """The stamp of the picture file at a path; of one that is not there, its name."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return f"{name} 0 0"
+    return f"{name} {status.st_size} {status.st_mtime_ns}"
+
+
+def picture_paths(pictures):
+    """The files of a sequence of pictures; none if they are not files."""
+    if isinstance(pictures, dualenc.Selected):
+        paths = picture_paths(pictures.items)
+        return [paths[i] for i in pictures.indices] if paths else []
+    return pictures.paths if isinstance(pictures, dualenc.PictureFiles) else []
+
+
+def stored_rows(folder, stamps, width, embed, batch_size, whole_batches=False):
+    """Rows (I, width) kept in a folder, one a picture, brought up to date: (rows, how many are new, unreadable).
+
+    stamps         I strings, another one when the picture changes
+    embed          function of lists of picture numbers that yields (rows, errors) for each; see run_batches
+    whole_batches  fill the last list up, so that all have batch_size numbers
+    returns        the rows, float32, read from disk as they are used; unreadable is {stamp: why}, and such rows are 0
+    raises         OSError or ValueError naming what cannot be written, NotFinite for broken weights
+
+    The folder holds pictures.json (stamps in the order of the rows) and the .npy file that it names. Changed stamps get
+    a new file of rows, and the table follows when that is done: whatever interrupts this, the store stays whole. A
+    second run waits until the first one is done, and takes what it made; the processes of a job share the work.
+    """
+    table_file = folder / "pictures.json"
+    with alone_in(folder):
+        table = dualenc.read_json(table_file) if table_file.is_file() else {"stamps": [], "unreadable": {}, "rows": ""}
+        row_of = {stamp: row for row, stamp in enumerate(table["stamps"])}
+        new = [i for i, stamp in enumerate(stamps) if stamp not in row_of]
+        if table["stamps"] != stamps:
+            file = folder / f"rows-{hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]}.npy"
+            with dualenc.together():
+                if dualenc.process_rank() == 0:
+                    rows = create_rows(file, len(stamps), width)
+                    for kept in cut([i for i, stamp in enumerate(stamps) if stamp in row_of], 4096):
+                        rows[kept] = load_rows(folder / table["rows"])[[row_of[stamps[i]] for i in kept]]
+                    rows.flush()
+            batches = cut(new + new[-1:] * (-len(new) % batch_size if whole_batches else 0), batch_size)
+            errors = fill_rows(file, batches, embed)
+            unreadable = {stamp: table["unreadable"][stamp] for stamp in stamps if stamp in table["unreadable"]}
+            unreadable |= {stamps[i]: why for i, why in errors.items()}
+            table = {"stamps": stamps, "unreadable": unreadable, "rows": file.name}
+            with dualenc.together():
+                if dualenc.process_rank() == 0:
+                    dualenc.write_file(table_file, json.dumps(table))
+                    for older in set(folder.glob("rows-*.npy")) - {file}:
+                        older.unlink()
+        return load_rows(folder / table["rows"]), len(new), table["unreadable"]
+
+
+@contextmanager
+def alone_in(folder):
+    """Inside, no other run writes to this folder, which is made if need be; the processes of a job go together."""
+    with ExitStack() as held:
+        with dualenc.together():
+            if dualenc.process_rank() == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                dualenc.lock_file(held.enter_context(open(folder / "lock", "w")), wait=True)
+        yield
+        dualenc.tell_all(None)  # the first process lets go when all have done what they came for
+
+
+def create_rows(path, count, width):
+    """A new .npy file of float32 zeros, mapped into memory.
+
+    Its space is taken at once: a full disk says so here, whereas a write into the map would end the process.
+    """
+    with dualenc.blamed_on(path, "cannot write"):
+        try:
+            rows = np.lib.format.open_memmap(path, "w+", np.float32, (count, width))
+            if hasattr(os, "posix_fallocate"):
+                with open(path, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, rows.offset + rows.nbytes)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+    return rows
+
+
+def fill_rows(path, batches, embed):
+    """Write the rows of all batches, as they come, each process its share; returns {picture number: why unreadable}."""
+    rows, unreadable = np.load(path, mmap_mode="r+"), {}
+    mine = batches[dualenc.share(len(batches))]
+    with dualenc.together():
+        for numbers, (some, errors) in zip(mine, embed(mine)):
+            unreadable |= {i: str(error) for i, error in zip(numbers, errors) if error}
+            some[[error is not None for error in errors]] = 0
+            rows[numbers] = finite(some)
+        rows.flush()
+    return {i: why for share in dualenc.tell_all(unreadable or None) for i, why in share.items()}
+
+
+def load_rows(path):
+    """The rows of an .npy file, read from disk as they are used."""
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
 class NotFinite(ValueError):
     """Embeddings of which some are not numbers: all comparisons with them fail, and every rank would be the first."""
 
@@ -196,6 +359,7 @@ class Subject:
     data        Pairs; Quadruples for winoground; a Gallery for search
     load_train  function without arguments that gives the training Pairs, for the probe and k-NN; or None
     templates   what class names become for zero-shot
+    features    (I, W), what picture_features would give for data.pictures, if that is known
     the rest    as in EvalConfig
     raises      ValueError for a model without a processor
     """
@@ -209,6 +373,7 @@ class Subject:
         precision="fp32",
         batch_size=EVAL_BATCH,
         workers=0,
+        features=None,
     ):
         if model.processor is None:
             raise ValueError(
@@ -216,7 +381,8 @@ class Subject:
                 "tokenizer.json or preprocessor_config.json is missing from its checkpoint"
             )
         self.model, self.data, self.load_train, self.templates = model, data, load_train, templates
-        self.precision = precision
+        self.known_features = features
+        self.precision, self.batch_size, self.workers = precision, batch_size, workers
         reading = {"precision": precision, "batch_size": batch_size}
         self.embed_captions = partial(embed_captions, model, **reading)
         self.class_embeds = partial(class_embeds, model, **reading)
@@ -226,6 +392,8 @@ class Subject:
     @cached_property
     def image_embeds(self):
         """(I, E)"""
+        if self.known_features is not None:
+            return embed_features(self.model, self.known_features, self.precision, self.batch_size)
         return self.embed_pictures(self.data.pictures)
 
     @cached_property
@@ -912,14 +1080,13 @@ def open_gallery(spec, split, index, query, top, **source):
         if not files:
             raise ValueError(f"{path} holds no pictures ({', '.join(sorted(dualenc.PICTURE_SUFFIXES))})")
         names, paths, stamps = (list(column) for column in zip(*files))
-        pictures, beside = dualenc.PictureFiles(paths), path.resolve().with_name(f".{path.resolve().name}.index")
+        pictures, ending = dualenc.PictureFiles(paths), "index"
     else:
         whole = {"val_fraction": 1.0} if split != "train" else {}
         pairs = dualenc.load_pairs(spec, split, **{**source, **whole})
         names, pictures = pairs.names, pairs.pictures
-        home = path.parent if path.is_file() else Path(source.get("data_root", "data"))
-        beside = home / f".{path.name}.{split}.index"
-        stamps = [stamp(name, os.stat(file)) for name, file in zip(names, picture_paths(pictures))] or names
+        stamps, ending = stamps_of(pairs), f"{split}.index"
+    beside = store_home(spec, ending, source.get("data_root", "data"))
     return Gallery(names, pictures, stamps, time.perf_counter() - started, Path(index or beside), query, top)
 
 
@@ -931,94 +1098,20 @@ def picture_files(folder, below=""):
             if entry.is_dir():
                 yield from picture_files(entry.path, f"{name}/")
             elif os.path.splitext(name)[1].lower() in dualenc.PICTURE_SUFFIXES:
-                yield name, entry.path, stamp(name, entry.stat())
-
-
-def stamp(name, status):
-    """What tells a file from its older versions."""
-    return f"{name} {status.st_size} {status.st_mtime_ns}"
-
-
-def picture_paths(pictures):
-    """The files of a sequence of pictures; none if they are not files."""
-    if isinstance(pictures, dualenc.Selected):
-        paths = picture_paths(pictures.items)
-        return [paths[i] for i in pictures.indices] if paths else []
-    return pictures.paths if isinstance(pictures, dualenc.PictureFiles) else []
-
-
-class OrBlank(Sequence):
-    """Pictures, with a blank one in place of each that cannot be read; unreadable (I,) says which those were."""
-
-    def __init__(self, pictures):
-        self.pictures = pictures
-        self.unreadable = torch.zeros(len(pictures), dtype=torch.bool).share_memory_()  # worker processes write to it
-
-    def __len__(self):
-        return len(self.pictures)
-
-    def __getitem__(self, i):
-        try:
-            return self.pictures[i]
-        except ValueError:
-            self.unreadable[i] = True
-            return Image.new("RGB", (8, 8))
-
-
-def index_key(model, precision):
-    """A name that changes with whatever changes an embedding: weights of the picture's side, transform, arithmetic."""
-    transform = model.processor.image_transform.to_dict()
-    digest = hashlib.sha256(json.dumps([transform, precision], sort_keys=True).encode())
-    for name, tensor in model.state_dict().items():
-        if name.startswith(("vision_model.", "visual_projection.")):
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+                yield name, entry.path, stamp(name, entry)
 
 
 def open_index(subject):
-    """The gallery's embeddings from the index folder, brought up to date: ((I, E) memory-mapped, new, unreadable).
+    """The gallery's embeddings from the index folder, brought up to date: see stored_rows.
 
-    new         pictures embedded by this call
-    unreadable  stamps of pictures that cannot be read: their rows are 0, so they are far from every query
-
-    The folder holds pictures.json (stamps in the order of the rows) and the .npy file that it names. Both are written
-    under another name first, the table last: whatever interrupts this, the index stays whole.
+    The rows of pictures that cannot be read are 0, so they are far from every query.
     """
-    gallery, folder = subject.data, subject.data.index / index_key(subject.model, subject.precision)
-    table_file, table = folder / "pictures.json", {"stamps": [], "unreadable": [], "rows": ""}
-    if table_file.is_file():
-        table = dualenc.read_json(table_file)
-        if table["stamps"] == gallery.stamps:
-            return load_rows(folder / table["rows"]), 0, table["unreadable"]
-    row_of = {stamp: row for row, stamp in enumerate(table["stamps"])}
-    new = [i for i, stamp in enumerate(gallery.stamps) if stamp not in row_of]
-    kept = [i for i, stamp in enumerate(gallery.stamps) if stamp in row_of]
-    embeds = torch.zeros(len(gallery.stamps), subject.model.config.projection_dim)
-    if kept:
-        embeds[kept] = load_rows(folder / table["rows"])[[row_of[gallery.stamps[i]] for i in kept]]
-    unreadable = [stamp for stamp in table["unreadable"] if stamp in set(gallery.stamps)]
-    if new:
-        pictures = OrBlank(dualenc.Selected(gallery.pictures, new))
-        found = subject.embed_pictures(pictures)
-        found[pictures.unreadable] = 0
-        embeds[new] = found
-        unreadable += [gallery.stamps[i] for i, bad in zip(new, pictures.unreadable) if bad]
-    content = io.BytesIO()
-    np.save(content, embeds.numpy())
-    rows_file = f"embeds-{hashlib.sha256(json.dumps(gallery.stamps).encode()).hexdigest()[:16]}.npy"
-    folder.mkdir(parents=True, exist_ok=True)
-    dualenc.write_file(folder / rows_file, content.getvalue())
-    dualenc.write_file(table_file, json.dumps({"stamps": gallery.stamps, "unreadable": unreadable, "rows": rows_file}))
-    for file in folder.glob("embeds-*.npy"):
-        if file.name != rows_file:
-            file.unlink()
-    return load_rows(folder / rows_file), len(new), unreadable
-
-
-def load_rows(path):
-    """The rows of an .npy file, read from disk as they are used."""
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+    gallery, model = subject.data, subject.model
+    folder = gallery.index / index_key(model, subject.precision)
+    embed = partial(run_batches, model, model.encode_image, gallery.pictures, precision=subject.precision)
+    return stored_rows(
+        folder, gallery.stamps, model.config.projection_dim, partial(embed, workers=subject.workers), subject.batch_size
+    )
 
 
 def search_task(subject):
@@ -1558,15 +1651,25 @@ def measure(subject, tasks):
         subject.model.train(was_training)
 
 
-def evaluate(model, pairs, tasks=None, templates=dualenc.TEMPLATES, precision="fp32", batch_size=EVAL_BATCH, workers=0):
+def evaluate(
+    model,
+    pairs,
+    tasks=None,
+    templates=dualenc.TEMPLATES,
+    precision="fp32",
+    batch_size=EVAL_BATCH,
+    workers=0,
+    features=None,
+):
     """Run tasks on held-out pairs: {"retrieval": {...}, "zeroshot": {...}}, numbers by name.
 
-    model   DualEncoder with a processor; evaluated in evaluation mode and left as it was
-    pairs   Pairs
-    tasks   some of the names in TASKS; retrieval, and zero-shot where there are classes, unless given
-    raises  ValueError for zero-shot on data without classes, and for a model without a processor
+    model     DualEncoder with a processor; evaluated in evaluation mode and left as it was
+    pairs     Pairs
+    tasks     some of the names in TASKS; retrieval, and zero-shot where there are classes, unless given
+    features  (I, W), what picture_features gives for the pictures; unless given, the vision tower runs
+    raises    ValueError for zero-shot on data without classes, and for a model without a processor
     """
-    subject = Subject(model, pairs, None, templates, precision, batch_size, workers)
+    subject = Subject(model, pairs, None, templates, precision, batch_size, workers, features)
     return measure(subject, tasks or default_tasks(pairs, everything=False))
 
 

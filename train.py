@@ -20,17 +20,14 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import typing
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows, where two runs into one folder go unnoticed
-    fcntl = None
 
 import timm
 import torch
@@ -133,6 +130,11 @@ class TrainConfig:
         "memory and speed",
         choices=("auto", "bf16", "fp32"),
     )
+    cache_features: bool = knob(
+        False,
+        "with --lock vision: run the locked tower once a picture, and keep what it gives beside the data",
+        "memory and speed",
+    )
     micro_batch: int = knob(
         0,
         "pairs that a process embeds at a time, for the exact gradient of the whole batch in less memory and about 4/3 "
@@ -153,7 +155,7 @@ class TrainConfig:
 # up, not what is learned.
 FREE_ON_RESUME = {
     *("resume", "out", "overwrite", "eval_every", "log_every", "workers", "device"),
-    *("data_root", "download", "allow_outside", "on_bad_picture", "on_bad_step"),
+    *("data_root", "download", "allow_outside", "on_bad_picture", "on_bad_step", "cache_features"),
 }
 
 
@@ -171,8 +173,7 @@ class TrainingPairs(torch.utils.data.Dataset):
         self.pairs, self.transform, self.config = pairs, transform, config
 
     def __getitem__(self, key):
-        epoch, i = key
-        rng = random.Random(f"{self.config.seed} {epoch} {i}")
+        i, rng = key[1], draws(self.config.seed, key)
         try:
             picture, captions = self.pairs[i]
         except ValueError as error:
@@ -183,6 +184,25 @@ class TrainingPairs(torch.utils.data.Dataset):
         if self.config.flip and rng.random() < 0.5:
             image = image.flip(-1)
         return self.transform.resize_and_crop(image), rng.choice(captions), i
+
+
+def draws(seed, key):
+    """The generator of all that is drawn for a key of TrainingPairs."""
+    epoch, i = key
+    return random.Random(f"{seed} {epoch} {i}")
+
+
+class CachedPairs(torch.utils.data.Dataset):
+    """A step's keys to its Batch, with rows of cached features in place of pictures; those unreadable are left out."""
+
+    def __init__(self, pairs, cache, seed):
+        self.pairs, self.features, self.unreadable, self.seed = pairs, cache.train, cache.unreadable, seed
+
+    def __getitems__(self, keys):
+        keys = [key for key in keys if key[1] not in self.unreadable]
+        numbers = [i for _, i in keys]
+        captions = [draws(self.seed, key).choice(self.pairs.captions[key[1]]) for key in keys]
+        return Batch(self.features[numbers], captions, numbers, {})
 
 
 def random_crop(image, smallest_share, rng):
@@ -222,7 +242,7 @@ class Batches(torch.utils.data.Sampler):
 class Batch(typing.NamedTuple):
     """What one step learns from; the pictures that could not be read are missing from the first three."""
 
-    images: torch.Tensor | None  # (B, C, S, S) uint8; None if no picture could be read
+    images: torch.Tensor | None  # (B, C, S, S) uint8, or (B, W) features; None if no picture could be read
     captions: list  # B strings
     numbers: list  # B picture numbers
     bad: dict  # {picture number: why it could not be read}
@@ -235,14 +255,20 @@ def stack_batch(items):
     return Batch(torch.stack(images) if images else None, captions, numbers, bad)
 
 
-def make_loader(pairs, model, config, device, first_step, steps):
+def as_it_is(batch):
+    return batch
+
+
+def make_loader(pairs, model, config, device, first_step, steps, cache=None):
     """Batches from first_step on, fetched ahead where there are workers, pinned on CUDA."""
-    workers = dualenc.pick_workers(config.workers, device)
+    # Rows of a cache are there at once: to fetch them from another process would take longer.
+    workers = 0 if cache else dualenc.pick_workers(config.workers, device)
+    pixels = TrainingPairs(pairs, model.processor.image_transform, config)
     return torch.utils.data.DataLoader(
-        TrainingPairs(pairs, model.processor.image_transform, config),
+        CachedPairs(pairs, cache, config.seed) if cache else pixels,
         batch_sampler=Batches(len(pairs), config.batch_size, config.seed, first_step, steps),
         num_workers=workers,
-        collate_fn=stack_batch,
+        collate_fn=as_it_is if cache else stack_batch,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
         worker_init_fn=leave_signals_to_the_run,
@@ -294,6 +320,72 @@ class BadPictures:
                 f"{len(self.found)} of {self.total:,} pictures cannot be read, more than {BAD_SHARE:.0%}; {self.path} "
                 f"lists them"
             )
+
+
+class Cache(typing.NamedTuple):
+    """What a locked vision tower makes of each picture."""
+
+    train: torch.Tensor  # (I, W), read from disk as it is used
+    held_out: torch.Tensor  # (J, W)
+    unreadable: dict  # {training picture's number: why it cannot be read}
+
+
+def check_cache(config):
+    """Raises ValueError where features made once would not be those of an uncached run."""
+    if config.lock != "vision":
+        raise ValueError(
+            f"--cache-features keeps what the vision tower makes of each picture, which lasts only while that tower "
+            f"does not learn: add --lock vision (--lock is {config.lock!r})"
+        )
+    if config.crop_scale < 1 or config.flip:
+        raise ValueError(
+            f"--cache-features keeps one view of each picture, and augmentation shows another each time: leave out "
+            f"either that, or --crop-scale (it is {config.crop_scale:g}) and --flip (it is {config.flip})"
+        )
+
+
+def cache_features(run):
+    """The run's Cache: read from beside the data, or from the run folder where that cannot be written, then completed.
+
+    Pictures go through the tower in batches as large as a step's pieces, held-out ones as evaluation does it, in the
+    same arithmetic: features are those of an uncached run to the bit, unless the tower rounds by a picture's place in
+    its batch. On a CPU none was seen to in batches of a multiple of 16; else float32 features may be 1e-6 apart.
+    """
+    started, config, model = time.perf_counter(), run.config, run.model
+    home = evaluation.store_home(config.data, "features", config.data_root)
+    everywhere = not dualenc.tell_all(None if can_write(home) else "read only")
+    home = (home if everywhere else run.out / "features") / evaluation.index_key(
+        model, run.precision, ("vision_model.",)
+    )
+    settings = {"precision": run.precision, "workers": dualenc.pick_workers(config.workers, run.device)}
+    rows, n_new = {}, 0
+    for split, pairs, batch_size in (
+        ("train", run.pairs, piece_size(config) or config.batch_size // dualenc.process_count()),
+        ("held_out", run.held_out, evaluation.EVAL_BATCH),
+    ):
+        stamps = evaluation.stamps_of(pairs)
+        embed = partial(evaluation.run_batches, model, partial(evaluation.pooled, model), pairs.pictures, **settings)
+        rows[split], new, bad = evaluation.stored_rows(
+            home / split, stamps, model.vision_model.width, embed, batch_size, whole_batches=split == "train"
+        )
+        n_new += new
+        unreadable = {i: bad[stamp] for i, stamp in enumerate(stamps) if stamp in bad}
+        run.bad_pictures.add({pairs.names[i]: reason for i, reason in unreadable.items()})
+        rows.setdefault("unreadable", unreadable)
+    n_old = len(run.pairs) + len(run.held_out) - n_new
+    seconds = time.perf_counter() - started
+    print(f"cache    {home}   {n_new:,} pictures embedded, {n_old:,} there already, {seconds:.1f} s", flush=True)
+    return Cache(**rows)
+
+
+def can_write(folder):
+    """Whether files can be made in a folder, which is made if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
 
 
 # ---- Model and optimiser --------------------------------------------------------------------------------------------
@@ -536,12 +628,10 @@ def claim_run(config):
         raise ValueError(f"{out} holds files but no run, and a new run clears its folder: name another --out")
     out.mkdir(parents=True, exist_ok=True)
     lock = open(out / LOCK_FILE, "w")  # noqa: SIM115 (held until the process ends)
-    if fcntl:
-        try:
-            # Unlike flock's, this lock is not inherited by workers, which may outlive a killed run for seconds.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"another process trains into {out}: stop it, or name another --out ({error})") from error
+    try:
+        dualenc.lock_file(lock)
+    except OSError as error:
+        raise ValueError(f"another process trains into {out}: stop it, or name another --out ({error})") from error
     for checkpoint in ("last", "best"):
         finish_swap(out / checkpoint)
     return out, lock
@@ -623,6 +713,8 @@ def check_recipe(config, pairs, held_out):
         )
     if not len(held_out):
         raise ValueError(f"no pictures are held out of {config.data}: raise --val-fraction ({config.val_fraction})")
+    if config.cache_features:
+        check_cache(config)
     dualenc.at_least("--log-every", config.log_every, 1)
     for name in ("steps", "micro_batch", "eval_every", "epochs", "lr", "weight_decay", "warmup", "clip_grad"):
         dualenc.at_least(f"--{name.replace('_', '-')}", getattr(config, name), 0)
@@ -837,6 +929,7 @@ class Run:
     embed: nn.Module
     optimizer: torch.optim.Optimizer
     state: dict
+    cache: Cache | None = None
 
     def log(self, line):
         """Append one object to metrics.jsonl."""
@@ -890,7 +983,7 @@ def piece_size(config):
 class Piece(typing.NamedTuple):
     """Pairs that are embedded at a time."""
 
-    images: torch.Tensor  # (b, C, S, S) uint8
+    images: torch.Tensor  # (b, C, S, S) uint8, or (b, W) features
     captions: dict  # the processor's tensors (b, T), padded to the longest here
     count: int  # how many of them are wanted
 
@@ -914,6 +1007,13 @@ def blank_piece(processor, count):
     )
 
 
+def encode_pictures(model, images):
+    """Pictures (b, C, S, S) uint8, or their cached features (b, W), to (b, E) unit-norm rows."""
+    if images.ndim == 2:
+        return model.project_image(images)
+    return model.encode_image(model.processor.image_transform.normalize(images))
+
+
 class Embedder(nn.Module):
     """What a step runs of a model: from a Piece to image_embeds and text_embeds."""
 
@@ -923,10 +1023,10 @@ class Embedder(nn.Module):
 
     def forward(self, piece):
         """(image_embeds, text_embeds), each (count, E)"""
-        device, normalize = self.model.logit_scale.device, self.model.processor.image_transform.normalize
+        device = self.model.logit_scale.device
         captions = {name: tensor.to(device) for name, tensor in piece.captions.items()}
         with dualenc.autocast(device, self.precision):
-            image_embeds = self.model.encode_image(normalize(piece.images.to(device, non_blocking=True)))
+            image_embeds = encode_pictures(self.model, piece.images.to(device, non_blocking=True))
             text_embeds = self.model.encode_text(**captions)
         return image_embeds[: piece.count], text_embeds[: piece.count]
 
@@ -1030,7 +1130,12 @@ def evaluate_and_save(run):
     try:
         workers = dualenc.pick_workers(run.config.workers, run.device)
         results = evaluation.evaluate(
-            run.model, run.held_out, templates=run.templates, precision=run.precision, workers=workers
+            run.model,
+            run.held_out,
+            templates=run.templates,
+            precision=run.precision,
+            workers=workers,
+            features=run.cache and run.cache.held_out,
         )
     except evaluation.NotFinite as error:
         raise not_finite_error(run, run.state["step"], str(error)) from error
@@ -1059,7 +1164,7 @@ def train(run):
     returns  (the signal or None, the fault or None)
     """
     first_step = run.state["step"]
-    loader = make_loader(run.pairs, run.model, run.config, run.device, first_step, run.steps)
+    loader = make_loader(run.pairs, run.model, run.config, run.device, first_step, run.steps, run.cache)
     with StopSignals() as stop:
         try:
             evaluate_if_due(run)  # a resumed run may have ended in an evaluation that failed
@@ -1177,6 +1282,8 @@ def train_by_flags(argv):
         optimizer=optimizer,
         state=state,
     )
+    if config.cache_features:
+        run.cache = cache_features(run)
     signalled, fault = train(run)
     if fault or state["step"] < steps:
         stop_early(run, signalled, fault)

@@ -32,6 +32,7 @@ TINY = [
 VARIANTS = {
     "plain": [],
     "locked": ["--lock", "vision"],
+    "cached": ["--lock", "vision", "--cache-features"],
     "workers": ["--workers", "2"],
     "augmented": ["--crop-scale", "0.5", "--flip"],
     "dropout": ["--vision", "test_vit", "--vision-args", "img_size=32", "--patch-dropout", "0.5", "--image-size", "0"],
@@ -267,17 +268,22 @@ def test_sigint_to_the_process_group_of_the_real_script_with_workers(data, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("variant", "kills"), [("plain", 20), ("micro-batched, dropout", 4), ("locked", 4), ("workers", 4)]
+    ("variant", "kills"), [("plain", 20), ("micro-batched, dropout", 4), ("locked", 4), ("cached", 6), ("workers", 4)]
 )
 def test_twenty_kills_at_random_moments_leave_no_trace(variant, kills, data, tmp_path):
-    """SIGKILL again and again in one run that writes a checkpoint each step; it ends like one that was left alone."""
+    """SIGKILL again and again in one run that writes a checkpoint each step; it ends like one that was left alone.
+
+    A cache is thrown away after each kill, so that every start makes it anew, and some are killed as they do.
+    """
     flags = [*data, *TINY, "--steps", "60", "--eval-every", "1", "--log-every", "3", *VARIANTS[variant]]
     finish(script(*flags, "--out", tmp_path / "whole"))
-    rng, out, inside_a_write = random.Random(f"kills {variant}"), tmp_path / "cut", 0
-    command, killed = [*flags, "--out", out], 0
+    rng, out, inside_a_write, inside_the_cache = random.Random(f"kills {variant}"), tmp_path / "cut", 0, 0
+    command, killed, store = [*flags, "--out", out], 0, Path(data[1]).with_name(".captions.csv.features")
     while killed < kills:
+        shutil.rmtree(store, ignore_errors=True)
         process = script(*command)
-        for _ in range(rng.randint(5, 10)):  # lines of the printout; four of them before the first step
+        # Lines of the printout, four of them before the first step or the cache.
+        for _ in range(4 if variant == "cached" and killed < 4 else rng.randint(5, 10)):
             process.stdout.readline()
         time.sleep(rng.uniform(0, 0.05))
         if process.poll() is not None:
@@ -286,11 +292,12 @@ def test_twenty_kills_at_random_moments_leave_no_trace(variant, kills, data, tmp
         process.communicate()
         killed += 1
         inside_a_write += any(out.glob("*.new")) or any(out.glob("*.old")) or any(out.glob("*/*.tmp"))
+        inside_the_cache += len([*store.glob("*/*/rows-*.npy")]) > len([*store.glob("*/*/pictures.json")])
         command = ["--resume", out]
     assert killed >= kills // 2
     finish(script("--resume", out))
     assert_same(outcome(out), outcome(tmp_path / "whole"))
-    print(f"{killed} kills, {inside_a_write} of them inside a checkpoint write")
+    print(f"{killed} kills, {inside_a_write} of them inside a checkpoint write, {inside_the_cache} inside the cache's")
 
 
 # ---- Writing --------------------------------------------------------------------------------------------------------
