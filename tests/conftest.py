@@ -1,7 +1,9 @@
 """Small towers, captions and pictures that the tests share."""
 
+import datetime
 import multiprocessing
-import socket
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,22 +80,17 @@ def fails_like(got, right, mistakes, what, tolerance=1e-5):
 
 def in_processes(count, function, *arguments):
     """function(rank, *arguments) in so many gloo processes; what each returned, in the order of ranks."""
-    multiprocessing.set_forkserver_preload(["dualenc"])  # imported once, not in every process
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
-    with multiprocessing.get_context("forkserver").Manager() as manager:
-        results = manager.dict()
+    multiprocessing.set_forkserver_preload(["torch", "timm", "dualenc"])  # imported once, not in every process
+    with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
-            _in_one_process, (count, address, function, arguments, results), count, start_method="forkserver"
+            _in_one_process, (count, Path(folder), function, arguments), count, start_method="forkserver"
         )
-        return [results[rank] for rank in range(count)]
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(count)]
 
 
-def _in_one_process(rank, count, address, function, arguments, results):
+def _in_one_process(rank, count, folder, function, arguments):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", address, rank=rank, world_size=count)
-    try:
-        results[rank] = function(rank, *arguments)
-    finally:
-        torch.distributed.destroy_process_group()
+    patience = datetime.timedelta(seconds=60)  # who waits in vain fails the test
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", patience, world_size=count, rank=rank)
+    torch.save(function(rank, *arguments), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()

@@ -1,7 +1,6 @@
 """Claims about several processes: together they compute what one would, and they stop together."""
 
 import contextlib
-import datetime
 import functools
 import io
 import itertools
@@ -15,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 from test_faults_runs import ROOT, TINY, assert_same, finish, outcome, run, write_pictures
@@ -29,28 +29,13 @@ DROPOUT = ["--vision", "test_vit", "--vision-args", "img_size=32", "--patch-drop
 VIT = [*DROPOUT[:4], "--image-size", "0"]  # no batch norm: N processes compute what one does
 
 
-def in_processes(count, folder, work, *arguments):
+def in_processes(count, work, *arguments):
     """What work(*arguments) returns in each of so many gloo processes, in the order of their ranks."""
-    folder.mkdir(parents=True)
-    context = torch.multiprocessing.get_context("forkserver")  # it imports torch once for all processes of all tests
-    context.set_forkserver_preload(["torch", "timm", "torchvision", "tokenizers", "huggingface_hub"])
-    torch.multiprocessing.start_processes(
-        enter, (count, folder, work, arguments), nprocs=count, start_method="forkserver"
-    )
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
+    return conftest.in_processes(count, without_rank, work, *arguments)
 
 
-def enter(rank, count, folder, work, arguments):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meet",
-        rank=rank,
-        world_size=count,
-        timeout=datetime.timedelta(seconds=60),  # who waits in vain fails the test
-    )
-    torch.save(work(*arguments), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+def without_rank(rank, work, *arguments):
+    return work(*arguments)
 
 
 # ---- One step -------------------------------------------------------------------------------------------------------
@@ -159,9 +144,9 @@ def expected_step(name):
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def steps_of_processes(request, tmp_path_factory):
+def steps_of_processes(request):
     cases = {name: case for name, case in CASES.items() if len(case.get("shares", [])) in (0, request.param)}
-    return in_processes(request.param, tmp_path_factory.mktemp("steps") / "job", take_steps, cases)
+    return in_processes(request.param, take_steps, cases)
 
 
 def test_the_step_of_several_processes_is_that_of_one_on_the_whole_batch(steps_of_processes):
@@ -189,8 +174,8 @@ def statistics_of_an_empty_share():
     return take_step(case, slice(0, 0) if dualenc.process_rank() == 0 else slice(0, 4))[2]
 
 
-def test_a_process_without_readable_pictures_leaves_batch_norm_alone(tmp_path):
-    none, all_four = in_processes(2, tmp_path / "job", statistics_of_an_empty_share)
+def test_a_process_without_readable_pictures_leaves_batch_norm_alone():
+    none, all_four = in_processes(2, statistics_of_an_empty_share)
     start = dict(make_model("test_resnet").named_buffers())
     assert_same(none, start)
     assert_same(all_four, take_step({"batch": 4, "vision": "test_resnet"}, slice(0, 4))[2])
@@ -203,8 +188,8 @@ def batches_of_this_process():
     return list(train.Batches(50, 8, seed=3, first_step=2, steps=14))
 
 
-def test_the_shares_of_a_batch_make_up_the_batch_of_one_process(tmp_path):
-    shares = in_processes(3, tmp_path / "job", batches_of_this_process)
+def test_the_shares_of_a_batch_make_up_the_batch_of_one_process():
+    shares = in_processes(3, batches_of_this_process)
     assert [sum(parts, []) for parts in zip(*shares)] == batches_of_this_process()
     assert {len(part) for parts in shares for part in parts} == {2, 3}
 
@@ -222,7 +207,7 @@ def tell_and_fail(out):
         except ValueError as error:
             seen[name] = f"{type(error).__name__} {error}"
     notes, names = train.BadPictures(out, "skip", 300), [f"{i}.png" for i in range(20)]
-    notes.check(train.Batch(None, ["one"] * 3, [], {4 + rank: "torn"} if rank else {}), names)
+    notes.check(train.Batch(None, ["one"], [], {4 + rank: "torn"} if rank else {}), names)  # three in all are enough
     seen["found"] = dict(notes.found)
     try:
         notes.check(train.Batch(None, ["one"] * (rank == 2), [], {7: "torn"} if rank == 2 else {}), names)
@@ -237,7 +222,7 @@ def tell_and_fail(out):
 
 def test_what_one_process_finds_all_know(tmp_path):
     """News, errors, and bad pictures, which are counted and listed once."""
-    results = in_processes(3, tmp_path / "job", tell_and_fail, tmp_path)
+    results = in_processes(3, tell_and_fail, tmp_path)
     assert results[0] == results[1] == results[2]
     seen = results[0]
     assert seen["nothing"] == [] and seen["some"] == [{"rank": 1}, {"rank": 2}]
@@ -275,7 +260,7 @@ def test_a_shared_evaluation_is_that_of_one_process_to_the_bit(tmp_path):
     expected = evaluate_shapes(*arguments)
     torch.set_num_threads(threads)
     assert "cannot read picture" in expected[-1]
-    for results in in_processes(3, tmp_path / "job", evaluate_shapes, *arguments):
+    for results in in_processes(3, evaluate_shapes, *arguments):
         assert_same(results, expected)
 
 
@@ -336,7 +321,7 @@ def test_a_run_of_several_processes_is_the_run_of_one(count, more, data, tmp_pat
     flags = [*data, *SMALL, *VIT, *more]
     one, several = tmp_path / "one", tmp_path / "several"
     assert run(*flags, "--out", one) == 0
-    best = in_processes(count, tmp_path / "job", train_here, [*flags, "--out", several])
+    best = in_processes(count, train_here, [*flags, "--out", several])
     assert best[0] == best[-1] == json.loads(json.dumps(best[0]))
     got, expected = outcome(several), outcome(one)
     assert json.loads((several / "train_config.json").read_text())["processes"] == count
@@ -355,10 +340,10 @@ def test_class_folders_and_drawn_shapes_train_in_several_processes(tmp_path):
             write_pictures(tmp_path / "classes" / split / name, 12)
             (tmp_path / "classes" / split / name / "captions.csv").unlink()
     flags = ["--data", tmp_path / "classes", "--loss", "multi-positive", *SMALL, *VIT, "--steps", "3"]
-    best = in_processes(2, tmp_path / "job", train_here, [*flags, "--out", tmp_path / "classes run"])
+    best = in_processes(2, train_here, [*flags, "--out", tmp_path / "classes run"])
     assert best[0] == best[1] and best[0]["n_classes"] == 2
     flags = ["--data", "shapes", *SMALL, "--steps", "2"]
-    best = in_processes(2, tmp_path / "other job", train_here, [*flags, "--out", tmp_path / "shapes run"])
+    best = in_processes(2, train_here, [*flags, "--out", tmp_path / "shapes run"])
     assert best[0] == best[1] and best[0]["n_images"] == 512
 
 
@@ -373,22 +358,22 @@ def test_class_folders_and_drawn_shapes_train_in_several_processes(tmp_path):
 def test_a_signal_to_one_process_stops_all_and_resuming_leaves_no_trace(count, more, data, tmp_path):
     """SIGTERM to the second one in step 7; dropout differs between processes and is replayed; to the bit."""
     flags = [*data, *SMALL, *more]
-    in_processes(count, tmp_path / "job", train_here, [*flags, "--out", tmp_path / "whole"])
+    in_processes(count, train_here, [*flags, "--out", tmp_path / "whole"])
     cut = tmp_path / "cut"
-    stopped = in_processes(count, tmp_path / "first job", train_here, [*flags, "--out", cut], "signal")
+    stopped = in_processes(count, train_here, [*flags, "--out", cut], "signal")
     said = f"stopped  SIGTERM; step 7 is saved; go on with: torchrun --nproc-per-node {count} train.py --resume {cut}"
     assert stopped == [(143, said)] * count
     with pytest.raises(
         ValueError, match=rf"began with {count} processes and would go on with 1.*--nproc-per-node {count} "
     ):
         train.main(["--resume", str(cut)])
-    in_processes(count, tmp_path / "second job", train_here, ["--resume", cut])
+    in_processes(count, train_here, ["--resume", cut])
     assert_same(outcome(cut), outcome(tmp_path / "whole"))
 
 
 def test_dropout_differs_between_processes(data, tmp_path):
     """Two processes with the same pictures and dropout would be one process with half the batch."""
-    seeds = in_processes(2, tmp_path / "job", seeds_of_steps, [*data, *SMALL, "--out", tmp_path / "run"])
+    seeds = in_processes(2, seeds_of_steps, [*data, *SMALL, "--out", tmp_path / "run"])
     assert len(set(seeds[0])) == len(seeds[0]) == 12 and not set(seeds[0]) & set(seeds[1])
 
 
@@ -406,7 +391,7 @@ def seeds_of_steps(flags):
 
 def test_a_resumed_run_of_one_process_refuses_several(data, tmp_path):
     assert run(*data, *SMALL, "--steps", "2", "--out", tmp_path / "run") == 0
-    refused = in_processes(2, tmp_path / "job", train_here, ["--resume", tmp_path / "run"])
+    refused = in_processes(2, train_here, ["--resume", tmp_path / "run"])
     assert refused[0] == refused[1] and re.search(r"began with 1 .*go on with: python train.py --resume", refused[0])
 
 
@@ -419,7 +404,7 @@ def test_a_resumed_run_of_one_process_refuses_several(data, tmp_path):
 )
 def test_a_fault_in_one_process_stops_all_with_its_message(happening, message, data, tmp_path):
     flags = [*data, *SMALL, *VIT, "--out", tmp_path / "run"]
-    one, other = in_processes(2, tmp_path / "job", train_here, flags, happening)
+    one, other = in_processes(2, train_here, flags, happening)
     assert one == other and re.search(message, one)
     step = torch.load(tmp_path / "run" / "last" / train.STATE_FILE, weights_only=True)["step"]
     assert step == {"worker": 6, "loss": 5}[happening]
@@ -427,7 +412,7 @@ def test_a_fault_in_one_process_stops_all_with_its_message(happening, message, d
 
 def test_a_step_that_breaks_in_one_process_is_skipped_in_all(data, tmp_path):
     flags = [*data, *SMALL, *VIT, "--on-bad-step", "skip", "--out", tmp_path / "run"]
-    in_processes(2, tmp_path / "job", train_here, flags, "loss")
+    in_processes(2, train_here, flags, "loss")
     assert outcome(tmp_path / "run")["state"]["bad_steps"] == 1
 
 
@@ -435,9 +420,9 @@ def test_a_step_that_breaks_in_one_process_is_skipped_in_all(data, tmp_path):
 def test_bad_pictures_stop_or_are_skipped_and_counted_once(tmp_path):
     data = write_pictures(tmp_path / "data", 120, bad=[111])
     flags, out = [*data, *SMALL, *VIT, "--steps", "15"], tmp_path / "run"
-    one, other = in_processes(2, tmp_path / "job", train_here, [*flags, "--out", out])
+    one, other = in_processes(2, train_here, [*flags, "--out", out])
     assert one == other and re.search(r"line 113: cannot read picture .*step \d+ is saved; go on with: torchrun", one)
-    in_processes(2, tmp_path / "second job", train_here, ["--resume", out, "--on-bad-picture", "skip"])
+    in_processes(2, train_here, ["--resume", out, "--on-bad-picture", "skip"])
     assert run(*flags, "--on-bad-picture", "skip", "--out", tmp_path / "alone") == 0
     assert (out / train.BAD_PICTURES).read_text() == (tmp_path / "alone" / train.BAD_PICTURES).read_text()
     for line, other in zip(lines_of(out), lines_of(tmp_path / "alone")):
@@ -446,7 +431,7 @@ def test_bad_pictures_stop_or_are_skipped_and_counted_once(tmp_path):
 
 def test_a_checkpoint_that_cannot_be_written_stops_all_processes(data, tmp_path):
     flags = [*data, *SMALL, "--out", tmp_path / "run"]
-    errors = in_processes(2, tmp_path / "job", train_with_a_full_disk, flags)
+    errors = in_processes(2, train_with_a_full_disk, flags)
     assert errors[0] == errors[1] and re.search("No space left on device.*there is no", errors[0])
 
 
@@ -472,13 +457,11 @@ def wait_for_downloads(marker):
 
 
 def test_one_process_downloads_and_the_others_wait_for_it(tmp_path):
-    assert in_processes(2, tmp_path / "job", wait_for_downloads, tmp_path / "marker") == ["all is there"] * 2
+    assert in_processes(2, wait_for_downloads, tmp_path / "marker") == ["all is there"] * 2
 
 
 def test_a_batch_smaller_than_the_job_is_refused(data, tmp_path):
-    errors = in_processes(
-        3, tmp_path / "job", train_here, [*data, *SMALL, "--batch-size", "2", "--out", tmp_path / "r"]
-    )
+    errors = in_processes(3, train_here, [*data, *SMALL, "--batch-size", "2", "--out", tmp_path / "r"])
     assert all("batch_size is 2, less than a pair for each of 3 processes" in error for error in errors)
 
 
