@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import csv
 import dataclasses
 import difflib
@@ -1011,6 +1012,7 @@ def as_pair(size):
 
 # Pillow's numbers, which preprocessor_config.json uses.
 INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+DECODE_SHIFT = 0.1  # final pixels; with it pixels differ from those of a full decode by less than a level of 255
 
 
 @dataclass(frozen=True)
@@ -1051,14 +1053,37 @@ class ImageTransform:
         """(3, height, width) to (3, S, S), same dtype."""
         if isinstance(self.resize, int) and self.crop is not None:
             image = shorten_strip(image)
-        height, width = image.shape[-2:]
+        before, size = tuple(image.shape[-2:]), self.resized(*image.shape[-2:])
+        if size != before:
+            image = pixels.resize(image, list(size), InterpolationMode(self.interpolation), antialias=True)
+        return image if self.crop is None else centre_crop(image, self.crop)
+
+    def resized(self, height, width):
+        """The (height, width) that a picture of this size has before it is cropped."""
         size = self.resize or (height, width)
         if isinstance(size, int):
             other = int(size * max(height, width) / min(height, width))
             size = (other, size) if height > width else (size, other)
-        if size != (height, width):
-            image = pixels.resize(image, list(size), InterpolationMode(self.interpolation), antialias=True)
-        return image if self.crop is None else centre_crop(image, self.crop)
+        return size
+
+    def decode_scale(self, size, smallest_share=1.0):
+        """The largest of 8, 4, 2 and 1 by which a picture of this (width, height) may shrink before it gets here.
+
+        Twice the pixels that resizing leaves remain, so its filter still does the smoothing; the size it comes to stays
+        the same; and as a shrunk side is rounded up, the far edge may move by DECODE_SHIFT of a final pixel.
+
+        smallest_share  of the picture's area that a crop in between keeps
+        """
+        if self.resize is None:
+            return 1
+        needed = max(as_pair(self.resize)) / math.sqrt(smallest_share)
+        for scale in (8, 4, 2):
+            shrunk = [-(-side // scale) for side in size]
+            enlarged = max(scale * new - side for new, side in zip(shrunk, size))
+            fits = min(size) >= 2 * scale * needed and enlarged * needed <= DECODE_SHIFT * min(size)
+            if fits and self.resized(*shrunk) == self.resized(*size):
+                return scale
+        return 1
 
     def normalize(self, image):
         """(..., 3, S, S) uint8, or float from 0 to 1, to normalised float32."""
@@ -1231,15 +1256,28 @@ def flatten_picture(picture):
     return picture if picture.mode == "L" else picture.convert("RGB")
 
 
-def open_picture(path):
-    """Read a picture file, turned upright; raises ValueError naming a file that is missing or not a picture."""
+def open_picture(path, scale_of=None):
+    """Read a picture file, turned upright; raises ValueError naming a file that is missing or not a picture.
+
+    scale_of  function of (width, height), as decode_scale is: a JPEG is decoded that many times smaller, which is much
+              faster; other formats are read whole
+    """
     with blamed_on(path, "cannot read picture"):
         if not os.path.isfile(path):  # a pipe would be waited for
             raise ValueError("no such file")
-        with Image.open(path) as picture:
-            if picture.format == "EPS":  # a program; Pillow would have Ghostscript run it
-                raise ValueError("PostScript is not read")
-            return flatten_picture(ImageOps.exif_transpose(picture))
+        return decode_picture(path, scale_of)
+
+
+def decode_picture(file, scale_of=None):
+    """The PIL picture in a file, given by its path or opened, upright and in mode RGB or L; see open_picture."""
+    with Image.open(file) as picture:
+        if picture.format == "EPS":  # a program; Pillow would have Ghostscript run it
+            raise ValueError("PostScript is not read")
+        if scale_of:
+            scale = scale_of(picture.size)
+            if scale > 1:
+                picture.draft(None, [side // scale for side in picture.size])
+        return flatten_picture(ImageOps.exif_transpose(picture))
 
 
 @contextmanager
@@ -2909,6 +2947,8 @@ class Selected(Sequence):
 class PictureFiles(Sequence):
     """Picture files, opened when asked for; rows and source say where each was named, for messages."""
 
+    scale_of = None  # see open_picture and sized_for
+
     def __init__(self, paths, rows=None, source=""):
         self.paths, self.rows, self.source = paths, rows, source
 
@@ -2917,9 +2957,22 @@ class PictureFiles(Sequence):
 
     def __getitem__(self, i):
         try:
-            return open_picture(self.paths[i])
+            return open_picture(self.paths[i], self.scale_of)
         except ValueError as error:
             raise ValueError(f"{self.source}{self.rows[i]}: {error}" if self.rows else str(error)) from error
+
+
+def sized_for(transform, pictures, smallest_share=1.0):
+    """The same pictures for this ImageTransform's use alone: large JPEGs decoded no larger than it takes.
+
+    smallest_share  of a picture's area that a crop before the transform keeps
+    """
+    if isinstance(pictures, Selected):
+        return Selected(sized_for(transform, pictures.items, smallest_share), pictures.indices)
+    if hasattr(pictures, "scale_of"):
+        pictures = copy.copy(pictures)
+        pictures.scale_of = functools.partial(transform.decode_scale, smallest_share=smallest_share)
+    return pictures
 
 
 class Readable(torch.utils.data.Dataset):

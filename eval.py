@@ -98,7 +98,7 @@ class ReadyPictures(torch.utils.data.Dataset):
     """
 
     def __init__(self, pictures, transform):
-        self.pictures, self.transform = pictures, transform
+        self.pictures, self.transform = dualenc.sized_for(transform, pictures), transform
 
     def __len__(self):
         return len(self.pictures)
@@ -1129,7 +1129,7 @@ def search_task(subject):
     embeds, n_indexed, unreadable = open_index(subject)
     opened = time.perf_counter()
     if Path(gallery.query).suffix.lower() in dualenc.PICTURE_SUFFIXES:
-        query = subject.embed_pictures([dualenc.open_picture(gallery.query)])
+        query = subject.embed_pictures(dualenc.PictureFiles([gallery.query]))
     else:
         query = subject.embed_captions([gallery.query])
     scores, rows = (embeds @ query[0]).topk(min(gallery.top, len(embeds)))

@@ -171,11 +171,12 @@ class TrainingPairs(torch.utils.data.Dataset):
 
     def __init__(self, pairs, transform, config):
         self.pairs, self.transform, self.config = pairs, transform, config
+        self.pictures = dualenc.sized_for(transform, pairs.pictures, config.crop_scale)
 
     def __getitem__(self, key):
         i, rng = key[1], draws(self.config.seed, key)
         try:
-            picture, captions = self.pairs[i]
+            picture, captions = self.pictures[i], self.pairs.captions[i]
         except ValueError as error:
             return None, str(error), i
         image = dualenc.to_pixels(picture, self.transform.channels)
