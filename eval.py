@@ -170,11 +170,12 @@ def run_batches(model, encode, pictures, batches, precision, workers):
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=stack_pictures,
+        pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # measuring leaves the global generator alone
     )
     for images, errors in progress(loader, "pictures"):
         with dualenc.autocast(device, precision):
-            rows = encode(transform.normalize(images.to(device))).float().cpu()
+            rows = encode(transform.normalize(images.to(device, non_blocking=True))).float().cpu()
         yield rows, errors
 
 
@@ -193,11 +194,12 @@ def embed_captions(model, captions, precision="fp32", batch_size=EVAL_BATCH):
     """N captions to (N, E) unit-norm float32 rows on the CPU, through the model's own processor.
 
     Equal captions are embedded once: in batches padded to other lengths they would come out a little different, and
-    a tie between them would be decided by rounding.
+    a tie between them would be decided by rounding. A batch holds captions of about the same length, so that little of
+    it is padding.
     """
     device, rows = model.logit_scale.device, []
-    row_of = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
-    distinct = list(row_of)
+    distinct = by_length(model.processor, list(dict.fromkeys(captions)), batch_size)
+    row_of = {caption: row for row, caption in enumerate(distinct)}
     mine = own_numbers(len(distinct), batch_size)
     for start in progress((mine or range(1))[::batch_size], "captions"):
         inputs = model.processor(text=distinct[start : start + batch_size])
@@ -205,6 +207,13 @@ def embed_captions(model, captions, precision="fp32", batch_size=EVAL_BATCH):
             rows.append(model.encode_text(**{name: t.to(device) for name, t in inputs.items()}).float().cpu())
     embeds = finite(dualenc.gather_embeds(torch.cat(rows)[: len(mine)]))
     return embeds[torch.tensor([row_of[caption] for caption in captions])]
+
+
+def by_length(processor, captions, batch_size):
+    """The captions, those of the fewest tokens first."""
+    batches = (captions[start : start + batch_size] for start in range(0, len(captions), batch_size))
+    lengths = [n for batch in batches for n in processor(text=batch)["attention_mask"].sum(dim=1).tolist()]
+    return [captions[i] for i in sorted(range(len(captions)), key=lengths.__getitem__)]
 
 
 # ---- Rows kept on disk: of a search index, of a locked tower
@@ -1646,7 +1655,8 @@ def measure(subject, tasks):
     was_training = subject.model.training
     subject.model.eval()
     try:
-        return {name: TASKS[name].measure(subject) for name in tasks}
+        with dualenc.float32_products(subject.model.logit_scale.device, "fp32"):
+            return {name: TASKS[name].measure(subject) for name in tasks}
     finally:
         subject.model.train(was_training)
 

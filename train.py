@@ -1285,7 +1285,8 @@ def train_by_flags(argv):
     )
     if config.cache_features:
         run.cache = cache_features(run)
-    signalled, fault = train(run)
+    with dualenc.float32_products(device, precision):
+        signalled, fault = train(run)
     if fault or state["step"] < steps:
         stop_early(run, signalled, fault)
     if lock:

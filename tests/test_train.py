@@ -499,6 +499,30 @@ def test_precision_follows_the_hardware(monkeypatch):
     assert dualenc.pick_device("cpu") == cpu
 
 
+def test_float32_products_are_rounded_only_while_training_in_bf16_on_cuda(run, monkeypatch, make_model, pictures):
+    """TF32 keeps three digits: enough beside bf16, too few for whom --precision fp32 was asked, or for ranks."""
+    cuda, cpu, now = torch.device("cuda"), torch.device("cpu"), torch.get_float32_matmul_precision
+    for device, precision, inside in ((cuda, "bf16", "high"), (cuda, "fp32", "highest"), (cpu, "bf16", "highest")):
+        with dualenc.float32_products(device, precision):
+            assert now() == inside
+    with pytest.raises(ZeroDivisionError), dualenc.float32_products(cuda, "bf16"):
+        raise ZeroDivisionError
+    assert now() == "highest"
+    asked, seen, train_step = [], [], train.train_step
+    products = dualenc.float32_products
+    monkeypatch.setattr(dualenc, "float32_products", lambda *a: (asked.append(a), products(cuda, a[1]))[1])
+    monkeypatch.setattr(train, "train_step", lambda *a: (seen.append(now()), train_step(*a))[1])
+    encode_text = dualenc.DualEncoder.encode_text
+    monkeypatch.setattr(
+        dualenc.DualEncoder,
+        "encode_text",
+        lambda self, **k: (seen.append((self.training, now())), encode_text(self, **k))[1],
+    )
+    run(steps=1, precision="bf16")
+    assert asked == [(cpu, "bf16"), (cpu, "fp32")], "the run, and the evaluation in it"
+    assert set(seen) == {"high", (True, "high"), (False, "highest")} and now() == "highest"
+
+
 def test_fails_like_names_the_mistake():
     """The helper that other tests lean on: it fails on a difference and says what it looks like."""
     with pytest.raises(pytest.fail.Exception, match="off by up to 1; it looks like: twice as much"):
