@@ -1413,7 +1413,8 @@ def train_tokenizer(captions, vocab_size, max_length=None):
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     # The trainer numbers the pieces inside words in the random order of a hash table, and breaks ties by number. Named
     # beforehand, they make the vocabulary the same every time.
-    words = (pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(caption)) for caption in captions)
+    between_spaces = {part for caption in captions for part in caption.split(" ")}
+    words = (pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(part)) for part in between_spaces)
     inner = sorted({"##" + character for pairs in words for word, _ in pairs for character in word[1:]})
     learner = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
     learner.normalizer, learner.pre_tokenizer = normalizer, pre_tokenizer

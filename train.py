@@ -148,7 +148,7 @@ class TrainConfig:
     resume: str = knob("", "run folder to go on with", "output")
     overwrite: bool = knob(False, "replace a run folder that is already there", "output")
     eval_every: int = knob(0, "steps between evaluations; 0 for about five in all", "output")
-    log_every: int = knob(50, "steps between printed lines", "output")
+    log_every: int = knob(50, "steps between printed lines; the first step has one too", "output")
 
 
 # Flags that may change when a run is resumed: they decide what is shown, how fast, where things lie and when to give
@@ -843,11 +843,14 @@ class Meter:
 def describe_step(line, steps, batch_size):
     """The printed line of some training steps."""
     floor = f", floor {line['floor_loss']:.3f}" if line["floor_loss"] > SHOWN_FLOOR else ""
-    left = (steps - line["step"]) * batch_size / line["pairs_per_s"] if line["pairs_per_s"] else 0
+    speed = ""  # of the first step, which warms things up, nothing is known
+    if line["pairs_per_s"]:
+        left = (steps - line["step"]) * batch_size / line["pairs_per_s"]
+        speed = f"   {line['pairs_per_s']:,.0f} pairs/s   data {line['data_share']:.0%}"
+        speed += f"   {left // 60:.0f}:{left % 60:02.0f} left"
     return (
         f"step {line['step']:>6,}/{steps:,}   loss {line['loss']:.3f} (chance {line['chance_loss']:.3f}{floor})   "
-        f"acc {line['in_batch_acc']:.1%}   scale {math.exp(line['logit_scale']):.1f}   lr {line['lr']:.1e}   "
-        f"{line['pairs_per_s']:,.0f} pairs/s   data {line['data_share']:.0%}   {left // 60:.0f}:{left % 60:02.0f} left"
+        f"acc {line['in_batch_acc']:.1%}   scale {math.exp(line['logit_scale']):.1f}   lr {line['lr']:.1e}{speed}"
         + (f"   {line['bad_steps']} steps skipped" if line["bad_steps"] else "")
     )
 
@@ -1198,7 +1201,8 @@ def take_step(run, batch, first):
         run.meter.add(values, first)
         state["bad_steps_in_a_row"] = 0
     state["step"] += 1
-    if (state["step"] % config.log_every == 0 or state["step"] == run.steps) and run.meter.count:
+    due = state["step"] in (1, run.steps) or state["step"] % config.log_every == 0
+    if due and run.meter.count:
         line = {"step": state["step"], **run.meter.read(), "logit_scale": run.model.logit_scale.item(), "lr": lr}
         line["bad_steps"] = state["bad_steps"]
         run.log(line)

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -521,6 +522,34 @@ def test_float32_products_are_rounded_only_while_training_in_bf16_on_cuda(run, m
     run(steps=1, precision="bf16")
     assert asked == [(cpu, "bf16"), (cpu, "fp32")], "the run, and the evaluation in it"
     assert set(seen) == {"high", (True, "high"), (False, "highest")} and now() == "highest"
+
+
+def test_the_first_step_has_a_line_of_its_own_without_a_rate(run, capsys):
+    """Its loss is near chance if all is well; its time says nothing. The next line covers the steps after it."""
+    metrics, out = run(steps=6, log_every=4)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert [line.split()[1] for line in lines] == ["1/6", "4/6", "6/6"]
+    assert "pairs/s" not in lines[0] and all("pairs/s   data " in line and " left" in line for line in lines[1:])
+    logged = [line["loss"] for line in log_of(out) if "loss" in line]
+    _, every = run("every", steps=6, log_every=1)
+    losses = [line["loss"] for line in log_of(every) if "loss" in line]
+    assert logged == pytest.approx([losses[0], sum(losses[1:4]) / 3, sum(losses[4:]) / 2], abs=1e-6)
+
+
+def test_data_share_is_the_share_of_the_time_spent_waiting(run, monkeypatch):
+    """A slow loader shows as waiting, a slow step does not."""
+    read, step = train.TrainingPairs.__getitem__, train.train_step
+
+    def share(name):
+        _, out = run(name, steps=9, log_every=9, eval_every=9, batch_size=4)
+        return json.loads((out / "metrics.jsonl").read_text().splitlines()[1])["data_share"]
+
+    monkeypatch.setattr(train.TrainingPairs, "__getitem__", lambda *a: (time.sleep(0.1), read(*a))[1])
+    monkeypatch.setattr(train, "train_step", lambda *a: (time.sleep(0.02), step(*a))[1])
+    assert 0.6 < share("slow loader") < 1
+    monkeypatch.setattr(train.TrainingPairs, "__getitem__", read)
+    monkeypatch.setattr(train, "train_step", lambda *a: (time.sleep(0.3), step(*a))[1])
+    assert share("slow step") < 0.2
 
 
 def test_fails_like_names_the_mistake():
