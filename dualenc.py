@@ -27,6 +27,7 @@ Sources    Radford et al. 2021, "Learning Transferable Visual Models From Natura
 from __future__ import annotations
 
 import argparse
+import array
 import ast
 import copy
 import csv
@@ -34,6 +35,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -42,6 +44,7 @@ import random
 import re
 import struct
 import sys
+import tarfile
 import time
 import typing
 import warnings
@@ -3018,7 +3021,7 @@ def load_pairs(
 
     spec          "shapes"; a torchvision set such as "cifar10"; a folder with a subfolder a class; a folder of pictures
                   with .txt files of the same name; a .csv, .tsv or .jsonl caption file; "coco:captions.json" or
-                  "flickr:captions.txt"
+                  "flickr:captions.txt"; tar shards, as in "shards-{0000..0099}.tar"
     split         "train", "val" or "test". The data's own where it has one (its test part serves as val if it has no
                   val part); else val and test are the val_fraction of the pictures whose names hash lowest, and train
                   is the rest
@@ -3045,10 +3048,12 @@ def load_pairs(
         pairs, own = folder_pairs(path, split, templates)
     elif path.suffix.lower() in CAPTION_SUFFIXES:
         pairs, own = caption_file_pairs(path, allow_outside), False
+    elif path.suffix.lower() == ".tar" or re.match("(pipe|https?|s3|gs):", spec):
+        pairs, own = shard_pairs(spec), False
     else:
         raise ValueError(
             f"unknown data {spec!r}: neither a folder or caption file ({', '.join(sorted(CAPTION_SUFFIXES))}) here, "
-            f"nor a data set; {nearest(spec, ['shapes', *TORCHVISION_SETS])}"
+            f"nor .tar shards, nor a data set; {nearest(spec, ['shapes', *TORCHVISION_SETS])}"
         )
     return pairs if own else pairs.select(hashed_split(pairs.names, split, val_fraction))
 
@@ -3328,6 +3333,127 @@ def flickr_rows(path):
         if number == 1 and Path(match["image"]).suffix.lower() not in PICTURE_SUFFIXES:
             continue  # a header
         yield number, match["image"], match["caption"].strip('"')
+
+
+def shard_pairs(spec):
+    """Tar shards in webdataset's layout: members key.jpg (or .png, ...) with key.txt, or key.json with a caption field.
+
+    Each shard is gone through once, for headers and captions; pictures are read later, one seek each. So shards behave
+    as files do: every picture is seen once an epoch in an order drawn anew, by however many workers and processes.
+
+    spec    paths with {0000..0099} or {a,b} in them
+    raises  ValueError naming shard and sample for shards that are missing, cut short or no tar files, for a sample
+            without picture or caption, and for a key that comes twice
+    """
+    if ":" in spec[2:]:
+        raise ValueError(f"shards are read from disk, so fetch {spec} first, and name the files")
+    paths = expand_braces(spec)
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(paths)} shards are missing: {', '.join(missing[:5])}")
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"{spec} names a shard twice")
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    names, captions, places = [], [], array.array("q")  # numbers only: millions of pictures are many
+    for number, path in enumerate(paths):
+        shard = Path(os.path.relpath(path, root)).as_posix()
+        for key, (offset, size, several) in shard_samples(path).items():
+            names.append(f"{shard}/{key}")
+            captions.append(several)
+            places.extend((number, offset, size))
+    if not names:
+        raise ValueError(f"{spec} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
+    return Pairs(names, ShardPictures(paths, np.array(places).reshape(-1, 3)), captions)
+
+
+def expand_braces(spec):
+    """Every spec that {first..last} and {one,other} stand for: "a{08..10}" is a08, a09 and a10."""
+    braces = re.search(r"\{([^{}]*)\}", spec)
+    if not braces:
+        return [spec]
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
+    words = braces[1].split(",")
+    if numbers:
+        words = [str(n).zfill(len(numbers[1])) for n in range(int(numbers[1]), int(numbers[2]) + 1)]
+    if not words or (len(words) == 1 and not numbers):
+        raise ValueError(f"{braces[0]} in {spec} names no shards; expected {{0000..0099}} or {{a,b}}")
+    return [path for word in words for path in expand_braces(spec[: braces.start()] + word + spec[braces.end() :])]
+
+
+def shard_samples(path):
+    """{key: (offset, size of its picture, captions)} of a tar shard, in the order of the pictures."""
+    pictures, captions, from_json = {}, {}, {}
+    with blamed_on(path), open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            tar.members = []  # or they would all be kept
+            folder, _, name = member.name.removeprefix("./").rpartition("/")
+            stem, _, extension = name.partition(".")
+            key, extension = f"{folder}/{stem}".removeprefix("/"), f".{extension.lower()}"
+            if not (member.isfile() and stem):
+                continue
+            found = pictures if extension in PICTURE_SUFFIXES else {".txt": captions, ".json": from_json}.get(extension)
+            if found is None:
+                continue
+            if key in found:
+                raise ValueError(f"sample {key} comes twice: {member.name}")
+            if found is pictures:
+                pictures[key] = (member.offset_data, member.size)
+            else:
+                file.seek(member.offset_data)  # tarfile's own way takes as long as all the rest
+                content = file.read(member.size)
+                with blamed_on(member.name):
+                    found[key] = member_captions(content, extension)
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+            raise ValueError(f"cut short or damaged at byte {tar.offset:,}, after {len(pictures):,} pictures")
+        captions = {**from_json, **captions}
+        for key in {**pictures, **captions}:
+            if key not in pictures:
+                raise ValueError(f"sample {key} has no picture ({', '.join(sorted(PICTURE_SUFFIXES))})")
+            if not captions.get(key):
+                raise ValueError(
+                    f"sample {key} has no caption: neither lines in {key}.txt nor {', '.join(CAPTION_COLUMNS)} in "
+                    f"{key}.json"
+                )
+    return {key: (*place, captions[key]) for key, place in pictures.items()}
+
+
+def member_captions(content, extension):
+    """The captions in a .txt or .json member of a shard, each once."""
+    text = content.decode("utf-8-sig")
+    lines = re.split(r"[\r\n]+", text)
+    if extension == ".json":
+        values = json.loads(text)
+        lines = next((values[name] for name in CAPTION_COLUMNS if values.get(name)), [])
+        lines = [lines] if isinstance(lines, str) else lines
+        for line in lines:
+            line.encode()  # json can hold half a character, which is no text
+    return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+
+
+class ShardPictures(Sequence):
+    """Pictures inside tar shards, read when asked for.
+
+    paths   the shards
+    places  (I, 3): shard number, offset and size in bytes of each picture
+    """
+
+    scale_of = None  # see open_picture and sized_for
+
+    def __init__(self, paths, places):
+        self.paths, self.places = paths, places
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, i):
+        shard, offset, size = self.places[i].tolist()
+        # Opened for each picture, which takes microseconds: no handles to share between processes, or to run out of.
+        with blamed_on(f"{self.paths[shard]} at byte {offset:,}", "cannot read picture"):
+            with open(self.paths[shard], "rb") as file:
+                file.seek(offset)
+                content = file.read(size)
+            return decode_picture(io.BytesIO(content), self.scale_of)
 
 
 COLOURS = {

@@ -222,7 +222,8 @@ def by_length(processor, captions, batch_size):
 def store_home(spec, ending, data_root="data"):
     """Where rows made from the pictures of a data spec lie: beside its folder or file, else below data_root; hidden."""
     path = Path(spec.partition(":")[2] or spec)
-    beside = Path(os.path.abspath(path)) if path.exists() else Path(data_root) / spec
+    on_disk = path.exists() or path.suffix.lower() == ".tar"  # with braces, of several shards
+    beside = Path(os.path.abspath(path)) if on_disk else Path(data_root) / spec
     return beside.with_name(f".{beside.name}.{ending}")
 
 
@@ -257,10 +258,12 @@ def stamp(name, path):
 
 
 def picture_paths(pictures):
-    """The files of a sequence of pictures; none if they are not files."""
+    """The file of each picture of a sequence, or the shard it lies in; none if they are not files."""
     if isinstance(pictures, dualenc.Selected):
         paths = picture_paths(pictures.items)
         return [paths[i] for i in pictures.indices] if paths else []
+    if isinstance(pictures, dualenc.ShardPictures):
+        return [pictures.paths[shard] for shard in pictures.places[:, 0]]
     return pictures.paths if isinstance(pictures, dualenc.PictureFiles) else []
 
 
