@@ -27,12 +27,15 @@ Sources    Radford et al. 2021, "Learning Transferable Visual Models From Natura
 from __future__ import annotations
 
 import argparse
+import array
 import ast
+import copy
 import csv
 import dataclasses
 import difflib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -41,6 +44,7 @@ import random
 import re
 import struct
 import sys
+import tarfile
 import time
 import typing
 import warnings
@@ -1011,6 +1015,7 @@ def as_pair(size):
 
 # Pillow's numbers, which preprocessor_config.json uses.
 INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+DECODE_SHIFT = 0.1  # final pixels; with it pixels differ from those of a full decode by less than a level of 255
 
 
 @dataclass(frozen=True)
@@ -1051,14 +1056,37 @@ class ImageTransform:
         """(3, height, width) to (3, S, S), same dtype."""
         if isinstance(self.resize, int) and self.crop is not None:
             image = shorten_strip(image)
-        height, width = image.shape[-2:]
+        before, size = tuple(image.shape[-2:]), self.resized(*image.shape[-2:])
+        if size != before:
+            image = pixels.resize(image, list(size), InterpolationMode(self.interpolation), antialias=True)
+        return image if self.crop is None else centre_crop(image, self.crop)
+
+    def resized(self, height, width):
+        """The (height, width) that a picture of this size has before it is cropped."""
         size = self.resize or (height, width)
         if isinstance(size, int):
             other = int(size * max(height, width) / min(height, width))
             size = (other, size) if height > width else (size, other)
-        if size != (height, width):
-            image = pixels.resize(image, list(size), InterpolationMode(self.interpolation), antialias=True)
-        return image if self.crop is None else centre_crop(image, self.crop)
+        return size
+
+    def decode_scale(self, size, smallest_share=1.0):
+        """The largest of 8, 4, 2 and 1 by which a picture of this (width, height) may shrink before it gets here.
+
+        Twice the pixels that resizing leaves remain, so its filter still does the smoothing; the size it comes to stays
+        the same; and as a shrunk side is rounded up, the far edge may move by DECODE_SHIFT of a final pixel.
+
+        smallest_share  of the picture's area that a crop in between keeps
+        """
+        if self.resize is None:
+            return 1
+        needed = max(as_pair(self.resize)) / math.sqrt(smallest_share)
+        for scale in (8, 4, 2):
+            shrunk = [-(-side // scale) for side in size]
+            enlarged = max(scale * new - side for new, side in zip(shrunk, size))
+            fits = min(size) >= 2 * scale * needed and enlarged * needed <= DECODE_SHIFT * min(size)
+            if fits and self.resized(*shrunk) == self.resized(*size):
+                return scale
+        return 1
 
     def normalize(self, image):
         """(..., 3, S, S) uint8, or float from 0 to 1, to normalised float32."""
@@ -1231,15 +1259,28 @@ def flatten_picture(picture):
     return picture if picture.mode == "L" else picture.convert("RGB")
 
 
-def open_picture(path):
-    """Read a picture file, turned upright; raises ValueError naming a file that is missing or not a picture."""
+def open_picture(path, scale_of=None):
+    """Read a picture file, turned upright; raises ValueError naming a file that is missing or not a picture.
+
+    scale_of  function of (width, height), as decode_scale is: a JPEG is decoded that many times smaller, which is much
+              faster; other formats are read whole
+    """
     with blamed_on(path, "cannot read picture"):
         if not os.path.isfile(path):  # a pipe would be waited for
             raise ValueError("no such file")
-        with Image.open(path) as picture:
-            if picture.format == "EPS":  # a program; Pillow would have Ghostscript run it
-                raise ValueError("PostScript is not read")
-            return flatten_picture(ImageOps.exif_transpose(picture))
+        return decode_picture(path, scale_of)
+
+
+def decode_picture(file, scale_of=None):
+    """The PIL picture in a file, given by its path or opened, upright and in mode RGB or L; see open_picture."""
+    with Image.open(file) as picture:
+        if picture.format == "EPS":  # a program; Pillow would have Ghostscript run it
+            raise ValueError("PostScript is not read")
+        if scale_of:
+            scale = scale_of(picture.size)
+            if scale > 1:
+                picture.draft(None, [side // scale for side in picture.size])
+        return flatten_picture(ImageOps.exif_transpose(picture))
 
 
 @contextmanager
@@ -1375,7 +1416,8 @@ def train_tokenizer(captions, vocab_size, max_length=None):
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     # The trainer numbers the pieces inside words in the random order of a hash table, and breaks ties by number. Named
     # beforehand, they make the vocabulary the same every time.
-    words = (pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(caption)) for caption in captions)
+    between_spaces = {part for caption in captions for part in caption.split(" ")}
+    words = (pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(part)) for part in between_spaces)
     inner = sorted({"##" + character for pairs in words for word, _ in pairs for character in word[1:]})
     learner = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
     learner.normalizer, learner.pre_tokenizer = normalizer, pre_tokenizer
@@ -2909,6 +2951,8 @@ class Selected(Sequence):
 class PictureFiles(Sequence):
     """Picture files, opened when asked for; rows and source say where each was named, for messages."""
 
+    scale_of = None  # see open_picture and sized_for
+
     def __init__(self, paths, rows=None, source=""):
         self.paths, self.rows, self.source = paths, rows, source
 
@@ -2917,9 +2961,22 @@ class PictureFiles(Sequence):
 
     def __getitem__(self, i):
         try:
-            return open_picture(self.paths[i])
+            return open_picture(self.paths[i], self.scale_of)
         except ValueError as error:
             raise ValueError(f"{self.source}{self.rows[i]}: {error}" if self.rows else str(error)) from error
+
+
+def sized_for(transform, pictures, smallest_share=1.0):
+    """The same pictures for this ImageTransform's use alone: large JPEGs decoded no larger than it takes.
+
+    smallest_share  of a picture's area that a crop before the transform keeps
+    """
+    if isinstance(pictures, Selected):
+        return Selected(sized_for(transform, pictures.items, smallest_share), pictures.indices)
+    if hasattr(pictures, "scale_of"):
+        pictures = copy.copy(pictures)
+        pictures.scale_of = functools.partial(transform.decode_scale, smallest_share=smallest_share)
+    return pictures
 
 
 class Readable(torch.utils.data.Dataset):
@@ -2964,7 +3021,7 @@ def load_pairs(
 
     spec          "shapes"; a torchvision set such as "cifar10"; a folder with a subfolder a class; a folder of pictures
                   with .txt files of the same name; a .csv, .tsv or .jsonl caption file; "coco:captions.json" or
-                  "flickr:captions.txt"
+                  "flickr:captions.txt"; tar shards, as in "shards-{0000..0099}.tar"
     split         "train", "val" or "test". The data's own where it has one (its test part serves as val if it has no
                   val part); else val and test are the val_fraction of the pictures whose names hash lowest, and train
                   is the rest
@@ -2991,10 +3048,12 @@ def load_pairs(
         pairs, own = folder_pairs(path, split, templates)
     elif path.suffix.lower() in CAPTION_SUFFIXES:
         pairs, own = caption_file_pairs(path, allow_outside), False
+    elif path.suffix.lower() == ".tar" or re.match("(pipe|https?|s3|gs):", spec):
+        pairs, own = shard_pairs(spec), False
     else:
         raise ValueError(
             f"unknown data {spec!r}: neither a folder or caption file ({', '.join(sorted(CAPTION_SUFFIXES))}) here, "
-            f"nor a data set; {nearest(spec, ['shapes', *TORCHVISION_SETS])}"
+            f"nor .tar shards, nor a data set; {nearest(spec, ['shapes', *TORCHVISION_SETS])}"
         )
     return pairs if own else pairs.select(hashed_split(pairs.names, split, val_fraction))
 
@@ -3274,6 +3333,127 @@ def flickr_rows(path):
         if number == 1 and Path(match["image"]).suffix.lower() not in PICTURE_SUFFIXES:
             continue  # a header
         yield number, match["image"], match["caption"].strip('"')
+
+
+def shard_pairs(spec):
+    """Tar shards in webdataset's layout: members key.jpg (or .png, ...) with key.txt, or key.json with a caption field.
+
+    Each shard is gone through once, for headers and captions; pictures are read later, one seek each. So shards behave
+    as files do: every picture is seen once an epoch in an order drawn anew, by however many workers and processes.
+
+    spec    paths with {0000..0099} or {a,b} in them
+    raises  ValueError naming shard and sample for shards that are missing, cut short or no tar files, for a sample
+            without picture or caption, and for a key that comes twice
+    """
+    if ":" in spec[2:]:
+        raise ValueError(f"shards are read from disk, so fetch {spec} first, and name the files")
+    paths = expand_braces(spec)
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(paths)} shards are missing: {', '.join(missing[:5])}")
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"{spec} names a shard twice")
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    names, captions, places = [], [], array.array("q")  # numbers only: millions of pictures are many
+    for number, path in enumerate(paths):
+        shard = Path(os.path.relpath(path, root)).as_posix()
+        for key, (offset, size, several) in shard_samples(path).items():
+            names.append(f"{shard}/{key}")
+            captions.append(several)
+            places.extend((number, offset, size))
+    if not names:
+        raise ValueError(f"{spec} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
+    return Pairs(names, ShardPictures(paths, np.array(places).reshape(-1, 3)), captions)
+
+
+def expand_braces(spec):
+    """Every spec that {first..last} and {one,other} stand for: "a{08..10}" is a08, a09 and a10."""
+    braces = re.search(r"\{([^{}]*)\}", spec)
+    if not braces:
+        return [spec]
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
+    words = braces[1].split(",")
+    if numbers:
+        words = [str(n).zfill(len(numbers[1])) for n in range(int(numbers[1]), int(numbers[2]) + 1)]
+    if not words or (len(words) == 1 and not numbers):
+        raise ValueError(f"{braces[0]} in {spec} names no shards; expected {{0000..0099}} or {{a,b}}")
+    return [path for word in words for path in expand_braces(spec[: braces.start()] + word + spec[braces.end() :])]
+
+
+def shard_samples(path):
+    """{key: (offset, size of its picture, captions)} of a tar shard, in the order of the pictures."""
+    pictures, captions, from_json = {}, {}, {}
+    with blamed_on(path), open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            tar.members = []  # or they would all be kept
+            folder, _, name = member.name.removeprefix("./").rpartition("/")
+            stem, _, extension = name.partition(".")
+            key, extension = f"{folder}/{stem}".removeprefix("/"), f".{extension.lower()}"
+            if not (member.isfile() and stem):
+                continue
+            found = pictures if extension in PICTURE_SUFFIXES else {".txt": captions, ".json": from_json}.get(extension)
+            if found is None:
+                continue
+            if key in found:
+                raise ValueError(f"sample {key} comes twice: {member.name}")
+            if found is pictures:
+                pictures[key] = (member.offset_data, member.size)
+            else:
+                file.seek(member.offset_data)  # tarfile's own way takes as long as all the rest
+                content = file.read(member.size)
+                with blamed_on(member.name):
+                    found[key] = member_captions(content, extension)
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+            raise ValueError(f"cut short or damaged at byte {tar.offset:,}, after {len(pictures):,} pictures")
+        captions = {**from_json, **captions}
+        for key in {**pictures, **captions}:
+            if key not in pictures:
+                raise ValueError(f"sample {key} has no picture ({', '.join(sorted(PICTURE_SUFFIXES))})")
+            if not captions.get(key):
+                raise ValueError(
+                    f"sample {key} has no caption: neither lines in {key}.txt nor {', '.join(CAPTION_COLUMNS)} in "
+                    f"{key}.json"
+                )
+    return {key: (*place, captions[key]) for key, place in pictures.items()}
+
+
+def member_captions(content, extension):
+    """The captions in a .txt or .json member of a shard, each once."""
+    text = content.decode("utf-8-sig")
+    lines = re.split(r"[\r\n]+", text)
+    if extension == ".json":
+        values = json.loads(text)
+        lines = next((values[name] for name in CAPTION_COLUMNS if values.get(name)), [])
+        lines = [lines] if isinstance(lines, str) else lines
+        for line in lines:
+            line.encode()  # json can hold half a character, which is no text
+    return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+
+
+class ShardPictures(Sequence):
+    """Pictures inside tar shards, read when asked for.
+
+    paths   the shards
+    places  (I, 3): shard number, offset and size in bytes of each picture
+    """
+
+    scale_of = None  # see open_picture and sized_for
+
+    def __init__(self, paths, places):
+        self.paths, self.places = paths, places
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, i):
+        shard, offset, size = self.places[i].tolist()
+        # Opened for each picture, which takes microseconds: no handles to share between processes, or to run out of.
+        with blamed_on(f"{self.paths[shard]} at byte {offset:,}", "cannot read picture"):
+            with open(self.paths[shard], "rb") as file:
+                file.seek(offset)
+                content = file.read(size)
+            return decode_picture(io.BytesIO(content), self.scale_of)
 
 
 COLOURS = {
@@ -3568,6 +3748,20 @@ def pick_precision(name, device):
 def autocast(device, precision):
     """The context in which towers run: bf16 autocast, or nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextmanager
+def float32_products(device, precision):
+    """Inside, CUDA may multiply what bf16 leaves in float32, the loss above all, in TF32: three digits, much faster.
+
+    With precision "fp32", and always for measuring, where three digits would decide ranks by rounding, it may not.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" and precision == "bf16" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def run_script(main):

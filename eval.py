@@ -98,7 +98,7 @@ class ReadyPictures(torch.utils.data.Dataset):
     """
 
     def __init__(self, pictures, transform):
-        self.pictures, self.transform = pictures, transform
+        self.pictures, self.transform = dualenc.sized_for(transform, pictures), transform
 
     def __len__(self):
         return len(self.pictures)
@@ -170,11 +170,12 @@ def run_batches(model, encode, pictures, batches, precision, workers):
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=stack_pictures,
+        pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # measuring leaves the global generator alone
     )
     for images, errors in progress(loader, "pictures"):
         with dualenc.autocast(device, precision):
-            rows = encode(transform.normalize(images.to(device))).float().cpu()
+            rows = encode(transform.normalize(images.to(device, non_blocking=True))).float().cpu()
         yield rows, errors
 
 
@@ -193,11 +194,12 @@ def embed_captions(model, captions, precision="fp32", batch_size=EVAL_BATCH):
     """N captions to (N, E) unit-norm float32 rows on the CPU, through the model's own processor.
 
     Equal captions are embedded once: in batches padded to other lengths they would come out a little different, and
-    a tie between them would be decided by rounding.
+    a tie between them would be decided by rounding. A batch holds captions of about the same length, so that little of
+    it is padding.
     """
     device, rows = model.logit_scale.device, []
-    row_of = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
-    distinct = list(row_of)
+    distinct = by_length(model.processor, list(dict.fromkeys(captions)), batch_size)
+    row_of = {caption: row for row, caption in enumerate(distinct)}
     mine = own_numbers(len(distinct), batch_size)
     for start in progress((mine or range(1))[::batch_size], "captions"):
         inputs = model.processor(text=distinct[start : start + batch_size])
@@ -207,13 +209,21 @@ def embed_captions(model, captions, precision="fp32", batch_size=EVAL_BATCH):
     return embeds[torch.tensor([row_of[caption] for caption in captions])]
 
 
+def by_length(processor, captions, batch_size):
+    """The captions, those of the fewest tokens first."""
+    batches = (captions[start : start + batch_size] for start in range(0, len(captions), batch_size))
+    lengths = [n for batch in batches for n in processor(text=batch)["attention_mask"].sum(dim=1).tolist()]
+    return [captions[i] for i in sorted(range(len(captions)), key=lengths.__getitem__)]
+
+
 # ---- Rows kept on disk: of a search index, of a locked tower
 
 
 def store_home(spec, ending, data_root="data"):
     """Where rows made from the pictures of a data spec lie: beside its folder or file, else below data_root; hidden."""
     path = Path(spec.partition(":")[2] or spec)
-    beside = Path(os.path.abspath(path)) if path.exists() else Path(data_root) / spec
+    on_disk = path.exists() or path.suffix.lower() == ".tar"  # with braces, of several shards
+    beside = Path(os.path.abspath(path)) if on_disk else Path(data_root) / spec
     return beside.with_name(f".{beside.name}.{ending}")
 
 
@@ -248,10 +258,12 @@ def stamp(name, path):
 
 
 def picture_paths(pictures):
-    """The files of a sequence of pictures; none if they are not files."""
+    """The file of each picture of a sequence, or the shard it lies in; none if they are not files."""
     if isinstance(pictures, dualenc.Selected):
         paths = picture_paths(pictures.items)
         return [paths[i] for i in pictures.indices] if paths else []
+    if isinstance(pictures, dualenc.ShardPictures):
+        return [pictures.paths[shard] for shard in pictures.places[:, 0]]
     return pictures.paths if isinstance(pictures, dualenc.PictureFiles) else []
 
 
@@ -1129,7 +1141,7 @@ def search_task(subject):
     embeds, n_indexed, unreadable = open_index(subject)
     opened = time.perf_counter()
     if Path(gallery.query).suffix.lower() in dualenc.PICTURE_SUFFIXES:
-        query = subject.embed_pictures([dualenc.open_picture(gallery.query)])
+        query = subject.embed_pictures(dualenc.PictureFiles([gallery.query]))
     else:
         query = subject.embed_captions([gallery.query])
     scores, rows = (embeds @ query[0]).topk(min(gallery.top, len(embeds)))
@@ -1646,7 +1658,8 @@ def measure(subject, tasks):
     was_training = subject.model.training
     subject.model.eval()
     try:
-        return {name: TASKS[name].measure(subject) for name in tasks}
+        with dualenc.float32_products(subject.model.logit_scale.device, "fp32"):
+            return {name: TASKS[name].measure(subject) for name in tasks}
     finally:
         subject.model.train(was_training)
 

@@ -148,7 +148,7 @@ class TrainConfig:
     resume: str = knob("", "run folder to go on with", "output")
     overwrite: bool = knob(False, "replace a run folder that is already there", "output")
     eval_every: int = knob(0, "steps between evaluations; 0 for about five in all", "output")
-    log_every: int = knob(50, "steps between printed lines", "output")
+    log_every: int = knob(50, "steps between printed lines; the first step has one too", "output")
 
 
 # Flags that may change when a run is resumed: they decide what is shown, how fast, where things lie and when to give
@@ -171,11 +171,12 @@ class TrainingPairs(torch.utils.data.Dataset):
 
     def __init__(self, pairs, transform, config):
         self.pairs, self.transform, self.config = pairs, transform, config
+        self.pictures = dualenc.sized_for(transform, pairs.pictures, config.crop_scale)
 
     def __getitem__(self, key):
         i, rng = key[1], draws(self.config.seed, key)
         try:
-            picture, captions = self.pairs[i]
+            picture, captions = self.pictures[i], self.pairs.captions[i]
         except ValueError as error:
             return None, str(error), i
         image = dualenc.to_pixels(picture, self.transform.channels)
@@ -842,11 +843,14 @@ class Meter:
 def describe_step(line, steps, batch_size):
     """The printed line of some training steps."""
     floor = f", floor {line['floor_loss']:.3f}" if line["floor_loss"] > SHOWN_FLOOR else ""
-    left = (steps - line["step"]) * batch_size / line["pairs_per_s"] if line["pairs_per_s"] else 0
+    speed = ""  # of the first step, which warms things up, nothing is known
+    if line["pairs_per_s"]:
+        left = (steps - line["step"]) * batch_size / line["pairs_per_s"]
+        speed = f"   {line['pairs_per_s']:,.0f} pairs/s   data {line['data_share']:.0%}"
+        speed += f"   {left // 60:.0f}:{left % 60:02.0f} left"
     return (
         f"step {line['step']:>6,}/{steps:,}   loss {line['loss']:.3f} (chance {line['chance_loss']:.3f}{floor})   "
-        f"acc {line['in_batch_acc']:.1%}   scale {math.exp(line['logit_scale']):.1f}   lr {line['lr']:.1e}   "
-        f"{line['pairs_per_s']:,.0f} pairs/s   data {line['data_share']:.0%}   {left // 60:.0f}:{left % 60:02.0f} left"
+        f"acc {line['in_batch_acc']:.1%}   scale {math.exp(line['logit_scale']):.1f}   lr {line['lr']:.1e}{speed}"
         + (f"   {line['bad_steps']} steps skipped" if line["bad_steps"] else "")
     )
 
@@ -1197,7 +1201,8 @@ def take_step(run, batch, first):
         run.meter.add(values, first)
         state["bad_steps_in_a_row"] = 0
     state["step"] += 1
-    if (state["step"] % config.log_every == 0 or state["step"] == run.steps) and run.meter.count:
+    due = state["step"] in (1, run.steps) or state["step"] % config.log_every == 0
+    if due and run.meter.count:
         line = {"step": state["step"], **run.meter.read(), "logit_scale": run.model.logit_scale.item(), "lr": lr}
         line["bad_steps"] = state["bad_steps"]
         run.log(line)
@@ -1284,7 +1289,8 @@ def train_by_flags(argv):
     )
     if config.cache_features:
         run.cache = cache_features(run)
-    signalled, fault = train(run)
+    with dualenc.float32_products(device, precision):
+        signalled, fault = train(run)
     if fault or state["step"] < steps:
         stop_early(run, signalled, fault)
     if lock:

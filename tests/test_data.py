@@ -1,6 +1,7 @@
 """Claims about data specs: what is read, how it is split, and what a user is told about mistakes."""
 
 import csv
+import dataclasses
 import json
 from collections import Counter
 
@@ -10,6 +11,8 @@ import torch
 from PIL import Image
 
 import dualenc
+import eval as evaluation
+import train
 
 
 def save_picture(path, colour="red", size=(8, 8)):
@@ -332,3 +335,108 @@ def test_a_picture_does_not_give_the_wording_of_its_caption_away():
     assert 0.4 < as_drawn.mean() < 0.6
     correlations = torch.corrcoef(torch.cat([as_drawn[None], backgrounds.T]))[0, 1:]
     assert correlations.abs().max() < 0.2, f"red, green and blue of the background: {correlations.tolist()}"
+
+
+# ---- Large JPEGs ----------------------------------------------------------------------------------------------------
+
+
+def photo(size, seed=0):
+    """What photographs have: soft colour at several scales, hard edges, and noise in every pixel."""
+    rng, (width, height) = np.random.default_rng(seed), size
+    values = np.zeros((height, width, 3), dtype=np.float32)
+    for cells, contrast in ((4, 60), (30, 20), (200, 10)):
+        soft = rng.normal(128 / 3, contrast, (cells, cells, 3)).clip(0, 255).astype(np.uint8)
+        values += np.asarray(Image.fromarray(soft).resize(size, Image.Resampling.BICUBIC))
+    for _ in range(12):
+        x, y, side = rng.integers(width), rng.integers(height), rng.integers(5, height // 4)
+        values[y : y + side, x : x + 2 * side] = rng.integers(0, 256, 3)
+    return Image.fromarray((values + rng.normal(0, 6, (height, width, 1))).clip(0, 255).astype(np.uint8))
+
+
+def square(side):
+    return dualenc.ImageTransform(resize=side, crop=(side, side))
+
+
+@pytest.mark.parametrize(
+    ("size", "transform", "scale"),
+    [
+        ((1600, 1200), square(64), 8),
+        ((1600, 1200), square(224), 2),
+        ((1200, 1600), dualenc.ImageTransform(resize=(96, 64), crop=None, interpolation="bilinear"), 4),
+        ((1603, 1197), square(32), 4),
+        ((1603, 1197), square(100), 2),
+    ],
+)
+def test_large_jpegs_decoded_smaller_come_to_the_same_pixels(size, transform, scale, tmp_path):
+    """By less than one level of 255 on average; bicubic and bilinear, both good filters, differ by more."""
+    photo(size).save(tmp_path / "a.jpg", quality=90)
+    assert transform.decode_scale(size) == scale
+    files = dualenc.PictureFiles([tmp_path / "a.jpg"])
+    small = dualenc.sized_for(transform, files)[0]
+    assert small.size == tuple(-(-side // scale) for side in size) and files[0].size == size
+    full, reduced = (transform.resize_and_crop(dualenc.to_pixels(p)).float() for p in (files[0], small))
+    assert 0 < (full - reduced).abs().mean() < 1
+    other = dataclasses.replace(
+        transform, interpolation={"bicubic": "bilinear"}.get(transform.interpolation, "bicubic")
+    )
+    assert (full - other.resize_and_crop(dualenc.to_pixels(files[0])).float()).abs().mean() > (
+        full - reduced
+    ).abs().mean()
+
+
+def test_a_jpeg_is_decoded_smaller_only_if_twice_the_pixels_remain_and_nothing_moves():
+    assert [square(64).decode_scale((side, side)) for side in (255, 256, 511, 512, 1023, 1024, 8000)] == [
+        *(1, 2, 1, 4, 4, 8, 8)  # 511 pixels would be stretched to 512: a seventh of a final pixel
+    ]
+    assert square(64).decode_scale((1600, 1200), smallest_share=0.25) == 4
+    assert square(64).decode_scale((1600, 1200), smallest_share=0.05) == 2, "a crop of a 20th needs more pixels"
+    assert square(64).decode_scale((1201, 1201)) == 2 and square(64).decode_scale((639, 639)) == 1
+    assert dualenc.ImageTransform(resize=None, crop=(64, 64)).decode_scale((8000, 8000)) == 1
+    # 64 * 649 / 640 is 64.9 and 64 * 325 / 320 is 65: with another width the crop would lie elsewhere.
+    assert square(64).resized(640, 649) == (64, 64) != square(64).resized(320, 325)
+    assert square(64).decode_scale((649, 640)) == 1 and square(64).decode_scale((648, 640)) == 4
+
+
+def test_small_pictures_and_other_formats_are_read_to_the_bit(tmp_path):
+    photo((250, 254)).save(tmp_path / "a.jpg")
+    photo((640, 640)).save(tmp_path / "b.png")
+    files = dualenc.PictureFiles([tmp_path / "a.jpg", tmp_path / "b.png"])
+    for full, sized in zip(files, dualenc.sized_for(square(64), files)):
+        assert np.array_equal(np.asarray(full), np.asarray(sized))
+    assert dualenc.sized_for(square(64), [1, 2]) == [1, 2], "other pictures are left alone"
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L", "RGB"])
+def test_jpegs_decoded_smaller_keep_colour_and_are_turned_upright(mode, tmp_path):
+    picture = Image.new("RGB", (800, 640), (200, 40, 40))
+    picture.paste((40, 40, 200), (0, 320, 800, 640))  # red above blue
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its left side
+    picture.transpose(Image.Transpose.ROTATE_90).convert(mode).save(tmp_path / "a.jpg", quality=95, exif=exif)
+    files = dualenc.PictureFiles([tmp_path / "a.jpg"])
+    full, small = files[0], dualenc.sized_for(square(64), files)[0]
+    assert full.size == (800, 640) and small.size == (200, 160) and small.mode == full.mode
+    assert (np.asarray(full.resize(small.size)).astype(int) - np.asarray(small)).mean() == pytest.approx(0, abs=2)
+    upper, lower = small.getpixel((100, 40)), small.getpixel((100, 120))
+    assert upper != lower and (mode == "L" or (upper[0] > 150 and lower[2] > 150))
+
+
+def test_training_evaluation_and_search_see_the_same_pixels(tmp_path, make_model):
+    for i in range(3):
+        photo((640, 512), seed=i).save(tmp_path / f"{i}.jpg")
+        (tmp_path / f"{i}.txt").write_text(f"two dogs {i}")
+    model, pairs = make_model(), dualenc.load_pairs(tmp_path, val_fraction=0.0)
+    transform = model.processor.image_transform
+    trained = train.TrainingPairs(pairs, transform, train.TrainConfig())
+    measured = evaluation.ReadyPictures(pairs.pictures, transform)
+    cropped = train.TrainingPairs(pairs, transform, train.TrainConfig(crop_scale=0.1))
+    full = [transform.resize_and_crop(dualenc.to_pixels(picture)) for picture in pairs.pictures]
+    for i in range(3):
+        assert torch.equal(trained[0, i][0], measured[i]) and not torch.equal(measured[i], full[i])
+        assert trained.pictures[i].size == (160, 128) and cropped.pictures[i].size == (320, 256)
+    embeds = evaluation.embed_pictures(model, pairs.pictures)
+    gallery = evaluation.open_gallery(str(tmp_path), "test", "", str(tmp_path / "1.jpg"), 3)
+    found = evaluation.measure(evaluation.Subject(model, gallery), ["search"])["search"]["found"]
+    scores = (embeds @ embeds[1]).sort(descending=True)
+    assert [f["picture"] for f in found] == [pairs.names[i] for i in scores.indices.tolist()]
+    assert [f["score"] for f in found] == pytest.approx(scores.values.tolist(), abs=1e-6)

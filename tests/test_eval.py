@@ -122,6 +122,17 @@ def test_embedding_in_batches_equals_one_at_a_time(make_model, pictures):
         assert torch.allclose(got, images, atol=1e-5)
 
 
+def test_captions_of_equal_length_share_a_batch(make_model, monkeypatch):
+    """Sorted by tokens, not by characters: no batch is padded beyond what the sorted lengths ask for."""
+    model, seen = make_model(), []
+    encode_text = model.encode_text
+    monkeypatch.setattr(model, "encode_text", lambda **inputs: (seen.append(inputs), encode_text(**inputs))[1])
+    captions = ["two dogs " * n for n in (3, 1, 4, 1, 5)] + ["a small red circle left of a large blue star", "zzzzzzz"]
+    lengths = sorted(model.processor(text=c)["input_ids"].shape[1] for c in dict.fromkeys(captions))
+    evaluation.embed_captions(model, captions, batch_size=2)
+    assert [inputs["input_ids"].shape[1] for inputs in seen] == lengths[1::2]
+
+
 def test_evaluation_leaves_the_model_as_it_was(make_model, pictures):
     model = make_model("test_resnet").train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -497,6 +498,58 @@ def test_precision_follows_the_hardware(monkeypatch):
         assert dualenc.pick_precision("auto", cpu) == expected
     assert dualenc.pick_precision("fp32", cpu) == "fp32"
     assert dualenc.pick_device("cpu") == cpu
+
+
+def test_float32_products_are_rounded_only_while_training_in_bf16_on_cuda(run, monkeypatch, make_model, pictures):
+    """TF32 keeps three digits: enough beside bf16, too few for whom --precision fp32 was asked, or for ranks."""
+    cuda, cpu, now = torch.device("cuda"), torch.device("cpu"), torch.get_float32_matmul_precision
+    for device, precision, inside in ((cuda, "bf16", "high"), (cuda, "fp32", "highest"), (cpu, "bf16", "highest")):
+        with dualenc.float32_products(device, precision):
+            assert now() == inside
+    with pytest.raises(ZeroDivisionError), dualenc.float32_products(cuda, "bf16"):
+        raise ZeroDivisionError
+    assert now() == "highest"
+    asked, seen, train_step = [], [], train.train_step
+    products = dualenc.float32_products
+    monkeypatch.setattr(dualenc, "float32_products", lambda *a: (asked.append(a), products(cuda, a[1]))[1])
+    monkeypatch.setattr(train, "train_step", lambda *a: (seen.append(now()), train_step(*a))[1])
+    encode_text = dualenc.DualEncoder.encode_text
+    monkeypatch.setattr(
+        dualenc.DualEncoder,
+        "encode_text",
+        lambda self, **k: (seen.append((self.training, now())), encode_text(self, **k))[1],
+    )
+    run(steps=1, precision="bf16")
+    assert asked == [(cpu, "bf16"), (cpu, "fp32")], "the run, and the evaluation in it"
+    assert set(seen) == {"high", (True, "high"), (False, "highest")} and now() == "highest"
+
+
+def test_the_first_step_has_a_line_of_its_own_without_a_rate(run, capsys):
+    """Its loss is near chance if all is well; its time says nothing. The next line covers the steps after it."""
+    metrics, out = run(steps=6, log_every=4)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert [line.split()[1] for line in lines] == ["1/6", "4/6", "6/6"]
+    assert "pairs/s" not in lines[0] and all("pairs/s   data " in line and " left" in line for line in lines[1:])
+    logged = [line["loss"] for line in log_of(out) if "loss" in line]
+    _, every = run("every", steps=6, log_every=1)
+    losses = [line["loss"] for line in log_of(every) if "loss" in line]
+    assert logged == pytest.approx([losses[0], sum(losses[1:4]) / 3, sum(losses[4:]) / 2], abs=1e-6)
+
+
+def test_data_share_is_the_share_of_the_time_spent_waiting(run, monkeypatch):
+    """A slow loader shows as waiting, a slow step does not."""
+    read, step = train.TrainingPairs.__getitem__, train.train_step
+
+    def share(name):
+        _, out = run(name, steps=9, log_every=9, eval_every=9, batch_size=4)
+        return json.loads((out / "metrics.jsonl").read_text().splitlines()[1])["data_share"]
+
+    monkeypatch.setattr(train.TrainingPairs, "__getitem__", lambda *a: (time.sleep(0.1), read(*a))[1])
+    monkeypatch.setattr(train, "train_step", lambda *a: (time.sleep(0.02), step(*a))[1])
+    assert 0.6 < share("slow loader") < 1
+    monkeypatch.setattr(train.TrainingPairs, "__getitem__", read)
+    monkeypatch.setattr(train, "train_step", lambda *a: (time.sleep(0.3), step(*a))[1])
+    assert share("slow step") < 0.2
 
 
 def test_fails_like_names_the_mistake():
