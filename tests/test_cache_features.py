@@ -321,7 +321,7 @@ def test_the_processes_of_a_job_share_the_work_and_all_read_the_whole(tmp_path):
     makers = [1, 1, 2, 0, 2, 1, 1, 2, 2]  # of batches 01 23 4, then 56 78
     rows = [[i, maker] if maker else [0, 0] for i, maker in enumerate(makers)]
     expected = [(rows[:5], 5, {"d": "torn"}), (rows, 4, {"d": "torn"}), (rows, 0, {"d": "torn"})]
-    assert in_processes(2, tmp_path / "job", share_of_the_work, tmp_path) == [expected] * 2
+    assert in_processes(2, share_of_the_work, tmp_path) == [expected] * 2
 
 
 def fail_in_the_second(folder):
@@ -340,15 +340,15 @@ def test_a_cached_run_of_two_processes_is_the_locked_run_of_two(micro, tmp_path,
     """To the bit; and a second one, of one process, embeds nothing."""
     flags = [*captions_of(tmp_path / "data"), *TINY, *TOWERS["vit"], *micro, "--precision", "fp32", "--workers", "0"]
     cached = [*flags, "--cache-features", "--out"]
-    in_processes(2, tmp_path / "job", train_here, [*flags, "--out", tmp_path / "plain"])
-    in_processes(2, tmp_path / "other job", train_here, [*cached, tmp_path / "cached"])
+    in_processes(2, train_here, [*flags, "--out", tmp_path / "plain"])
+    in_processes(2, train_here, [*cached, tmp_path / "cached"])
     assert_same(outcome(tmp_path / "cached"), outcome(tmp_path / "plain"))
     train.main([str(flag) for flag in [*cached, tmp_path / "again"]])
     assert head_of(capsys.readouterr().out)[1:] == (0, 53)
 
 
 def test_an_error_in_one_process_of_a_job_is_raised_in_all(tmp_path):
-    one, other = in_processes(2, tmp_path / "job", fail_in_the_second, tmp_path)
+    one, other = in_processes(2, fail_in_the_second, tmp_path)
     assert "not finite" in one and one == other
 
 
