@@ -272,6 +272,10 @@ def test_a_solution_that_eats_memory_or_disk_or_leaves_is_reported(submit, body,
     ("edit", "message"),
     [
         (lambda text: text.replace("def positions_after_pad(", "def position("), "no positions_after_pad in it"),
+        (
+            lambda text: text.replace("def positions_after_pad(", "def position(") + "no Python",
+            "no positions_after_pad",
+        ),
         (lambda text: text.replace("def positions_after_pad(", "def positions_after_pad(("), "is no Python: "),
         (lambda text: "\0" * 8 + "\udcff" + text, "cannot be read"),
     ],
