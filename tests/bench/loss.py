@@ -111,7 +111,7 @@ def print_sizes(ways_of, baseline, args):
 
 
 def main(argv=None):
-    parser = common.flag_parser(__doc__, rounds=5)
+    parser = common.flag_parser(__doc__, rounds=3)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="pairs")
     parser.add_argument("--width", type=int, default=512, help="of the embeddings")
     parser.add_argument("--others-up-to", type=int, default=8192, help="largest size that holds B x B scores")
@@ -122,7 +122,7 @@ def main(argv=None):
     clip = [name for name in WAYS if name in WAYS[:2] or name in libraries]
     print_sizes(lambda size: clip if size <= args.others_up_to else ["tiled"], "tiled", args)
     args.sizes = [size for size in args.sizes if size <= 4096][-1:]
-    for loss in ("SigLIP", "multi-positive"):
+    for loss in ("SigLIP", "multi-positive") if args.sizes else ():
         print_sizes(lambda size, loss=loss: [f"tiled {loss}", f"textbook {loss}"], f"tiled {loss}", args)
 
 
