@@ -194,6 +194,8 @@ def test_pieces_are_even_and_padded_to_their_own_longest_caption(make_model):
     assert torch.equal(torch.cat([piece.images for piece in pieces]), random_batch().images)
     [whole] = train.split_batch(random_batch(), processor, 0)
     assert whole.count == 7
+    sizes = {size: train.piece_size(train.TrainConfig(batch_size=7, micro_batch=size)) for size in (0, 3, 6, 7, 100)}
+    assert sizes == {0: 0, 3: 3, 6: 6, 7: 0, 100: 0}, "one piece is a plain step: nothing to embed twice"
 
 
 def test_shares_cover_everything_once_and_are_even():
