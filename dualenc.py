@@ -71,6 +71,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as pixels
 
@@ -791,7 +792,9 @@ class VisionEncoder(nn.Module):
         if not (pooled_only and reads_first_token(trunk)):
             return trunk.forward_features(pixel_values)
         x = trunk.norm_pre(trunk.patch_drop(trunk._pos_embed(trunk.patch_embed(pixel_values))))
-        return trunk.norm(first_token_block(trunk.blocks[-1], trunk.blocks[:-1](x)))
+        earlier = trunk.blocks[:-1]
+        x = timm.models.checkpoint_seq(earlier, x) if trunk.grad_checkpointing else earlier(x)
+        return trunk.norm(first_token_block(trunk.blocks[-1], x))
 
     def _pool(self, features):
         if self.config.pooling == "pooler":
@@ -1656,6 +1659,38 @@ def remember_buffers(module):
             buffer.copy_(old)
 
     return restore
+
+
+def recompute_activations(model):
+    """From now on a DualEncoder's layers keep only their input for the backward pass, which computes the rest again.
+
+    Same gradients in less memory, for about a third more time; dropout draws the same again. A locked tower keeps
+    nothing anyway and is left alone.
+
+    raises  ValueError for a vision tower that timm cannot do this for
+    source  Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"
+    """
+    if "vision" not in model.locked:
+        try:
+            model.vision_model.trunk.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError) as error:
+            raise ValueError(
+                f"timm cannot recompute activations of {model.config.vision.name}: leave out --grad-checkpointing"
+            ) from error
+        for module in model.vision_model.trunk.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.register_forward_pre_hook(functools.partial(count_pictures_once, module.momentum))
+    if "text" not in model.locked:
+        for layer in model.text_model.encoder["layer"]:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def count_pictures_once(momentum, batch_norm, inputs):
+    """Before a batch norm's forward: its statistics move by momentum, but not where the backward pass repeats it."""
+    repeated = torch._C._current_graph_task_id() != -1  # torch's number for: no backward pass
+    batch_norm.momentum = 0.0 if repeated else momentum
+    if repeated and batch_norm.training:
+        batch_norm.num_batches_tracked -= 1  # and it adds one again
 
 
 def process_count():

@@ -428,7 +428,7 @@ def test_training_evaluation_and_search_see_the_same_pixels(tmp_path, make_model
     model, pairs = make_model(), dualenc.load_pairs(tmp_path, val_fraction=0.0)
     transform = model.processor.image_transform
     trained = train.TrainingPairs(pairs, transform, train.TrainConfig())
-    measured = evaluation.ReadyPictures(pairs.pictures, transform)
+    measured = [image for image, _ in evaluation.ReadyPictures(pairs.pictures, transform)]
     cropped = train.TrainingPairs(pairs, transform, train.TrainConfig(crop_scale=0.1))
     full = [transform.resize_and_crop(dualenc.to_pixels(picture)) for picture in pairs.pictures]
     for i in range(3):
