@@ -147,6 +147,7 @@ def test_lessons_ask_for_predictions_and_end_with_changes_to_predict(path):
     texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
     assert sum("write down" in text for text in texts) >= 3
     assert cells[-1]["cell_type"] == "markdown" and "## Change this and predict" in texts[-1]
+    assert sum(line.startswith("# ") for text in texts for line in text.splitlines()) == 1, "one title, on top"
 
 
 def test_the_readme_lists_every_notebook():
