@@ -47,6 +47,9 @@ def execute(path, folder):
         extra_arguments=["--log-level=ERROR"],  # of the kernel
     )
     client.execute()
+    for output in (output for cell in notebook.cells for output in cell.get("outputs", ())):
+        if output.output_type == "stream":
+            output.text = output.text.replace(f"{working}/", "")
     notebook.metadata = nbformat.from_dict(METADATA)
     return notebook
 
@@ -65,7 +68,7 @@ def main(argv=None):
     for path in chosen:
         before = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            notebook = execute(path, Path(folder))
+            notebook = execute(path, Path(folder).resolve())
         print(f"{time.perf_counter() - before:6.0f} s  {path.name}", flush=True)
         if args.write:
             nbformat.write(notebook, path)

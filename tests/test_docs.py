@@ -147,6 +147,7 @@ def test_lessons_ask_for_predictions_and_end_with_changes_to_predict(path):
     texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
     assert sum("write down" in text for text in texts) >= 3
     assert cells[-1]["cell_type"] == "markdown" and "## Change this and predict" in texts[-1]
+    assert sum(line.startswith("# ") for text in texts for line in text.splitlines()) == 1, "one title, on top"
 
 
 def test_the_readme_lists_every_notebook():
@@ -168,7 +169,7 @@ def test_notebooks_run_in_fresh_kernels_and_stop_at_the_first_error(tmp_path, ca
         nbformat.write(notebook, tmp_path / name)
 
     modules = "sorted(path.name for path in Path('..').glob('*.py'))"
-    write("01_good.ipynb", "from pathlib import Path\nfile = open('left', 'w')", modules)
+    write("01_good.ipynb", "from pathlib import Path\nfile = open('left', 'w')\nprint(Path('left').resolve())", modules)
     write("02_bad.ipynb", "left = open('left')")  # another notebook's file is not there
     before = (tmp_path / "01_good.ipynb").read_text()
     with pytest.raises(nbclient.exceptions.CellExecutionError, match="FileNotFoundError"):
@@ -180,6 +181,7 @@ def test_notebooks_run_in_fresh_kernels_and_stop_at_the_first_error(tmp_path, ca
     written = json.loads((tmp_path / "01_good.ipynb").read_text())
     shown = "".join(written["cells"][1]["outputs"][0]["data"]["text/plain"])
     assert shown == "['dualenc.py', 'eval.py', 'train.py']", "our modules lie one folder up"
+    assert written["cells"][0]["outputs"][0]["text"] == ["left\n"], "where it ran is left out"
     assert [(cell["id"], cell["metadata"]) for cell in written["cells"]] == [("cell-0", {}), ("cell-1", {})]
     assert written["metadata"] == runner["METADATA"]
     assert not (tmp_path / "left").exists()
