@@ -167,7 +167,7 @@ def seconds_of(way):
     return time.perf_counter() - began
 
 
-def alternate(ways, rounds, warmup=2):
+def alternate(ways, rounds, warmup=1):
     """Every way once a round, in an order that turns each round, so that drift of the machine meets all alike.
 
     ways     {name: function without arguments}

@@ -1,8 +1,8 @@
 """One whole training step, here and in transformers and open_clip, at equal towers, batch, length and precision.
 
-    python tests/bench/train_step.py                       # tiny towers, 32-pixel pictures, batch 128
-    python tests/bench/train_step.py --preset small        # ViT-S/16 at 224 pixels, batch 16
-    python tests/bench/train_step.py --memory              # also the peak memory of each, in processes of their own
+    python tests/bench/train_step.py                               # tiny towers, 32-pixel pictures, batch 128
+    python tests/bench/train_step.py --preset small --rounds 5     # ViT-S/16 at 224 pixels, batch 16; three minutes
+    python tests/bench/train_step.py --memory                      # also peak memory, in processes of their own
 
 Ours is train.train_step itself: tokenizing the captions, normalising uint8 pictures, towers, loss, backward, clipping,
 AdamW, and the accuracy of the batch. The peers start from ready pixels and token ids, and do what their own training
