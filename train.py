@@ -1310,9 +1310,9 @@ def train_by_flags(argv):
         optimizer=optimizer,
         state=state,
     )
-    if config.cache_features:
-        run.cache = cache_features(run)
     with dualenc.float32_products(device, precision):
+        if config.cache_features:
+            run.cache = cache_features(run)
         signalled, fault = train(run)
     if fault or state["step"] < steps:
         stop_early(run, signalled, fault)

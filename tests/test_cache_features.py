@@ -78,6 +78,18 @@ def classes_of(folder):
     return ["--data", folder]
 
 
+def photographs_of(folder):
+    """JPEGs so large that they are decoded at a part of their size."""
+    rng, lines = np.random.default_rng(0), ["image,caption"]
+    folder.mkdir()
+    for i in range(53):
+        pixels = rng.integers(0, 256, (12, 18, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((360, 240)).save(folder / f"{i}.jpg")
+        lines.append(f"{i}.jpg,photograph {i}")
+    (folder / "captions.csv").write_text("\n".join(lines))
+    return ["--data", folder / "captions.csv", "--val-fraction", "0.25"]
+
+
 def texts_of(folder):
     captions_of(folder)
     for i in range(53):
@@ -111,7 +123,7 @@ def test_a_cached_run_is_the_locked_run_to_the_bit(tower, precision, run, counte
     assert sum(counted) < 53 + 16, "once a picture: neither steps nor evaluations run the tower again"
 
 
-@pytest.mark.parametrize("write", [captions_of, classes_of, texts_of])
+@pytest.mark.parametrize("write", [captions_of, classes_of, texts_of, photographs_of])
 def test_every_kind_of_data_is_cached_and_a_second_run_embeds_nothing(write, run, counted, tmp_path, capsys):
     data = write(tmp_path / "data")
     plain = outcome(run("plain", *data, *RESNET))
@@ -122,7 +134,7 @@ def test_every_kind_of_data_is_cached_and_a_second_run_embeds_nothing(write, run
     assert_same([first, second], [plain, plain])
     where, embedded, there = head_of(capsys.readouterr().out)
     assert not counted and embedded == 0 and there == (34 if write is classes_of else 53)
-    name = "data/.captions.csv.features" if write is captions_of else ".data.features"
+    name = "data/.captions.csv.features" if write in (captions_of, photographs_of) else ".data.features"
     assert where.parent == tmp_path / name
 
 
