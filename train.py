@@ -735,6 +735,8 @@ def check_recipe(config, pairs, held_out):
         raise ValueError(f"no pictures are held out of {config.data}: raise --val-fraction ({config.val_fraction})")
     if config.cache_features:
         check_cache(config)
+    if config.compile and config.grad_checkpointing:
+        raise ValueError("--compile decides by itself what to compute again: leave out --grad-checkpointing")
     dualenc.at_least("--log-every", config.log_every, 1)
     for name in ("steps", "micro_batch", "eval_every", "epochs", "lr", "weight_decay", "warmup", "clip_grad"):
         dualenc.at_least(f"--{name.replace('_', '-')}", getattr(config, name), 0)

@@ -369,6 +369,7 @@ def test_a_step_that_is_not_finite_leaves_weights_and_statistics_as_they_were(ma
     ("flags", "message"),
     [
         ({"warmup": 1.5}, "--warmup is 1.5, expected a share of the steps"),
+        ({"compile": True, "grad_checkpointing": True}, "--compile decides by itself.* leave out --grad-checkp"),
         ({"batch_size": 1}, "batch_size is 1: with one pair there is nothing to tell it from"),
         ({"batch_size": 100}, r"has 3\d training pictures, fewer than one batch of 100"),
         ({"device": "cuda"}, "torch sees no CUDA device; use --device cpu"),
