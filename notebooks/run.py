@@ -78,5 +78,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, nbclient.exceptions.CellExecutionError) as error:
+    except (ValueError, nbclient.exceptions.CellControlSignal, nbclient.exceptions.DeadKernelError) as error:
         sys.exit(f"run.py: error: {error}")
