@@ -144,9 +144,7 @@ class TrainConfig:
     grad_checkpointing: bool = knob(
         False, "compute activations again in the backward pass: less memory, more time", "memory and speed"
     )
-    compile: bool = knob(
-        False, "torch.compile both towers: a minute or more of waiting, then faster steps", "memory and speed"
-    )
+    compile: bool = knob(False, "torch.compile both towers, which takes its time at the start", "memory and speed")
     workers: int = knob(-1, "processes that read pictures; -1 picks", "memory and speed")
     device: str = knob("auto", "auto, cpu, cuda or cuda:N", "memory and speed")
 
