@@ -354,7 +354,8 @@ def cache_features(run):
 
     Pictures go through the tower in batches as large as a step's pieces, held-out ones as evaluation does it, in the
     same arithmetic: features are those of an uncached run to the bit, unless the tower rounds by a picture's place in
-    its batch. On a CPU none was seen to in batches of a multiple of 16; else float32 features may be 1e-6 apart.
+    its batch. On one thread of a CPU none was seen to in batches of a multiple of 16. Where threads share a product,
+    ViTs do, convnets do not: their float32 features may be some 1e-6 apart.
     """
     started, config, model = time.perf_counter(), run.config, run.model
     home = evaluation.store_home(config.data, "features", config.data_root)

@@ -36,6 +36,15 @@ RESNET = TOWERS["batch-norm"]
 pytestmark = pytest.mark.filterwarnings("ignore:--lock vision freezes random weights")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that share a product round a row by its place, which is all that may part a cached run from another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def run(tmp_path):
     """A function that trains: run("name", *flags) returns the run folder."""
@@ -121,6 +130,19 @@ def test_a_cached_run_is_the_locked_run_to_the_bit(tower, precision, run, counte
     at_once = 8 if tower == "micro-batches" else 16
     assert set(counted[:-1]) == {at_once}, "batches of one size, filled up at the end, round alike"
     assert sum(counted) < 53 + 16, "once a picture: neither steps nor evaluations run the tower again"
+
+
+def test_with_several_threads_a_cached_vit_differs_by_rounding_only(run, tmp_path):
+    """The place of a picture in its batch decides how its row is rounded, and nothing else."""
+    data = captions_of(tmp_path / "data")
+    torch.set_num_threads(2)
+    plain, cached = (
+        outcome(run(name, *data, *TOWERS["vit"], *flags, "--steps", "1", "--eval-every", "1"))
+        for name, flags in (("plain", []), ("cached", ["--cache-features"]))
+    )
+    for one, other in zip(plain["optimizer"].values(), cached["optimizer"].values(), strict=True):
+        torch.testing.assert_close(one["exp_avg"], other["exp_avg"], rtol=1e-4, atol=1e-6)
+    assert plain["metrics"][0]["loss"] == pytest.approx(cached["metrics"][0]["loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize("write", [captions_of, classes_of, texts_of, photographs_of])
