@@ -2937,6 +2937,8 @@ class Pairs(torch.utils.data.Dataset):
     labels    I class numbers, and classes, the K class names; None when captions are not made from classes
     """
 
+    neighbours = 1  # pictures in a row that training should see in one batch, as each other's hard negatives
+
     def __init__(self, names, pictures, captions, labels=None, classes=None):
         self.names, self.pictures, self.captions = names, pictures, captions
         self.labels, self.classes = labels, classes
@@ -3522,6 +3524,8 @@ class ShapesPairs(Pairs):
     side   pixels
     """
 
+    neighbours = 2  # a scene and its mirror
+
     def __init__(self, split="train", seed=0, count=None, side=64):
         one_of("split", split, SPLITS)
         if split == "train":
@@ -3588,8 +3592,12 @@ def random_scenes(rng):
 
 
 def training_scenes(rng, count):
-    scenes = (scene for scene in random_scenes(rng) if not is_held_out(*scene))
-    return [next(scenes) for _ in range(count)]
+    """Scenes that are not held out, each followed by its mirror."""
+    scenes = []
+    while len(scenes) < count:
+        first, relation, second = next(scene for scene in random_scenes(rng) if not is_held_out(*scene))
+        scenes += [(first, relation, second), (second, relation, first)]
+    return scenes[:count]
 
 
 def held_out_scenes(rng, count):

@@ -112,6 +112,12 @@ class TrainConfig:
     epochs: float = knob(10, "passes over the pictures", "optimisation")
     steps: int = knob(0, "steps, instead of epochs", "optimisation")
     batch_size: int = knob(256, "pairs a step, over all processes", "optimisation")
+    neighbours: int = knob(
+        0,
+        "pictures in a row that stay in one batch, as each other's hard negatives; 0: "
+        f"{dualenc.ShapesPairs.neighbours} for drawn shapes, which have each scene's mirror beside it, 1 for other data",
+        "optimisation",
+    )
     lr: float = knob(1e-3, "peak learning rate; 1e-3 suits new towers, 1e-4 to 3e-5 pretrained ones", "optimisation")
     weight_decay: float = knob(0.05, "off norms, biases, position tables and logit_scale", "optimisation")
     warmup: float = knob(0.05, "share of the steps in which the learning rate rises", "optimisation")
@@ -221,12 +227,13 @@ def random_crop(image, smallest_share, rng):
 class Batches(torch.utils.data.Sampler):
     """The keys of each step's batch, which the seed alone decides: every epoch a new order, whole batches only.
 
-    Of several processes, each gets its share of every batch.
+    Neighbours stay in a row, as hard negatives: a random batch seldom asks for what sets similar pictures apart
+    (NegCLIP, Yuksekgonul et al. 2023, section 4). Of several processes, each gets its share of every batch.
     """
 
-    def __init__(self, n_pictures, batch_size, seed, first_step, steps):
+    def __init__(self, n_pictures, batch_size, seed, first_step, steps, neighbours=1):
         self.n_pictures, self.batch_size, self.seed = n_pictures, batch_size, seed
-        self.first_step, self.steps = first_step, steps
+        self.first_step, self.steps, self.neighbours = first_step, steps, neighbours
 
     def __len__(self):
         return self.steps - self.first_step
@@ -237,8 +244,10 @@ class Batches(torch.utils.data.Sampler):
         for step in range(self.first_step, self.steps):
             epoch, position = divmod(step, per_epoch)
             if epoch != order_epoch:
-                order, order_epoch = list(range(self.n_pictures)), epoch
-                random.Random(f"order {self.seed} {epoch}").shuffle(order)
+                pictures = range(self.n_pictures)
+                rows = [pictures[i : i + self.neighbours] for i in pictures[:: self.neighbours]]
+                random.Random(f"order {self.seed} {epoch}").shuffle(rows)
+                order, order_epoch = [i for row in rows for i in row], epoch
             start = position * self.batch_size
             batch = order[start : start + self.batch_size]
             yield [(epoch, i) for i in batch[dualenc.share(len(batch))]]
@@ -271,7 +280,9 @@ def make_loader(pairs, model, config, device, first_step, steps, cache=None):
     pixels = TrainingPairs(pairs, model.processor.image_transform, config)
     return torch.utils.data.DataLoader(
         CachedPairs(pairs, cache, config.seed) if cache else pixels,
-        batch_sampler=Batches(len(pairs), config.batch_size, config.seed, first_step, steps),
+        batch_sampler=Batches(
+            len(pairs), config.batch_size, config.seed, first_step, steps, config.neighbours or pairs.neighbours
+        ),
         num_workers=workers,
         collate_fn=as_it_is if cache else stack_batch,
         pin_memory=device.type == "cuda",
@@ -737,7 +748,7 @@ def check_recipe(config, pairs, held_out):
     if config.compile and config.grad_checkpointing:
         raise ValueError("--compile decides by itself what to compute again: leave out --grad-checkpointing")
     dualenc.at_least("--log-every", config.log_every, 1)
-    for name in ("steps", "micro_batch", "eval_every", "epochs", "lr", "weight_decay", "warmup", "clip_grad"):
+    for name in "steps neighbours micro_batch eval_every epochs lr weight_decay warmup clip_grad".split():
         dualenc.at_least(f"--{name.replace('_', '-')}", getattr(config, name), 0)
     if config.warmup > 1:
         raise ValueError(f"--warmup is {config.warmup}, expected a share of the steps, at most 1")

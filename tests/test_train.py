@@ -122,6 +122,25 @@ def test_batches_visit_every_picture_once_an_epoch_in_a_new_order():
     assert list(train.Batches(21, 4, 1, 0, 15)) != batches
 
 
+def test_neighbours_stay_in_a_row_and_the_rows_are_shuffled():
+    batches = list(train.Batches(20, 4, seed=0, first_step=0, steps=10, neighbours=2))
+    epochs = [[i for batch in part for _, i in batch] for part in (batches[:5], batches[5:])]
+    for order in epochs:
+        assert sorted(order) == list(range(20))
+        assert all(even % 2 == 0 and odd == even + 1 for even, odd in zip(order[::2], order[1::2]))
+    assert epochs[0] != epochs[1] and epochs[0] != sorted(epochs[0])
+    odd = [i for batch in train.Batches(5, 5, 0, 0, 1, neighbours=2) for _, i in batch]
+    assert sorted(odd) == list(range(5)), "the last row may be short"
+
+
+@pytest.mark.parametrize("flag, always", [(0, True), (1, False), (2, True)])
+def test_drawn_shapes_meet_their_mirror_in_the_batch_unless_told_otherwise(make_model, flag, always):
+    config, pairs = train.TrainConfig(batch_size=8, neighbours=flag, workers=0), dualenc.ShapesPairs(count=200, side=32)
+    batches = [batch.numbers for batch in train.make_loader(pairs, make_model(), config, torch.device("cpu"), 0, 25)]
+    met = [i ^ 1 in batch for batch in batches for i in batch]  # 2k and 2k + 1 are mirrors
+    assert all(met) if always else sum(met) < 0.2 * len(met)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_each_picture_arrives_with_one_of_its_own_captions(captions_file, make_model, workers):
     """Pixels, caption and number of a row belong together, and workers change nothing."""
