@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -578,3 +579,34 @@ def test_fails_like_names_the_mistake():
         fails_like(2.0, 1.0, {"twice as much": 2.0, "half": 0.5}, "x")
     with pytest.raises(AssertionError, match="shape"):
         fails_like(torch.zeros(2), torch.zeros(3), {}, "x")
+
+
+PAGES_OF_A_THIRD_BLOCK = """
+import resource, sys, torch, train
+if sys.argv[1] == "keep":
+    train.keep_freed_memory()
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**25)  # 128 MB, freed at once
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_memory_that_was_freed_is_used_again_without_asking_the_system():
+    faults = {}
+    for way in ("leave", "keep"):
+        ran = subprocess.run(
+            [sys.executable, "-c", PAGES_OF_A_THIRD_BLOCK, way], cwd=ROOT, capture_output=True, text=True
+        )
+        faults[way] = int(ran.stdout)
+    assert faults["keep"] < 0.1 * faults["leave"], faults
+
+
+def test_training_on_a_cpu_keeps_freed_memory(monkeypatch):
+    def called():
+        raise InterruptedError("before anything large is made")
+
+    monkeypatch.setattr(train, "keep_freed_memory", called)
+    with pytest.raises(InterruptedError):
+        train.main(["--device", "cpu"])
