@@ -9,13 +9,16 @@ Two towers meet in one space: a picture and its caption should land close togeth
                             loss () ── clip_loss ── logits_per_image (B, B) = exp(logit_scale) * cosine ─────────┘
 
 Symbols    B pairs, T tokens after padding, P patches (with class tokens), S pixels a side, W tower width,
-           H heads, E shared embedding size, I pictures, N captions, K classes.
-Words      "features" come out of a tower or a projection; "embeds" are features of unit norm.
+           H heads, E shared embedding size, I pictures, N captions, K classes; each tower has its own W, P and H.
+Words      "features" come out of a tower or a projection; "embeds" are features of unit norm; "published" means in the
+           form in which the transformers library writes checkpoints. "Exercise n" marks what a course can leave out of
+           a student's copy (README.md; 6 to 8 are in train.py and eval.py).
+Helpers    at_least, one_of and build check values; they open section 11.
 
 Sections   1 Configurations      2 Losses         3 DualEncoder
            4 Text tower          5 Vision tower   6 Processor: pictures and captions to tensors
            7 Large batches       8 Checkpoints    9 Interchange with transformers
-           10 Data               11 Command line
+           10 Data               11 Checks of values, command line
 
 Sources    Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision" (CLIP)
            Zhai et al. 2022, "LiT: Zero-Shot Transfer with Locked-image text Tuning"
@@ -76,7 +79,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as pixels
 
 LOGIT_SCALE_INIT = 2.6592  # ln(1 / 0.07), cut after four digits as published: cosines start out multiplied by 14.28
-LOGIT_SCALE_MAX = math.log(100)  # CLIP, section 2.5: beyond this, training becomes unstable
+LOGIT_SCALE_MAX = math.log(100)  # CLIP, section 2.5: beyond this training is unstable; train.py clamps after each step
 MAX_SIDE = 8192  # pixels; a checkpoint that asks for larger pictures is broken or means harm
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,7 +91,8 @@ MAX_SIDE = 8192  # pixels; a checkpoint that asks for larger pictures is broken 
 class TextConfig:
     """Sizes of a BERT-like text tower; the default sizes are those of bert-base-uncased, with dropout off.
 
-    raises  ValueError for an unknown family or pooling, sizes below 1, or a width that the heads do not divide
+    raises  ValueError for an unknown family, pooling or activation, for numbers that are too small, and for a width
+            that the heads do not divide
     """
 
     family: str = "bert"  # a row of TEXT_FAMILIES
@@ -127,14 +131,16 @@ class TextConfig:
 class VisionConfig:
     """A timm model and how to build it, or a family of published checkpoints and its sizes.
 
-    raises  ValueError for channels other than 3 (RGB) and 1 (gray)
+    raises  ValueError for channels other than 3 (RGB) and 1 (gray), sides beyond MAX_SIDE, or a checkpoint_path in args
     """
 
     name: str = "vit_base_patch16_224"  # any name that timm.list_models() knows, tag included; or of VISION_FAMILIES
     args: dict = field(default_factory=dict)  # further arguments of timm.create_model; a family's published config
     image_size: int | tuple[int, int] | None = None  # pixels a side, or (height, width); the model's own unless given
     channels: int = 3
-    pooling: str | None = None  # timm's global_pool ("avg", "token", "map", ...); the model's own unless given
+    # timm's global_pool ("avg", "token", "map", ...), the model's own unless given; of published ViT, DeiT and DINOv2
+    # "token", or, where their file has its weights, "pooler" (dense + activation).
+    pooling: str | None = None
     patch_dropout: float = 0.0  # share of the patches left out of each training picture (FLIP; ViTs only)
 
     def __post_init__(self):
@@ -257,10 +263,11 @@ def check_group_ids(group_ids, image_embeds):
 class TowerOutput:
     """What a tower returns; P stands for T in the text tower.
 
-    last_hidden_state  (B, P, W)             every position after the last layer; (B, W, h, w) from a convnet
+    last_hidden_state  (B, P, W)             every position after the last layer; (B, W, h, w) from a convnet; None from
+                                             pooled_only
     pooler_output      (B, W)                one vector a row
     hidden_states      depth + 1 x (B, P, W)  on request: the embeddings, then the output of each layer
-    attentions         depth x (B, H, P, P)   on request: weights after softmax and dropout; rows sum to 1 without it
+    attentions         depth x (B, H, P, P)   on request: weights after softmax (rows sum to 1) and dropout
     """
 
     last_hidden_state: Tensor | None
@@ -363,11 +370,14 @@ class DualEncoder(nn.Module):
         if return_loss:
             if output.logits_per_image is None:
                 raise ValueError("return_loss needs both input_ids and pixel_values")
+            # The loss makes its logits itself: it must also serve where nobody asks for them.
             output.loss = clip_loss(output.image_embeds, output.text_embeds, self.logit_scale)
         return output
 
     def lock(self, tower):
         """Freeze a tower for good: no gradients, evaluation mode even through .train(); its projection still learns.
+
+        This is no part of a checkpoint: a model that is loaded again is not locked.
 
         tower   "vision" (LiT: the text tower learns to read a finished vision tower) or "text"
         source  Zhai et al. 2022, section 3
@@ -484,9 +494,9 @@ RELATIVE_BUCKETS = 32  # rows of MPNet's bias table
 def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=False):
     """Softmax attention that gives padding no weight.
 
-    query, key, value  (B, H, T, W/H)
+    query, key, value  (B, H, T, W/H); there may be fewer rows of query
     mask               (B, 1, 1, T)  True where a key may be attended to; None: everywhere
-                       (B, H, T, T)  or numbers to add to the scores, hugely negative where a key may not be attended to
+                       (B or 1, H, T, T)  or numbers to add to the scores, hugely negative where a key is padding
     dropout            share of the weights dropped
     returns            (B, H, T, W/H), and the weights (B, H, T, T) or None
     source             Vaswani et al. 2017, equation 1
@@ -573,7 +583,7 @@ class TextLayer(nn.Module):
         """
         config, asking = self.config, hidden[:, :1] if first_only else hidden
         if mask is not None:
-            mask = mask[:, :, : asking.shape[1]]
+            mask = mask[:, :, : asking.shape[1]]  # the rows of those who ask; a mask of one row stays as it is
         query, key, value = (
             self.attention["self"][name](tokens).unflatten(-1, (config.heads, -1)).transpose(1, 2)
             for name, tokens in (("query", asking), ("key", hidden), ("value", hidden))
@@ -694,7 +704,7 @@ class TextEncoder(nn.Module):
         return self.embeddings_project(hidden) if hasattr(self, "embeddings_project") else hidden
 
     def _attention_mask(self, T, attention_mask, hidden):
-        """What masked_attention takes: (B, 1, 1, T) or None, or (B, H, T, T) where there is a relative bias."""
+        """What masked_attention takes: (B, 1, 1, T) or None, or (B or 1, H, T, T) for a relative bias."""
         is_real = None if attention_mask is None else attention_mask[:, None, None, :].bool()
         if "relative bias" not in self.traits:
             return is_real
@@ -748,11 +758,12 @@ class VisionEncoder(nn.Module):
         if self.config.name in VISION_FAMILIES:
             return published_transform(self.config.name, self.image_size, self.config.channels)
         data = timm.data.resolve_model_data_config(self.trunk)
-        size = self.image_size
-        resize = math.floor(size / (crop_pct or data["crop_pct"]))
+        crop = as_pair(self.image_size)
+        height, width = (math.floor(side / (crop_pct or data["crop_pct"])) for side in crop)
         return ImageTransform(
-            resize=(resize, resize) if data["crop_mode"] == "squash" else resize,
-            crop=(size, size),
+            # Towers that are not square are for pictures that are not, which go in whole.
+            resize=(height, width) if data["crop_mode"] == "squash" or height != width else height,
+            crop=crop,
             interpolation=data["interpolation"].replace("random", "bilinear"),
             mean=channel_values(data["mean"], self.config.channels),
             std=channel_values(data["std"], self.config.channels),
@@ -773,6 +784,7 @@ class VisionEncoder(nn.Module):
             hooks += self._record_attentions(attentions)
         for module in self.trunk.modules():
             if hasattr(module, "fused_attn"):
+                # A fused kernel never calls attn_drop, where _record_attentions listens.
                 module.fused_attn = not (output_attentions or fused_kernel_is_slow(pixel_values))
         try:
             features = self._run_trunk(pixel_values.contiguous(memory_format=torch.channels_last), pooled_only)
@@ -805,7 +817,7 @@ class VisionEncoder(nn.Module):
 
     def _check_pixels(self, pixel_values):
         expected = (self.config.channels, *as_pair(self.image_size))
-        # Convnets run at any size; transformers only at the size of their position table.
+        # Convnets run at any size; ViTs only at that of their position table.
         checked = len(expected) if needs_image_size(self.config) else 1
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1 : 1 + checked]) != expected[:checked]:
             raise ValueError(
@@ -814,7 +826,7 @@ class VisionEncoder(nn.Module):
             )
         if self.config.name in VISION_FAMILIES:
             size, patch_size = tuple(pixel_values.shape[2:]), as_pair(self.config.args["patch_size"])
-            if any(pixels % of_patch for pixels, of_patch in zip(size, patch_size)):
+            if any(side % of_patch for side, of_patch in zip(size, patch_size)):
                 raise ValueError(f"pictures of {size} pixels are not whole patches of {patch_size}")
 
     def _record_hidden_states(self, into):
@@ -886,12 +898,12 @@ def first_token_block(block, x):
 
 
 def channel_values(values, channels):
-    """A mean or std a channel; gray pictures take the average of the three colours'."""
+    """One mean or std per channel; gray pictures take the average of the three colours'."""
     return tuple(values) if channels == len(values) else (sum(values) / len(values),) * channels
 
 
 def needs_image_size(config):
-    """Whether the model is built for one picture size, as most transformers are; convnets and DINOv2 run at any."""
+    """Whether the model is built for one picture size, as most ViTs are; convnets and DINOv2 run at any."""
     if config.name in VISION_FAMILIES:
         return not VISION_FAMILIES[config.name][1].get("dynamic_img_size")
     return timm.get_pretrained_cfg(config.name).fixed_input_size and not config.args.get("dynamic_img_size")
@@ -981,6 +993,7 @@ def create_published_trunk(config):
     arguments = {new: published[old] for old in published for new in TIMM_ARGUMENTS.get(old, ())} | arguments
     width = published["hidden_size"]
     if published.get("use_swiglu_ffn"):
+        # DINOv2's rule: two thirds, up to the next multiple of 8; twice, for SwiGLUPacked has gate and value in one.
         mlp_width = (int(int(width * published["mlp_ratio"]) * 2 / 3) + 7) // 8 * 8 * 2
         arguments |= {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": nn.SiLU}
     else:
@@ -1003,6 +1016,7 @@ def create_published_trunk(config):
         if isinstance(module, timm.layers.Mlp):
             module.act = Activation(published["hidden_act"])
     if config.name == "dinov2_with_registers":
+        # timm runs norm_pre after patch dropout, which must not drop registers, and before the blocks.
         trunk.norm_pre = Registers(published["num_register_tokens"], width)
     return trunk
 
@@ -1018,7 +1032,9 @@ def as_pair(size):
 
 # Pillow's numbers, which preprocessor_config.json uses.
 INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
-DECODE_SHIFT = 0.1  # final pixels; with it pixels differ from those of a full decode by less than a level of 255
+# By how many pixels of the resized picture a JPEG's far edge may move when it is decoded at a smaller scale: its values
+# then differ from those of a full decode by less than one level of 255.
+DECODE_SHIFT = 0.1
 
 
 @dataclass(frozen=True)
@@ -1031,7 +1047,7 @@ class ImageTransform:
     resize: int | tuple[int, int] | None  # pixels: the shorter side, or (height, width) whatever the proportions
     crop: tuple[int, int] | None  # (height, width) in pixels
     interpolation: str = "bicubic"  # a row of INTERPOLATIONS
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # a channel, for pixels from 0 to 1
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # one per channel, for pixels from 0 to 1
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __post_init__(self):
@@ -1075,8 +1091,9 @@ class ImageTransform:
     def decode_scale(self, size, smallest_share=1.0):
         """The largest of 8, 4, 2 and 1 by which a picture of this (width, height) may shrink before it gets here.
 
-        Twice the pixels that resizing leaves remain, so its filter still does the smoothing; the size it comes to stays
-        the same; and as a shrunk side is rounded up, the far edge may move by DECODE_SHIFT of a final pixel.
+        The shrunk picture still has at least twice the pixels a side that resizing will make of it, so the filter of
+        resizing still does the smoothing, and it comes to the same size. As a shrunk side is rounded up, the far edge
+        moves a little: at most by DECODE_SHIFT.
 
         smallest_share  of the picture's area that a crop in between keeps
         """
@@ -1085,9 +1102,9 @@ class ImageTransform:
         needed = max(as_pair(self.resize)) / math.sqrt(smallest_share)
         for scale in (8, 4, 2):
             shrunk = [-(-side // scale) for side in size]
-            enlarged = max(scale * new - side for new, side in zip(shrunk, size))
+            enlarged = max(scale * new - side for new, side in zip(shrunk, size))  # pixels that rounding up adds
             fits = min(size) >= 2 * scale * needed and enlarged * needed <= DECODE_SHIFT * min(size)
-            if fits and self.resized(*shrunk) == self.resized(*size):
+            if fits and self.resized(*shrunk[::-1]) == self.resized(*size[::-1]):
                 return scale
         return 1
 
@@ -1249,7 +1266,7 @@ def to_pixels(picture, channels=3):
 
 
 def flatten_picture(picture):
-    """A PIL picture in mode RGB or L as a person would see it: transparency on white, deep gray scaled to 8 bits."""
+    """Any PIL picture to one of mode RGB or L, as a person would see it: transparency on white, deep gray in 8 bits."""
     if picture.mode.startswith("I") or picture.mode == "F":
         values = np.nan_to_num(np.asarray(picture).astype(np.float64))
         # 16-bit files say so; of others only the values tell what white is.
@@ -1329,10 +1346,14 @@ class Processor:
         max_length  tokens; the tower's limit unless given
         returns     {"input_ids" (N, T), "attention_mask" (N, T), "pixel_values" (I, 3, S, S)}, what was asked for, and
                     "token_type_ids" (N, T) with token_types
-        raises      ValueError if there is nothing to encode, and for captions that are not strings
+        raises      ValueError if there is nothing to encode or nothing to encode it with, and for captions that are
+                    not strings
         """
         if text is None and images is None:
             raise ValueError("nothing to process: give text, images or both")
+        for given, needed, name in ((text, self.tokenizer, "tokenizer"), (images, self.image_transform, "transform")):
+            if given is not None and needed is None:
+                raise ValueError(f"this processor has no {name}: make one with Processor(image_transform, tokenizer)")
         inputs = {}
         if text is not None:
             inputs.update(self._encode_captions([text] if isinstance(text, str) else list(text), max_length))
@@ -1340,15 +1361,18 @@ class Processor:
             inputs["pixel_values"] = torch.stack([self.image_transform(picture) for picture in as_pictures(images)])
         return inputs
 
+    def _truncate(self, limit):
+        if limit is None:
+            self.tokenizer.no_truncation()
+        else:
+            self.tokenizer.enable_truncation(limit, direction=self.truncation_side)
+
     def _encode_captions(self, captions, max_length):
         for i, caption in enumerate(captions):
             if not isinstance(caption, str):
                 raise ValueError(f"caption {i} is {caption!r} ({type(caption).__name__}), expected a string")
         limit = min(filter(None, (max_length, self.max_length)), default=None)
-        if limit is None:
-            self.tokenizer.no_truncation()
-        else:
-            self.tokenizer.enable_truncation(limit, direction=self.truncation_side)
+        self._truncate(limit)
         encodings = self.tokenizer.encode_batch(captions)
         cut = sum(bool(encoding.overflowing) for encoding in encodings)
         if cut and not self._warned:
@@ -1378,8 +1402,7 @@ class Processor:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.tokenizer is not None:
-            if self.max_length:
-                self.tokenizer.enable_truncation(self.max_length, direction=self.truncation_side)
+            self._truncate(self.max_length)  # a call may have left its own there
             write_file(folder / TOKENIZER_FILE, self.tokenizer.to_str(pretty=True))
             if format == "hf" or self.token_types:
                 write_file(folder / "tokenizer_config.json", json.dumps(tokenizer_config(self), indent=2))
@@ -1390,9 +1413,9 @@ class Processor:
     def from_pretrained(cls, folder_or_hub_id):
         """Rebuild a processor from the files of save_pretrained or of transformers; ValueError if some are missing."""
         folder = find_folder(folder_or_hub_id)
-        image_transform, tokenizer = read_image_transform(folder), read_tokenizer(folder)
+        image_transform, tokenizer_and_types = read_image_transform(folder), read_tokenizer(folder)
         with blamed_on(find_tokenizer(folder)):
-            return cls(image_transform, *tokenizer)
+            return cls(image_transform, *tokenizer_and_types)
 
 
 def as_pictures(images):
@@ -1406,7 +1429,7 @@ def train_tokenizer(captions, vocab_size, max_length=None):
     """A lower-casing WordPiece tokenizer learned from captions, as BERT's was from its corpus.
 
     captions    iterable of strings
-    vocab_size  pieces at most, the five special tokens and the single characters included
+    vocab_size  pieces, the five special tokens and the single characters included; more only if these are more
     max_length  tokens kept of a caption, [CLS] and [SEP] included; all unless given
     returns     tokenizers.Tokenizer that pads to the longest of a batch and wraps captions in [CLS] ... [SEP]
     raises      ValueError if there are no captions
@@ -1429,6 +1452,7 @@ def train_tokenizer(captions, vocab_size, max_length=None):
     )
     learner.train_from_iterator(captions, trainer)
 
+    # The learner holds the inner pieces as special tokens, which are never split or shown; a second tokenizer does not.
     vocabulary = dict(sorted(learner.get_vocab().items(), key=lambda item: item[1]))
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
@@ -1449,7 +1473,7 @@ def train_tokenizer(captions, vocab_size, max_length=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 TILE = 1024  # rows and columns of the score matrix in memory at a time
-KEPT_SCORES = 2**24  # scores that the tiled losses keep for the backward pass, 64 MB in float32; the rest come again
+KEPT_SCORES = 2**23  # scores that the tiled losses keep for the backward pass, 32 MB in float32; the rest come again
 
 
 def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=TILE, sharded=False):
@@ -1557,7 +1581,8 @@ class TiledLogSumExp(torch.autograd.Function):
             grad += (scores - of_columns[columns]).exp_().mul_(grad_columns[columns])
             grad_scaled[rows].addmm_(grad, text_embeds[columns])
             grad_texts[columns].addmm_(grad.T, scaled_images[rows])
-        return logit_scale.exp() * grad_scaled, grad_texts, (grad_scaled * scaled_images).sum(), None
+        grad_scale = (grad_scaled * scaled_images).sum()  # exp(s) * x is its own derivative by s
+        return logit_scale.exp() * grad_scaled, grad_texts, grad_scale, None
 
 
 class TiledSoftplus(torch.autograd.Function):
@@ -1587,11 +1612,12 @@ class TiledSoftplus(torch.autograd.Function):
             grad_bias += grad.sum()
             grad_scaled[rows].addmm_(grad, text_embeds[columns])
             grad_texts[columns].addmm_(grad.T, scaled_images[rows])
-        return logit_scale.exp() * grad_scaled, grad_texts, (grad_scaled * scaled_images).sum(), grad_bias, None
+        grad_scale = (grad_scaled * scaled_images).sum()
+        return logit_scale.exp() * grad_scaled, grad_texts, grad_scale, grad_bias, None
 
 
 def score_tiles(scaled_images, text_embeds, tile, kept=None):
-    """Yields (row slice, column slice, scores) of scaled_images @ text_embeds.T, at most tile x tile at a time.
+    """Yields (row slice, column slice, scores) of scaled_images @ text_embeds.T, at most tile x tile, to be read only.
 
     kept  {place: scores}, filled here up to KEPT_SCORES in all; what is in it is not computed again; None for nothing
     """
@@ -1615,8 +1641,8 @@ def cached_backward(embed, pieces, loss_of, loss_weights=()):
 
     embed         function of a piece: image_embeds (b, E) and text_embeds (b, E). If it is a module, the first pass
                   leaves its buffers as they were: batch norm counts each picture once. A DistributedDataParallel module
-                  averages its gradients once, with the last piece
-    pieces        what embed takes, one after the other
+                  averages its gradients once, with the last piece. It leaves torch's random state seeded anew
+    pieces        a sequence of what embed takes
     loss_of       function of image_embeds (B, E) and text_embeds (B, E): the loss () of the whole batch
     loss_weights  what the loss learns beside the embeddings: logit_scale, logit_bias
     returns       the loss and all embeddings, without graph; gradients are added to .grad of every weight
@@ -1643,7 +1669,7 @@ def cached_backward(embed, pieces, loss_of, loss_weights=()):
             part = slice(done, done := done + len(images))
             # A scalar whose gradient is the cached one.
             proxy = (images * grad_images[part]).sum() + (texts * grad_texts[part]).sum()
-            if last:
+            if last:  # once, and by way of backward, so that DistributedDataParallel averages these too
                 proxy = proxy + sum((weight * grad).sum() for weight, grad in zip(loss_weights, grad_weights))
             proxy.backward()
     return loss.detach(), image_embeds.detach(), text_embeds.detach()
@@ -1665,7 +1691,7 @@ def recompute_activations(model):
     """From now on a DualEncoder's layers keep only their input for the backward pass, which computes the rest again.
 
     Same gradients in less memory, for about a third more time; dropout draws the same again. A locked tower keeps
-    nothing anyway and is left alone.
+    nothing anyway and is left alone. Of a ViT that pools its first token the last block keeps all, which is little.
 
     raises  ValueError for a vision tower that timm cannot do this for
     source  Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"
@@ -1722,7 +1748,7 @@ def sum_over_processes(values):
 
 
 def tell_all(news):
-    """What processes have to tell each other, the same in each; as long as it is nothing, this costs next to nothing.
+    """The news of all processes as one list, the same in each; cheap while nobody has any. All of them must call it.
 
     news     anything that can be pickled; None for nothing
     returns  the news of all processes that have some, in the order of their ranks
@@ -1737,9 +1763,10 @@ def tell_all(news):
 
 @contextmanager
 def together():
-    """An error inside, in whichever process, is raised in all of them: none waits for one that has stopped.
+    """A ValueError or OSError inside, in whichever process, is raised in all of them: none waits for one that stopped.
 
-    Every process must come here, and nothing inside may wait for another process.
+    Every process must come here, and nothing inside may wait for another process. Any other error ends this process,
+    and torchrun the others.
     """
     error = None
     try:
@@ -1837,15 +1864,15 @@ def build_from_towers(cls, vision, text, projection_dim, pretrained, overrides):
             sides[""][name] = value
     vision_model = build_vision_tower(vision, pretrained, sides["vision"])
     if text == "scratch":
-        text_model, tokenizer = TextEncoder(build(TextConfig, sides["text"])), None
+        text_model, tokenizer_and_types = TextEncoder(build(TextConfig, sides["text"])), None
     else:
         text = find_folder(text)
         text_model = load_text_encoder(TextEncoder, text, sides["text"])
-        tokenizer = find_tokenizer(text) and read_tokenizer(text)
+        tokenizer_and_types = find_tokenizer(text) and read_tokenizer(text)
     config = {"vision": vision_model.config, "text": text_model.config, **sides[""]}
     model = cls(build(DualEncoderConfig, config), vision_model, text_model)
-    if tokenizer:
-        model.processor = Processor(vision_model.image_transform(), *tokenizer)
+    if tokenizer_and_types:
+        model.processor = Processor(vision_model.image_transform(), *tokenizer_and_types)
         model.processor.limit_length(text_model.max_tokens)
     return model
 
@@ -1943,7 +1970,7 @@ def read_weights(path):
 
 
 def checksum(weights):
-    """CRC-32 of all weights by name, as eight hexadecimal digits."""
+    """CRC-32 of the bytes of all weights in the order of their names, as eight hexadecimal digits."""
     crc = 0
     for _, tensor in sorted(weights.items()):
         crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
@@ -2219,7 +2246,7 @@ PUBLISHED_VISION = {
     "dinov2": Published("dinov2.", _DINO_NAMES, _DINO_DEFAULTS),
     "dinov2_with_registers": Published("dinov2_with_registers.", _DINO_NAMES, _REGISTER_DEFAULTS),
 }
-# Families whose image processor goes by another name.
+# The image processor class of each family; DINOv2's two use "Bit".
 _PROCESSOR_OF = {
     "vit": "ViT",
     "deit": "DeiT",
@@ -2319,7 +2346,7 @@ PUBLISHED_TEXT = {
 
 
 def translate(name, names):
-    """The file's names for our tensor, and the number of our tensors that make up one of them; see the tables' note.
+    """The file's names for our tensor, several if it is cut into them along its first side; see the tables' note.
 
     blocks.3.attn.qkv.bias -> [encoder.layer.3.attention.attention.query.bias, ...key.bias, ...value.bias]
     """
@@ -2383,7 +2410,7 @@ def build_filled(cls, config, weights, source):
     module = build_without_memory(cls, config, weights)
     check_weights({name: join(pieces) for name, pieces in views_of(module).items()}, weights, source)
     module.to_empty(device="cpu")
-    for part in module.modules():
+    for part in module.modules():  # what no file holds would stay empty
         if hasattr(part, "init_non_persistent_buffers"):
             part.init_non_persistent_buffers()
     for name, pieces in views_of(module).items():
@@ -2511,12 +2538,15 @@ def load_vision_encoder(folder, overrides):
     weights, left_out = tower_weights(folder, PUBLISHED_VISION[read_vision_config(values).name].prefix)
     config = read_vision_config(values, weights, overrides)
     tower = load_tower(VisionEncoder, config, weights, left_out, folder)
+    own_transform = read_image_transform(folder) if find_image_processor(folder) else None
     if image_size and as_pair(image_size) != as_pair(config.image_size):
         tower.trunk.set_input_size(img_size=as_pair(image_size))
         tower.config = dataclasses.replace(config, image_size=image_size)
         tower.image_size = tower.config.image_size
-    elif find_image_processor(folder):
-        tower.own_transform = read_image_transform(folder)
+        if own_transform:  # of the folder's file all but the sizes, which are the family's for such pictures
+            sized = tower.image_transform()
+            own_transform = dataclasses.replace(own_transform, resize=sized.resize, crop=sized.crop)
+    tower.own_transform = own_transform
     return tower
 
 
@@ -2529,7 +2559,9 @@ def tower_weights(folder, prefix):
 
 def load_tower(cls, config, weights, left_out, folder):
     """A tower with its weights; says in one line what was left out: task heads, and a pooler that is not used."""
-    if config.pooling != "pooler" and not (isinstance(config, VisionConfig) and "pooler_act" not in config.args):
+    # What BEiT's files call pooler is the norm that its mean pooling ends with.
+    has_pooler = isinstance(config, TextConfig) or "pooler_act" in config.args
+    if has_pooler and config.pooling != "pooler":
         unused = {name for name in weights if name.startswith("pooler.")}
         weights = {name: tensor for name, tensor in weights.items() if name not in unused}
         left_out = left_out + sorted(unused)
@@ -2674,7 +2706,7 @@ def computes_the_same(tower, twin):
 
 
 def find_image_processor(folder):
-    """(file, settings in it) of a folder's image processor, the newer file if there are two; None if there is none."""
+    """(file, settings in it) of a folder's image processor, the newer form if there are two; None if there is none."""
     for name in ("processor_config.json", PICTURES_FILE):
         if (folder / name).is_file():
             values = read_json(checkpoint_file(folder, name))
@@ -2951,7 +2983,7 @@ class Pairs(torch.utils.data.Dataset):
         return self.pictures[i], self.captions[i]
 
     def select(self, indices):
-        """The pairs at these picture numbers."""
+        """The pairs at these picture numbers, as plain Pairs: neighbours and hard_negatives do not come along."""
         indices = list(indices)
         return Pairs(
             [self.names[i] for i in indices],
@@ -2966,7 +2998,7 @@ class Pairs(torch.utils.data.Dataset):
         return self.labels[i] if self.labels else i
 
     def caption_table(self):
-        """Every caption once a group: (captions, the group of each caption, the group of each picture)."""
+        """Every caption once per group: (captions, the group of each caption, the group of each picture)."""
         groups = [self.group_of(i) for i in range(len(self))]
         table = {(caption, group): None for group, captions in zip(groups, self.captions) for caption in captions}
         return [caption for caption, _ in table], [group for _, group in table], groups
@@ -3060,8 +3092,8 @@ def load_pairs(
                   with .txt files of the same name; a .csv, .tsv or .jsonl caption file; "coco:captions.json" or
                   "flickr:captions.txt"; tar shards, as in "shards-{0000..0099}.tar"
     split         "train", "val" or "test". The data's own where it has one (its test part serves as val if it has no
-                  val part); else val and test are the val_fraction of the pictures whose names hash lowest, and train
-                  is the rest
+                  val part, and in folders the other way round); else val and test are the pictures whose names hash
+                  below val_fraction of the range, so about that share of them, and train is the rest
     data_root     where torchvision's sets lie, or go with download=True
     images        the picture folder of coco: and flickr:, unless it is the caption file's own
     templates     what class names become: strings with {} in them
@@ -3382,7 +3414,7 @@ def shard_pairs(spec):
     raises  ValueError naming shard and sample for shards that are missing, cut short or no tar files, for a sample
             without picture or caption, and for a key that comes twice
     """
-    if ":" in spec[2:]:
+    if ":" in spec[2:]:  # past the drive letter that a path on Windows begins with
         raise ValueError(f"shards are read from disk, so fetch {spec} first, and name the files")
     paths = expand_braces(spec)
     missing = [path for path in paths if not os.path.isfile(path)]
@@ -3440,7 +3472,7 @@ def shard_samples(path):
                 content = file.read(member.size)
                 with blamed_on(member.name):
                     found[key] = member_captions(content, extension)
-        file.seek(tar.offset)
+        file.seek(tar.offset)  # a whole archive ends in a block of zeros
         if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
             raise ValueError(f"cut short or damaged at byte {tar.offset:,}, after {len(pictures):,} pictures")
         captions = {**from_json, **captions}
@@ -3659,7 +3691,7 @@ def draw_shape(draw, shape, centre, radius, fill):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 11  Command line
+# 11  Checks of values, command line
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3715,7 +3747,7 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def flag_parser(config_class, description):
-    """A parser with one flag a field of the dataclass: --kebab-case, strict types, --x/--no-x for booleans."""
+    """A parser with one flag per field of the dataclass: --kebab-case, strict types, --x/--no-x for booleans."""
     parser = FlagParser(description=description, allow_abbrev=False)
     hints = typing.get_type_hints(config_class)
     groups = {}
@@ -3795,9 +3827,9 @@ def autocast(device, precision):
 
 @contextmanager
 def float32_products(device, precision):
-    """Inside, CUDA may multiply what bf16 leaves in float32, the loss above all, in TF32: three digits, much faster.
+    """Inside, with "bf16", CUDA multiplies the float32 matrices that remain, the loss's above all, in TF32.
 
-    With precision "fp32", and always for measuring, where three digits would decide ranks by rounding, it may not.
+    That has three digits and is much faster. Measuring passes "fp32": there rounding would decide ranks.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if device.type == "cuda" and precision == "bf16" else "highest")

@@ -1,5 +1,6 @@
 """Checkpoints of transformers, read and written without it: its own numbers stand in tests/fixtures."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -371,6 +372,20 @@ def test_a_vision_tower_is_resampled_to_another_picture_size():
     assert model.config.vision.image_size == model.vision_model.image_size == 32
     assert model.vision_model.image_transform().crop is None
     assert model.encode_image(torch.randn(1, 3, 32, 32)).shape == (1, 8)
+
+
+def test_a_resampled_tower_keeps_mean_and_std_of_its_folder(tmp_path):
+    folder = tmp_path / "tower"
+    shutil.copytree(FIXTURES / "tower" / "vit-classifier", folder)
+    values = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    values |= {"size": {"height": 30, "width": 30}, "resample": 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    as_published, resampled = (
+        two_towers(folder, "bert-classifier", **more).vision_model.image_transform()
+        for more in ({}, {"vision_image_size": 32})
+    )
+    assert as_published.resize == (30, 30) and resampled.resize == (32, 32)
+    assert resampled == dataclasses.replace(as_published, resize=(32, 32)) and resampled.mean == (0.1, 0.2, 0.3)
 
 
 # ---- The two scripts ------------------------------------------------------------------------------------------------

@@ -235,3 +235,19 @@ def test_characters_inside_words_are_named_before_learning_in_a_fixed_order():
     ]
     inner = sorted({"##" + character for word in words for character in word[1:]})
     assert [tokenizer.id_to_token(5 + i) for i in range(len(inner))] == inner and "##b" in inner
+
+
+def test_a_limit_for_one_call_is_not_saved_where_the_processor_has_none(tmp_path):
+    processor = dualenc.Processor(None, dualenc.train_tokenizer(["one two three four"], 100))
+    assert processor(text="one two three four", max_length=3)["input_ids"].shape == (1, 3)
+    processor.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["truncation"] is None
+    assert processor(text="one two three four")["input_ids"].shape == (1, 6)
+
+
+@pytest.mark.parametrize(
+    "given, missing", [({"text": "a"}, "tokenizer"), ({"images": Image.new("RGB", (2, 2))}, "transform")]
+)
+def test_a_processor_says_which_half_it_lacks(given, missing):
+    with pytest.raises(ValueError, match=f"no {missing}"):
+        dualenc.Processor(None, None)(**given)

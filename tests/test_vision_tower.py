@@ -204,6 +204,15 @@ def test_another_image_size_and_crop_share_are_followed():
     assert squash.image_transform(crop_pct=1.0).resize == (32, 32)
 
 
+def test_a_tower_that_is_not_square_sees_whole_pictures():
+    arguments = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+    tower = dualenc.VisionEncoder(dualenc.VisionConfig("vit_tiny_patch16_224", arguments, image_size=(32, 64)))
+    transform = tower.image_transform(crop_pct=1.0)
+    assert transform.resize == transform.crop == (32, 64)
+    pixels = transform(Image.new("RGB", (50, 90)))
+    assert tower(pixels[None]).pooler_output.shape == (1, 24)
+
+
 def test_pretrained_position_tables_are_resampled_to_another_image_size(tmp_path):
     """A 64-pixel ViT's weights in a 32-pixel tower: timm's own resampling, read from a local file."""
     big = timm.create_model("deit_tiny_patch16_224", num_classes=0, img_size=64, **TINY_VIT)

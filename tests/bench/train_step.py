@@ -8,7 +8,8 @@ Ours is train.train_step itself: tokenizing the captions, normalising uint8 pict
 AdamW, and the accuracy of the batch. The peers start from ready pixels and token ids, and do what their own training
 scripts do: transformers as its Trainer (autocast around model and loss, clipping at 1, fused AdamW), open_clip as its
 train_one_epoch (autocast around model and loss, AdamW with decay 0.2 off gains and biases, no clipping).
-"timm ViT alone" is forward and backward of the vision tower under autocast, without loss and optimiser.
+"timm ViT alone" is forward and backward of the vision tower under autocast, without loss and optimiser. All of them
+keep freed memory for the next step (train.keep_freed_memory), which the peers by themselves do not.
 
 Rows of one precision are compared with each other; "as each runs by default" compares ours at --precision auto with
 the peers in fp32, which is what they do on a CPU unless told. FLOPs are those of the products that are done, forward
@@ -123,6 +124,7 @@ def main(argv=None):
     parser.add_argument("--memory", action="store_true", help="measure peak memory too")
     args = parser.parse_args(argv)
     rates = common.print_head(args)
+    train.keep_freed_memory()
     libraries, preset = common.available(args.library), common.PRESETS[args.preset]
     print(f"preset   {args.preset}: batch {preset.batch}, {preset.image_size} pixels, {preset.tokens} tokens")
 
