@@ -42,9 +42,11 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
+import signal
 import struct
 import sys
 import tarfile
@@ -3068,7 +3070,12 @@ class Readable(torch.utils.data.Dataset):
 def drop_unreadable(pairs, workers=0):
     """(the pairs whose pictures can be read, {name: reason} of the others); every picture is read once."""
     loader = torch.utils.data.DataLoader(
-        Readable(pairs), batch_size=64, num_workers=workers, collate_fn=list, generator=torch.Generator()
+        Readable(pairs),
+        batch_size=64,
+        num_workers=workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # measuring leaves the global generator alone
+        worker_init_fn=start_worker,
     )
     reasons = [reason for batch in loader for reason in batch]
     bad = {pairs.names[i]: reason for i, reason in enumerate(reasons) if reason}
@@ -3808,6 +3815,16 @@ def pick_workers(count, device):
     if count >= 0:
         return count
     return min(8 if device.type == "cuda" else 1, own_cores() - 1)
+
+
+def start_worker(number):
+    """What each process that reads pictures does first: it leaves Ctrl-C to the run, and ends if the run was killed.
+
+    torch looks after that too, but does not notice a run that was killed before the worker began to look.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not multiprocessing.parent_process().is_alive():
+        os._exit(1)
 
 
 def pick_precision(name, device):

@@ -172,6 +172,7 @@ def run_batches(model, encode, pictures, batches, precision, workers):
         collate_fn=stack_pictures,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # measuring leaves the global generator alone
+        worker_init_fn=dualenc.start_worker,
     )
     for images, errors in progress(loader, "pictures"):
         with dualenc.autocast(device, precision):

@@ -289,13 +289,8 @@ def make_loader(pairs, model, config, device, first_step, steps, cache=None):
         collate_fn=as_it_is if cache else stack_batch,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
-        worker_init_fn=leave_signals_to_the_run,
+        worker_init_fn=dualenc.start_worker,
     )
-
-
-def leave_signals_to_the_run(worker):
-    """Ctrl-C reaches every process of a terminal; the run itself decides when its workers end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class DataFault(ValueError):

@@ -289,7 +289,7 @@ def test_twenty_kills_at_random_moments_leave_no_trace(variant, kills, data, tmp
         if process.poll() is not None:
             break
         os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.communicate(timeout=60)  # until the workers have noticed and ended too
         killed += 1
         inside_a_write += any(out.glob("*.new")) or any(out.glob("*.old")) or any(out.glob("*/*.tmp"))
         inside_the_cache += len([*store.glob("*/*/rows-*.npy")]) > len([*store.glob("*/*/pictures.json")])
@@ -298,6 +298,25 @@ def test_twenty_kills_at_random_moments_leave_no_trace(variant, kills, data, tmp
     finish(script("--resume", out))
     assert_same(outcome(out), outcome(tmp_path / "whole"))
     print(f"{killed} kills, {inside_a_write} of them inside a checkpoint write, {inside_the_cache} inside the cache's")
+
+
+ORPHAN = """
+import multiprocessing, os, sys, time, dualenc
+run = os.getpid()
+def work():
+    while os.getppid() == run:
+        time.sleep(0.01)
+    dualenc.start_worker(0)
+    open(sys.argv[1], "w").close()
+multiprocessing.get_context("fork").Process(target=work).start()
+os._exit(0)
+"""
+
+
+def test_a_worker_that_starts_after_its_run_was_killed_ends(tmp_path):
+    """Its ends of the run's pipes would stay open for ever: this test would wait for them."""
+    subprocess.run([sys.executable, "-c", ORPHAN, tmp_path / "worked"], cwd=ROOT, timeout=60, capture_output=True)
+    assert not (tmp_path / "worked").exists()
 
 
 # ---- Writing --------------------------------------------------------------------------------------------------------
