@@ -28,7 +28,7 @@ def commands():
             yield pytest.param(script, arguments.partition("   ")[0], id=f"{name}: {script}{arguments[:40]}")
 
 
-@pytest.mark.parametrize(("script", "arguments"), commands())
+@pytest.mark.parametrize(("script", "arguments"), list(commands()))
 def test_documented_commands_have_flags_that_exist(script, arguments):
     parser = dualenc.flag_parser(train.TrainConfig if script == "train" else evaluation.EvalConfig, "")
     if script == "eval":

@@ -516,7 +516,7 @@ def test_torchrun_trains_like_one_process_and_only_the_first_one_prints(data, tm
     flags = [*data, *SMALL, *VIT]
     out, error = finish(torchrun(2, *flags, "--out", tmp_path / "two"))
     assert [line.split()[0] for line in out.splitlines()] == [
-        *("data", "model", "run", "flags", "step", "eval", "step", "eval", "step", "eval", "done")
+        *("data", "model", "run", "flags", "step", "step", "eval", "step", "eval", "step", "eval", "done")
     ]
     assert "2 processes" in out and "Traceback" not in error and "destroy_process_group" not in error
     assert run(*flags, "--out", tmp_path / "one") == 0
