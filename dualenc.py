@@ -1475,7 +1475,7 @@ def train_tokenizer(captions, vocab_size, max_length=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 TILE = 1024  # rows and columns of the score matrix in memory at a time
-KEPT_SCORES = 2**23  # scores that the tiled losses keep for the backward pass, 32 MB in float32; the rest come again
+KEPT_SCORES = 2**24  # scores that the tiled losses keep for the backward pass, 64 MB in float32; the rest come again
 
 
 def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=TILE, sharded=False):
@@ -1566,7 +1566,7 @@ class TiledLogSumExp(torch.autograd.Function):
         of_rows = image_embeds.new_full((len(image_embeds),), -math.inf)
         of_columns = text_embeds.new_full((len(text_embeds),), -math.inf)
         ctx.tile, ctx.kept = tile, {}
-        for rows, columns, scores in score_tiles(logit_scale.exp() * image_embeds, text_embeds, tile, ctx.kept):
+        for rows, columns, _, scores in score_tiles(image_embeds, text_embeds, logit_scale.exp(), tile, ctx.kept):
             of_rows[rows] = of_rows[rows].logaddexp(scores.logsumexp(dim=1))
             of_columns[columns] = of_columns[columns].logaddexp(scores.logsumexp(dim=0))
         ctx.save_for_backward(image_embeds, text_embeds, logit_scale, of_rows, of_columns)
@@ -1576,15 +1576,15 @@ class TiledLogSumExp(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_rows, grad_columns):
         image_embeds, text_embeds, logit_scale, of_rows, of_columns = ctx.saved_tensors
-        scaled_images = logit_scale.exp() * image_embeds
-        grad_scaled, grad_texts = torch.zeros_like(image_embeds), torch.zeros_like(text_embeds)
-        for rows, columns, scores in score_tiles(scaled_images, text_embeds, ctx.tile, ctx.kept):
+        grad_images, grad_texts = torch.zeros_like(image_embeds), torch.zeros_like(text_embeds)
+        tiles = score_tiles(image_embeds, text_embeds, logit_scale.exp(), ctx.tile, ctx.kept)
+        for rows, columns, scaled, scores in tiles:
             grad = (scores - of_rows[rows, None]).exp_().mul_(grad_rows[rows, None])
             grad += (scores - of_columns[columns]).exp_().mul_(grad_columns[columns])
-            grad_scaled[rows].addmm_(grad, text_embeds[columns])
-            grad_texts[columns].addmm_(grad.T, scaled_images[rows])
-        grad_scale = (grad_scaled * scaled_images).sum()  # exp(s) * x is its own derivative by s
-        return logit_scale.exp() * grad_scaled, grad_texts, grad_scale, None
+            grad_images[rows].addmm_(grad, text_embeds[columns])
+            grad_texts[columns].addmm_(grad.T, scaled)
+        grad_scale = sum_of_products(grad_images.mul_(logit_scale.exp()), image_embeds)
+        return grad_images, grad_texts, grad_scale, None
 
 
 class TiledSoftplus(torch.autograd.Function):
@@ -1598,7 +1598,7 @@ class TiledSoftplus(torch.autograd.Function):
     def forward(ctx, image_embeds, text_embeds, logit_scale, logit_bias, tile):
         of_rows = image_embeds.new_zeros(len(image_embeds))
         ctx.tile, ctx.kept = tile, {}
-        for rows, _, scores in score_tiles(logit_scale.exp() * image_embeds, text_embeds, tile, ctx.kept):
+        for rows, _, _, scores in score_tiles(image_embeds, text_embeds, logit_scale.exp(), tile, ctx.kept):
             of_rows[rows] += F.softplus(scores + logit_bias).sum(dim=1)
         ctx.save_for_backward(image_embeds, text_embeds, logit_scale, logit_bias)
         return of_rows
@@ -1607,30 +1607,43 @@ class TiledSoftplus(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_rows):
         image_embeds, text_embeds, logit_scale, logit_bias = ctx.saved_tensors
-        scaled_images, grad_bias = logit_scale.exp() * image_embeds, torch.zeros_like(logit_bias)
-        grad_scaled, grad_texts = torch.zeros_like(image_embeds), torch.zeros_like(text_embeds)
-        for rows, columns, scores in score_tiles(scaled_images, text_embeds, ctx.tile, ctx.kept):
+        grad_images, grad_texts = torch.zeros_like(image_embeds), torch.zeros_like(text_embeds)
+        grad_bias = torch.zeros_like(logit_bias)
+        tiles = score_tiles(image_embeds, text_embeds, logit_scale.exp(), ctx.tile, ctx.kept)
+        for rows, columns, scaled, scores in tiles:
             grad = (scores + logit_bias).sigmoid_().mul_(grad_rows[rows, None])
             grad_bias += grad.sum()
-            grad_scaled[rows].addmm_(grad, text_embeds[columns])
-            grad_texts[columns].addmm_(grad.T, scaled_images[rows])
-        grad_scale = (grad_scaled * scaled_images).sum()
-        return logit_scale.exp() * grad_scaled, grad_texts, grad_scale, grad_bias, None
+            grad_images[rows].addmm_(grad, text_embeds[columns])
+            grad_texts[columns].addmm_(grad.T, scaled)
+        grad_scale = sum_of_products(grad_images.mul_(logit_scale.exp()), image_embeds)
+        return grad_images, grad_texts, grad_scale, grad_bias, None
 
 
-def score_tiles(scaled_images, text_embeds, tile, kept=None):
-    """Yields (row slice, column slice, scores) of scaled_images @ text_embeds.T, at most tile x tile, to be read only.
+def sum_of_products(a, b):
+    """The sum of a * b, both (B, E), without a third matrix of that size.
 
-    kept  {place: scores}, filled here up to KEPT_SCORES in all; what is in it is not computed again; None for nothing
+    For x and its gradient, this is the gradient of s where x comes in as exp(s) * x, whose derivative by s is itself.
     """
-    for top, left in itertools.product(range(0, len(scaled_images), tile), range(0, len(text_embeds), tile)):
-        rows, columns = slice(top, top + tile), slice(left, left + tile)
-        scores = kept.get((top, left)) if kept else None
-        if scores is None:
-            scores = scaled_images[rows] @ text_embeds[columns].T
-            if kept is not None and (len(kept) + 1) * tile**2 <= KEPT_SCORES:
-                kept[top, left] = scores
-        yield rows, columns, scores
+    return torch.einsum("be,be->b", a, b).sum()
+
+
+def score_tiles(image_embeds, text_embeds, scale=1.0, tile=TILE, kept=None):
+    """Yields (row slice, column slice, scale * image_embeds[rows], their scores with text_embeds[columns]).
+
+    kept  {place: scores}, filled here up to KEPT_SCORES in all; what is in it is not computed again, so only read it;
+          None for nothing
+    """
+    for top in range(0, len(image_embeds), tile):
+        rows = slice(top, top + tile)
+        scaled = scale * image_embeds[rows]
+        for left in range(0, len(text_embeds), tile):
+            columns = slice(left, left + tile)
+            scores = kept.get((top, left)) if kept else None
+            if scores is None:
+                scores = scaled @ text_embeds[columns].T
+                if kept is not None and (len(kept) + 1) * tile**2 <= KEPT_SCORES:
+                    kept[top, left] = scores
+            yield rows, columns, scaled, scores
 
 
 def cached_backward(embed, pieces, loss_of, loss_weights=()):

@@ -571,7 +571,7 @@ def in_batch_accuracy(image_embeds, text_embeds, groups):
     """
     all_texts, all_groups = dualenc.gather_embeds(text_embeds), dualenc.gather_embeds(groups)
     texts, images = Nearest(groups), Nearest(all_groups)  # nearest to each picture here, and to each caption
-    for rows, columns, scores in dualenc.score_tiles(image_embeds, all_texts, dualenc.TILE):
+    for rows, columns, _, scores in dualenc.score_tiles(image_embeds, all_texts):
         texts.update(rows, scores, all_groups[columns])
         images.update(columns, scores.T, groups[rows])
     # Of the pictures nearest to a caption, one in each process, the nearest.

@@ -87,11 +87,11 @@ def test_tiled_losses_never_hold_the_matrix(name):
 def test_kept_scores_stay_within_their_limit(monkeypatch):
     monkeypatch.setattr(dualenc, "KEPT_SCORES", 3 * 8**2)
     kept, images, texts = {}, *loss_inputs("clip", 40)[:2]
-    first = [scores.clone() for _, _, scores in dualenc.score_tiles(images, texts, 8, kept)]
+    first = [scores.clone() for *_, scores in dualenc.score_tiles(images, texts, tile=8, kept=kept)]
     assert len(first) == 25 and len(kept) == 3
     for place in kept:
         kept[place] = kept[place] + 1  # if these are read, they show
-    again = [scores for _, _, scores in dualenc.score_tiles(images, texts, 8, kept)]
+    again = [scores for *_, scores in dualenc.score_tiles(images, texts, tile=8, kept=kept)]
     assert sum(not torch.equal(one, two) for one, two in zip(first, again)) == 3
 
 
