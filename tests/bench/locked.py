@@ -32,7 +32,7 @@ from PIL import Image
 import dualenc
 import train
 
-HELD_OUT = 100  # pictures, for the evaluation that ends a run of ours
+HELD_OUT = 10  # pictures, for the evaluation that ends a run of ours and that the peers do not have
 
 
 def make_folder(folder, source, count):
