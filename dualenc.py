@@ -1353,15 +1353,18 @@ class Processor:
         """
         if text is None and images is None:
             raise ValueError("nothing to process: give text, images or both")
-        for given, needed, name in ((text, self.tokenizer, "tokenizer"), (images, self.image_transform, "transform")):
-            if given is not None and needed is None:
-                raise ValueError(f"this processor has no {name}: make one with Processor(image_transform, tokenizer)")
         inputs = {}
         if text is not None:
+            self._must_have("tokenizer")
             inputs.update(self._encode_captions([text] if isinstance(text, str) else list(text), max_length))
         if images is not None:
+            self._must_have("image_transform")
             inputs["pixel_values"] = torch.stack([self.image_transform(picture) for picture in as_pictures(images)])
         return inputs
+
+    def _must_have(self, part):
+        if getattr(self, part) is None:
+            raise ValueError(f"this processor has no {part}: make one with Processor(image_transform, tokenizer)")
 
     def _truncate(self, limit):
         if limit is None:
@@ -3645,11 +3648,9 @@ def random_scenes(rng):
 
 def training_scenes(rng, count):
     """Scenes that are not held out, each followed by its mirror."""
-    scenes = []
-    while len(scenes) < count:
-        first, relation, second = next(scene for scene in random_scenes(rng) if not is_held_out(*scene))
-        scenes += [(first, relation, second), (second, relation, first)]
-    return scenes[:count]
+    scenes = (scene for scene in random_scenes(rng) if not is_held_out(*scene))
+    with_mirrors = (((a, relation, b), (b, relation, a)) for a, relation, b in scenes)
+    return list(itertools.islice(itertools.chain.from_iterable(with_mirrors), count))
 
 
 def held_out_scenes(rng, count):

@@ -13,6 +13,7 @@ import ctypes
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import math
 import platform
@@ -246,10 +247,10 @@ class Batches(torch.utils.data.Sampler):
         for step in range(self.first_step, self.steps):
             epoch, position = divmod(step, per_epoch)
             if epoch != order_epoch:
-                pictures = range(self.n_pictures)
-                rows = [pictures[i : i + self.neighbours] for i in pictures[:: self.neighbours]]
-                random.Random(f"order {self.seed} {epoch}").shuffle(rows)
-                order, order_epoch = [i for row in rows for i in row], epoch
+                starts = list(range(0, self.n_pictures, self.neighbours))
+                random.Random(f"order {self.seed} {epoch}").shuffle(starts)
+                rows = (range(start, min(start + self.neighbours, self.n_pictures)) for start in starts)
+                order, order_epoch = [*itertools.chain.from_iterable(rows)], epoch
             start = position * self.batch_size
             batch = order[start : start + self.batch_size]
             yield [(epoch, i) for i in batch[dualenc.share(len(batch))]]

@@ -57,6 +57,15 @@ def make_model(tokenizer):
 
 
 @pytest.fixture
+def one_thread():
+    """In this process as in those of in_processes: several threads sum in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def pictures():
     """Four random RGB pictures of different sizes."""
     rng = np.random.default_rng(0)

@@ -33,16 +33,11 @@ TOWERS = {
     "patch-dropout": ["--vision", "test_vit", "--vision-args", "img_size=32", "--patch-dropout", "0.5"],
 }
 RESNET = TOWERS["batch-norm"]
-pytestmark = pytest.mark.filterwarnings("ignore:--lock vision freezes random weights")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that share a product round a row by its place, which is all that may part a cached run from another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# Threads that share a product round a row by its place, which is all that may part a cached run from another.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:--lock vision freezes random weights"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @pytest.fixture

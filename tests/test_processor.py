@@ -246,7 +246,7 @@ def test_a_limit_for_one_call_is_not_saved_where_the_processor_has_none(tmp_path
 
 
 @pytest.mark.parametrize(
-    "given, missing", [({"text": "a"}, "tokenizer"), ({"images": Image.new("RGB", (2, 2))}, "transform")]
+    "given, missing", [({"text": "a"}, "tokenizer"), ({"images": Image.new("RGB", (2, 2))}, "image_transform")]
 )
 def test_a_processor_says_which_half_it_lacks(given, missing):
     with pytest.raises(ValueError, match=f"no {missing}"):

@@ -389,6 +389,7 @@ def test_a_step_that_is_not_finite_leaves_weights_and_statistics_as_they_were(ma
     ("flags", "message"),
     [
         ({"warmup": 1.5}, "--warmup is 1.5, expected a share of the steps"),
+        ({"neighbours": -1}, "--neighbours is -1, expected at least 0"),
         ({"compile": True, "grad_checkpointing": True}, "--compile decides by itself.* leave out --grad-checkp"),
         ({"batch_size": 1}, "batch_size is 1: with one pair there is nothing to tell it from"),
         ({"batch_size": 100}, r"has 3\d training pictures, fewer than one batch of 100"),
@@ -543,6 +544,13 @@ def test_float32_products_are_rounded_only_while_training_in_bf16_on_cuda(run, m
     run(steps=1, precision="bf16")
     assert asked == [(cpu, "bf16"), (cpu, "fp32")], "the run, and the evaluation in it"
     assert set(seen) == {"high", (True, "high"), (False, "highest")} and now() == "highest"
+
+
+def test_time_left_is_rounded_before_it_is_cut_into_minutes():
+    line = {"loss": 1.0, "chance_loss": 4.0, "floor_loss": 0.0, "in_batch_acc": 0.5, "logit_scale": 0.0, "lr": 1e-3}
+    line |= {"step": 1, "pairs_per_s": 10.0, "data_share": 0.0, "bad_steps": 0}
+    for batch_size, left in ((597, "1:00"), (1204, "2:00"), (49, "0:05")):
+        assert train.describe_step(line, 2, batch_size).endswith(f"data 0%   {left} left")
 
 
 def test_the_first_step_has_a_line_of_its_own_without_a_rate(run, capsys):
