@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -317,6 +318,35 @@ def test_a_worker_that_starts_after_its_run_was_killed_ends(tmp_path):
     """Its ends of the run's pipes would stay open for ever: this test would wait for them."""
     subprocess.run([sys.executable, "-c", ORPHAN, tmp_path / "worked"], cwd=ROOT, timeout=60, capture_output=True)
     assert not (tmp_path / "worked").exists()
+
+
+def interrupt_a_worker(path):
+    dualenc.start_worker(0)
+    os.kill(os.getpid(), signal.SIGINT)
+    path.touch()
+
+
+def test_ctrl_c_is_left_to_the_run(tmp_path):
+    """A terminal sends it to every process; a worker that ended would be an error in the run, which wants to save."""
+    worker = multiprocessing.get_context("fork").Process(target=interrupt_a_worker, args=(tmp_path / "went on",))
+    worker.start()
+    worker.join()
+    assert (tmp_path / "went on").exists()
+
+
+@pytest.mark.parametrize("loader", ["steps", "evaluation", "check"])
+def test_every_loader_starts_its_workers_in_the_same_way(loader, make_model, monkeypatch, tmp_path):
+    monkeypatch.setattr(dualenc, "start_worker", lambda number: (tmp_path / "started").touch())
+    pairs, model = dualenc.ShapesPairs(count=8, side=32), make_model()
+    if loader == "steps":
+        next(
+            iter(train.make_loader(pairs, model, train.TrainConfig(batch_size=4, workers=1), torch.device("cpu"), 0, 2))
+        )
+    elif loader == "evaluation":
+        evaluation.embed_pictures(model, pairs.pictures, workers=1)
+    else:
+        dualenc.drop_unreadable(pairs, workers=1)
+    assert (tmp_path / "started").exists()
 
 
 # ---- Writing --------------------------------------------------------------------------------------------------------
