@@ -3832,11 +3832,14 @@ def pick_workers(count, device):
 
 
 def start_worker(number):
-    """What each process that reads pictures does first: it leaves Ctrl-C to the run, and ends if the run was killed.
+    """What each process that reads pictures does first: it leaves stopping to the run, and ends if the run was killed.
 
-    torch looks after that too, but does not notice a run that was killed before the worker began to look.
+    A terminal, torchrun and schedulers send their signals to all processes at once. The run finishes its step with the
+    workers' pictures and ends them itself; one that does not listen then gets the second SIGTERM, which ends it.
+    torch looks for a killed run too, but does not notice one that was killed before the worker began to look.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
     if not multiprocessing.parent_process().is_alive():
         os._exit(1)
 

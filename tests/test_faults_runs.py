@@ -320,18 +320,23 @@ def test_a_worker_that_starts_after_its_run_was_killed_ends(tmp_path):
     assert not (tmp_path / "worked").exists()
 
 
-def interrupt_a_worker(path):
+def signal_a_worker(number, reached):
     dualenc.start_worker(0)
-    os.kill(os.getpid(), signal.SIGINT)
-    path.touch()
+    for path in reached:
+        os.kill(os.getpid(), number)
+        path.touch()
 
 
-def test_ctrl_c_is_left_to_the_run(tmp_path):
-    """A terminal sends it to every process; a worker that ended would be an error in the run, which wants to save."""
-    worker = multiprocessing.get_context("fork").Process(target=interrupt_a_worker, args=(tmp_path / "went on",))
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_is_left_to_the_run_but_a_second_sigterm_ends_a_worker(number, tmp_path):
+    """A terminal and torchrun signal every process; a worker that ended would be an error in the run, which wants to
+    save. At its end, torch and Python send SIGTERM to a worker that hangs, and wait for it."""
+    reached = [tmp_path / "first", tmp_path / "second"]
+    worker = multiprocessing.get_context("fork").Process(target=signal_a_worker, args=(number, reached))
     worker.start()
     worker.join()
-    assert (tmp_path / "went on").exists()
+    assert [path.exists() for path in reached] == [True, number == signal.SIGINT]
+    assert worker.exitcode == (0 if number == signal.SIGINT else -signal.SIGTERM)
 
 
 @pytest.mark.parametrize("loader", ["steps", "evaluation", "check"])
