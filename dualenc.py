@@ -1497,8 +1497,8 @@ def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=TILE, sharded=F
     source                     Cheng et al. 2024, "Breaking the Memory Barrier" (Inf-CL), section 3.2
     """
     check_same_shape(image_embeds, text_embeds)
-    of_rows, over_columns = row_and_column_terms(image_embeds, text_embeds, logit_scale, tile, sharded)
     pairs = logit_scale.exp() * (image_embeds * text_embeds).sum(dim=1)
+    of_rows, over_columns = row_and_column_terms(image_embeds, text_embeds, logit_scale, tile, sharded)
     return share_of_mean(of_rows / 2 - pairs, len(over_columns)) + over_columns.mean() / 2
 
 
@@ -1536,9 +1536,9 @@ def tiled_siglip_loss(image_embeds, text_embeds, logit_scale, logit_bias, tile=T
     """
     check_same_shape(image_embeds, text_embeds)
     all_texts = gather_embeds(text_embeds) if sharded else text_embeds
+    pairs = logit_scale.exp() * (image_embeds * text_embeds).sum(dim=1) + logit_bias
     # As if no cell were a pair; a cell that is one costs its logit less.
     no_pairs = TiledSoftplus.apply(image_embeds, all_texts, logit_scale, logit_bias, tile)
-    pairs = logit_scale.exp() * (image_embeds * text_embeds).sum(dim=1) + logit_bias
     return share_of_mean(no_pairs - pairs, len(all_texts))
 
 
@@ -1569,7 +1569,8 @@ class TiledLogSumExp(torch.autograd.Function):
         of_rows = image_embeds.new_full((len(image_embeds),), -math.inf)
         of_columns = text_embeds.new_full((len(text_embeds),), -math.inf)
         ctx.tile, ctx.kept = tile, {}
-        for rows, columns, _, scores in score_tiles(image_embeds, text_embeds, logit_scale.exp(), tile, ctx.kept):
+        tiles = score_tiles(image_embeds, text_embeds, logit_scale.exp(), tile, ctx.kept, KEPT_SCORES)
+        for rows, columns, _, scores in tiles:
             of_rows[rows] = of_rows[rows].logaddexp(scores.logsumexp(dim=1))
             of_columns[columns] = of_columns[columns].logaddexp(scores.logsumexp(dim=0))
         ctx.save_for_backward(image_embeds, text_embeds, logit_scale, of_rows, of_columns)
@@ -1583,7 +1584,7 @@ class TiledLogSumExp(torch.autograd.Function):
         tiles = score_tiles(image_embeds, text_embeds, logit_scale.exp(), ctx.tile, ctx.kept)
         for rows, columns, scaled, scores in tiles:
             grad = (scores - of_rows[rows, None]).exp_().mul_(grad_rows[rows, None])
-            grad += (scores - of_columns[columns]).exp_().mul_(grad_columns[columns])
+            grad += scores.sub_(of_columns[columns]).exp_().mul_(grad_columns[columns])
             grad_images[rows].addmm_(grad, text_embeds[columns])
             grad_texts[columns].addmm_(grad.T, scaled)
         grad_scale = sum_of_products(grad_images.mul_(logit_scale.exp()), image_embeds)
@@ -1601,7 +1602,8 @@ class TiledSoftplus(torch.autograd.Function):
     def forward(ctx, image_embeds, text_embeds, logit_scale, logit_bias, tile):
         of_rows = image_embeds.new_zeros(len(image_embeds))
         ctx.tile, ctx.kept = tile, {}
-        for rows, _, _, scores in score_tiles(image_embeds, text_embeds, logit_scale.exp(), tile, ctx.kept):
+        tiles = score_tiles(image_embeds, text_embeds, logit_scale.exp(), tile, ctx.kept, KEPT_SCORES)
+        for rows, _, _, scores in tiles:
             of_rows[rows] += F.softplus(scores + logit_bias).sum(dim=1)
         ctx.save_for_backward(image_embeds, text_embeds, logit_scale, logit_bias)
         return of_rows
@@ -1614,7 +1616,7 @@ class TiledSoftplus(torch.autograd.Function):
         grad_bias = torch.zeros_like(logit_bias)
         tiles = score_tiles(image_embeds, text_embeds, logit_scale.exp(), ctx.tile, ctx.kept)
         for rows, columns, scaled, scores in tiles:
-            grad = (scores + logit_bias).sigmoid_().mul_(grad_rows[rows, None])
+            grad = scores.add_(logit_bias).sigmoid_().mul_(grad_rows[rows, None])
             grad_bias += grad.sum()
             grad_images[rows].addmm_(grad, text_embeds[columns])
             grad_texts[columns].addmm_(grad.T, scaled)
@@ -1630,21 +1632,22 @@ def sum_of_products(a, b):
     return torch.einsum("be,be->b", a, b).sum()
 
 
-def score_tiles(image_embeds, text_embeds, scale=1.0, tile=TILE, kept=None):
+def score_tiles(image_embeds, text_embeds, scale=1.0, tile=TILE, kept=None, keep=0):
     """Yields (row slice, column slice, scale * image_embeds[rows], their scores with text_embeds[columns]).
 
-    kept  {place: scores}, filled here up to KEPT_SCORES in all; what is in it is not computed again, so only read it;
-          None for nothing
+    kept  {place: scores}: what is in it is taken out and not computed again
+    keep  scores, in all, that may stay in it for the next time; these must only be read
     """
+    kept = {} if kept is None else kept
     for top in range(0, len(image_embeds), tile):
         rows = slice(top, top + tile)
         scaled = scale * image_embeds[rows]
         for left in range(0, len(text_embeds), tile):
             columns = slice(left, left + tile)
-            scores = kept.get((top, left)) if kept else None
+            scores = kept.pop((top, left), None)
             if scores is None:
                 scores = scaled @ text_embeds[columns].T
-                if kept is not None and (len(kept) + 1) * tile**2 <= KEPT_SCORES:
+                if (len(kept) + 1) * tile**2 <= keep:
                     kept[top, left] = scores
             yield rows, columns, scaled, scores
 

@@ -84,15 +84,24 @@ def test_tiled_losses_never_hold_the_matrix(name):
         assert seen.numbers == largest
 
 
-def test_kept_scores_stay_within_their_limit(monkeypatch):
-    monkeypatch.setattr(dualenc, "KEPT_SCORES", 3 * 8**2)
+def test_kept_scores_stay_within_their_limit_and_are_taken_out_once():
     kept, images, texts = {}, *loss_inputs("clip", 40)[:2]
-    first = [scores.clone() for *_, scores in dualenc.score_tiles(images, texts, tile=8, kept=kept)]
+    first = [scores.clone() for *_, scores in dualenc.score_tiles(images, texts, tile=8, kept=kept, keep=3 * 8**2)]
     assert len(first) == 25 and len(kept) == 3
     for place in kept:
         kept[place] = kept[place] + 1  # if these are read, they show
     again = [scores for *_, scores in dualenc.score_tiles(images, texts, tile=8, kept=kept)]
-    assert sum(not torch.equal(one, two) for one, two in zip(first, again)) == 3
+    assert sum(not torch.equal(one, two) for one, two in zip(first, again)) == 3 and not kept
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_second_backward_pass_through_a_tiled_loss_gives_the_same_gradients(name):
+    """The first one overwrites the scores that were kept for it."""
+    inputs = loss_inputs(name, 12)
+    loss, leaves = LOSSES[name][1](*inputs, tile=4), [leaf for leaf in inputs if leaf.requires_grad]
+    once, twice = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
+    for one, two in zip(once, twice, strict=True):
+        assert torch.allclose(one, two)
 
 
 @pytest.mark.parametrize("name", LOSSES)

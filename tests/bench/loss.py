@@ -4,8 +4,9 @@
     python tests/bench/loss.py --sizes 16384 32768 --rounds 1   # ours alone: the others stop at --others-up-to
 
 Unit-norm rows of --width float32 numbers with gradients for both sides and logit_scale. Times come from alternating
-rounds in one process. Extra memory is the peak of a process of its own, beyond the embeddings and what a small call
-left behind; the gradients of the embeddings (2 B E numbers) are part of it. All ways must give the same loss.
+rounds in one process: --rounds at --others-up-to pairs, twice as many at half of that, and so on. Extra memory is the
+peak of a process of its own, beyond the embeddings and what a small call left behind; the gradients of the embeddings
+(2 B E numbers) are part of it. All ways must give the same loss.
 
 The other losses that train.py tiles, SigLIP's and the multi-positive one, are compared with their textbooks at --sizes
 of at most 4,096.
@@ -85,7 +86,8 @@ def compare(ways, size, args):
     inputs = leaves(size, args.width)
     values = {name: forward_backward(name, inputs) for name in ways}  # also the warm-up
     assert max(values.values()) - min(values.values()) < 1e-4 * max(values.values()), values
-    return common.alternate({name: partial(forward_backward, name, inputs) for name in ways}, args.rounds, warmup=0)
+    rounds = args.rounds * max(1, args.others_up_to // size)  # a short time varies more
+    return common.alternate({name: partial(forward_backward, name, inputs) for name in ways}, rounds, warmup=0)
 
 
 def print_sizes(ways_of, baseline, args):
