@@ -10,6 +10,8 @@ Two towers meet in one space: a picture and its caption should land close togeth
 
 Symbols    B pairs, T tokens after padding, P patches (with class tokens), S pixels a side, W tower width,
            H heads, E shared embedding size, I pictures, N captions, K classes; each tower has its own W, P and H.
+           b and R are the rows of a piece of the batch and of one of several processes. (3, S, S) stands for
+           (1, S, S) too, of gray pictures, and for (3, height, width) of those that are not square.
 Words      "features" come out of a tower or a projection; "embeds" are features of unit norm; "published" means in the
            form in which the transformers library writes checkpoints. "Exercise n" marks what a course can leave out of
            a student's copy (README.md; 6 to 8 are in train.py and eval.py).
@@ -93,8 +95,8 @@ MAX_SIDE = 8192  # pixels; a checkpoint that asks for larger pictures is broken 
 class TextConfig:
     """Sizes of a BERT-like text tower; the default sizes are those of bert-base-uncased, with dropout off.
 
-    raises  ValueError for an unknown family, pooling or activation, for numbers that are too small, and for a width
-            that the heads do not divide
+    raises  ValueError for an unknown family, pooling or activation, for numbers that are too small, for dropout that is
+            no share below 1, and for a width that the heads do not divide
     """
 
     family: str = "bert"  # a row of TEXT_FAMILIES
@@ -115,13 +117,17 @@ class TextConfig:
     attention_dropout: float = 0.0
 
     def __post_init__(self):
-        object.__setattr__(self, "mlp_width", self.mlp_width or 4 * self.width)
-        object.__setattr__(self, "embedding_width", self.embedding_width or self.width)
+        for name, unless_given in (("mlp_width", 4 * self.width), ("embedding_width", self.width)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, unless_given)
         for name in ("width", "depth", "heads", "mlp_width", "vocab_size", "max_positions", "embedding_width"):
             at_least(f"text {name}", getattr(self, name), 1)
-        for name in ("pad_token_id", "type_vocab_size", "dropout", "attention_dropout", "layer_norm_eps"):
+        for name in ("pad_token_id", "type_vocab_size", "layer_norm_eps"):
             at_least(f"text {name}", getattr(self, name), 0)
-        at_least("text layer_groups", self.layer_groups or 1, 1)
+        for name in ("dropout", "attention_dropout"):
+            below_one(f"text {name}", getattr(self, name))
+        if self.layer_groups is not None:
+            at_least("text layer_groups", self.layer_groups, 1)
         one_of("text family", self.family, TEXT_FAMILIES)
         one_of("text pooling", self.pooling, ("cls", "mean", "pooler"))
         one_of("activation", self.activation, ACTIVATIONS)
@@ -133,10 +139,11 @@ class TextConfig:
 class VisionConfig:
     """A timm model and how to build it, or a family of published checkpoints and its sizes.
 
-    raises  ValueError for channels other than 3 (RGB) and 1 (gray), sides beyond MAX_SIDE, or a checkpoint_path in args
+    raises  ValueError for channels other than 3 (RGB) and 1 (gray), sides beyond MAX_SIDE, patch dropout that is no
+            share below 1, or a checkpoint_path in args
     """
 
-    name: str = "vit_base_patch16_224"  # any name that timm.list_models() knows, tag included; or of VISION_FAMILIES
+    name: str = "vit_base_patch16_224"  # a timm model, with or without a tag; or a row of VISION_FAMILIES
     args: dict = field(default_factory=dict)  # further arguments of timm.create_model; a family's published config
     image_size: int | tuple[int, int] | None = None  # pixels a side, or (height, width); the model's own unless given
     channels: int = 3
@@ -147,11 +154,12 @@ class VisionConfig:
 
     def __post_init__(self):
         one_of("number of channels", self.channels, (1, 3))
+        below_one("vision patch_dropout", self.patch_dropout)
         if self.image_size is not None:
             height, width = as_pair(self.image_size)
             if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
                 raise ValueError(f"vision image_size is {self.image_size}, expected 1 to {MAX_SIDE} pixels")
-            object.__setattr__(self, "image_size", height if height == width else (height, width))
+            object.__setattr__(self, "image_size", as_size(height, width))
         if "checkpoint_path" in self.args:
             raise ValueError(
                 "vision args hold checkpoint_path: they describe a tower, and must not name a file to read"
@@ -160,13 +168,16 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class DualEncoderConfig:
-    """Everything needed to rebuild a DualEncoder without its weights."""
+    """Everything needed to rebuild a DualEncoder without its weights; raises ValueError for a width below 1."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     projection_dim: int = 512
     logit_scale_init: float = LOGIT_SCALE_INIT
     logit_bias_init: float | None = None  # given: the model has a logit_bias, which siglip_loss needs
+
+    def __post_init__(self):
+        at_least("projection_dim", self.projection_dim, 1)
 
     def to_dict(self):
         """The configuration as plain dictionaries, ready for json."""
@@ -381,8 +392,10 @@ class DualEncoder(nn.Module):
 
         This is no part of a checkpoint: a model that is loaded again is not locked.
 
-        tower   "vision" (LiT: the text tower learns to read a finished vision tower) or "text"
-        source  Zhai et al. 2022, section 3
+        tower    "vision" (LiT: the text tower learns to read a finished vision tower) or "text"
+        returns  the model
+        raises   ValueError for another tower
+        source   Zhai et al. 2022, section 3
         Exercise 12  medium, 30 minutes: lock a tower for good, run `pytest -k exercise_12`
         """
         one_of("tower to lock", tower, ("vision", "text"))
@@ -426,7 +439,7 @@ class DualEncoder(nn.Module):
         pretrained  False starts a timm tower from random weights
         overrides   fields of DualEncoderConfig, or of the towers' configurations with vision_ or text_ before the name:
                     vision_image_size=64, vision_args={"patch_size": 4}, text_pooling="mean", logit_scale_init=2.3
-        returns     a DualEncoder, with a processor if the text folder holds a tokenizer
+        returns     a DualEncoder in training mode, with a processor if the text folder holds a tokenizer
         raises      ValueError for names or fields that do not exist, each with what does
         """
         return build_from_towers(cls, vision, text, projection_dim, pretrained, overrides)
@@ -447,7 +460,8 @@ class DualEncoder(nn.Module):
         Each file is written under a temporary name and then renamed, so a crash never leaves half of one.
 
         format  "dualenc", or "hf": what VisionTextDualEncoderModel.from_pretrained of transformers loads
-        raises  ValueError if transformers cannot compute what this model computes
+        raises  ValueError for a processor without pictures or captions, and if transformers cannot compute what this
+                model computes
         """
         save_dual_encoder(self, folder, format)
 
@@ -504,7 +518,7 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
     source             Vaswani et al. 2017, equation 1
     Exercise 3         medium, 40 minutes: attention that never looks at padding, run `pytest -k exercise_3`
     """
-    # A fused kernel never shows its weights.
+    # A fused kernel does all of this in one call, without the (T, T) matrix, and never shows its weights.
     if not (return_weights or fused_kernel_is_slow(query)):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout), None
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
@@ -517,7 +531,7 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
 
 
 def fused_kernel_is_slow(tensor):
-    """Whether plain products beat the fused attention kernel: when a CPU trains in bf16, two to five times over."""
+    """Whether separate products are faster than fused attention: two to five times on a CPU in bf16 with gradients."""
     in_bf16 = tensor.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     return tensor.device.type == "cpu" and in_bf16 and torch.is_grad_enabled()
 
@@ -666,7 +680,7 @@ class TextEncoder(nn.Module):
         """input_ids (B, T); attention_mask (B, T) is 1 on real tokens; the rest defaults to zeros and to counting.
 
         pooled_only  leaves out of the last layer what pooling does not read: the same pooler_output for less work, but
-                     no last_hidden_state
+                     no last_hidden_state, and of the last layer's hidden states and attentions a part or nothing
         returns      TowerOutput; last_hidden_state (B, T, W), pooler_output (B, W)
         raises       ValueError for captions longer than max_tokens
         """
@@ -740,7 +754,7 @@ class VisionEncoder(nn.Module):
         # Channels last is the layout that convolutions are fast in; it changes no result.
         self.trunk = create_trunk(config, pretrained_from).to(memory_format=torch.channels_last)
         self.width = self.trunk.head_hidden_size
-        self.image_size = config.image_size or self.trunk.pretrained_cfg["input_size"][-1]
+        self.image_size = config.image_size or as_size(*self.trunk.pretrained_cfg["input_size"][-2:])
         self.own_transform = None  # the ImageTransform of the published checkpoint that the weights came from
         if config.pooling == "pooler":
             self.pooler = nn.ModuleDict({"dense": nn.Linear(self.width, self.width)})
@@ -772,10 +786,11 @@ class VisionEncoder(nn.Module):
         )
 
     def forward(self, pixel_values, output_hidden_states=False, output_attentions=False, pooled_only=False):
-        """pixel_values (B, 3, S, S) to TowerOutput; pooler_output (B, W) is timm's own pooling, without a classifier.
+        """pixel_values (B, 3, S, S) to TowerOutput; pooler_output (B, W) as the model pools, without a classifier.
 
         pooled_only  as in TextEncoder
-        raises       ValueError for pixels of another size or channel count, and for attentions of a model that has none
+        raises       ValueError for another channel count, for another size where the model is built for one, and for
+                     attentions of a model that has none
         """
         self._check_pixels(pixel_values)
         hidden_states, attentions = [], []
@@ -787,7 +802,8 @@ class VisionEncoder(nn.Module):
         for module in self.trunk.modules():
             if hasattr(module, "fused_attn"):
                 # A fused kernel never calls attn_drop, where _record_attentions listens.
-                module.fused_attn = not (output_attentions or fused_kernel_is_slow(pixel_values))
+                wanted = timm.layers.use_fused_attn()
+                module.fused_attn = wanted and not (output_attentions or fused_kernel_is_slow(pixel_values))
         try:
             features = self._run_trunk(pixel_values.contiguous(memory_format=torch.channels_last), pooled_only)
         finally:
@@ -819,7 +835,7 @@ class VisionEncoder(nn.Module):
 
     def _check_pixels(self, pixel_values):
         expected = (self.config.channels, *as_pair(self.image_size))
-        # Convnets run at any size; ViTs only at that of their position table.
+        # Convnets run at any size; most ViTs only at that of their position table.
         checked = len(expected) if needs_image_size(self.config) else 1
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1 : 1 + checked]) != expected[:checked]:
             raise ValueError(
@@ -862,11 +878,11 @@ def create_trunk(config, pretrained_from=None):
     arguments = dict(config.args, num_classes=0, in_chans=config.channels, global_pool=config.pooling)
     if config.patch_dropout:
         arguments["patch_drop_rate"] = config.patch_dropout
-    if config.image_size and needs_image_size(config):
-        arguments["img_size"] = config.image_size
     try:
+        if config.image_size and needs_image_size(config):
+            arguments["img_size"] = config.image_size
         return timm.create_model(pretrained_from or config.name, pretrained=pretrained_from is not None, **arguments)
-    except TypeError as error:  # Python's own: "got an unexpected keyword argument 'patch_drop_rate'"
+    except (TypeError, AssertionError) as error:  # Python's "got an unexpected keyword argument", timm's checks
         raise ValueError(f"timm's {config.name} cannot be built with {arguments}: {error}") from error
     except (RuntimeError, OSError) as error:
         weights = f"the weights of {pretrained_from}" if pretrained_from else "random weights"
@@ -877,6 +893,7 @@ def reads_first_token(trunk):
     """Whether a timm model is a plain ViT whose pooling reads nothing but the first token."""
     return (
         isinstance(trunk, timm.models.VisionTransformer)
+        and type(trunk).forward_head is timm.models.VisionTransformer.forward_head
         and trunk.global_pool == "token"
         and type(trunk.blocks[-1]) is timm.models.vision_transformer.Block
         and type(trunk.blocks[-1].attn) is timm.layers.Attention
@@ -988,8 +1005,11 @@ TIMM_ARGUMENTS = {
 def create_published_trunk(config):
     """The timm model that computes what a family's published code computes.
 
-    raises  ValueError for a pooling the family does not have, and for patch dropout in a BEiT
+    raises  ValueError for a family alone, without the sizes of a published config, for a pooling the family does not
+            have, and for patch dropout in a BEiT
     """
+    if "hidden_size" not in config.args:
+        raise ValueError(f"{config.name!r} is a family of towers; name a folder or hub id of one, or a timm model")
     one_of(f"{config.name} pooling", config.pooling, ("pooler", "token") if "pooler_act" in config.args else (None,))
     (trunk_class, arguments), published = VISION_FAMILIES[config.name], config.args
     arguments = {new: published[old] for old in published for new in TIMM_ARGUMENTS.get(old, ())} | arguments
@@ -1028,12 +1048,17 @@ def as_pair(size):
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
+def as_size(height, width):
+    """The inverse of as_pair: one number for a square."""
+    return height if height == width else (height, width)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 6  Processor: pictures and captions to tensors
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Pillow's numbers, which preprocessor_config.json uses.
-INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+# Pillow's numbers, which preprocessor_config.json uses. It has two more, which torchvision does not compute.
+INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 # By how many pixels of the resized picture a JPEG's far edge may move when it is decoded at a smaller scale: its values
 # then differ from those of a full decode by less than one level of 255.
 DECODE_SHIFT = 0.1
@@ -1142,7 +1167,8 @@ class ImageTransform:
     def from_dict(cls, values):
         """The inverse of to_dict, for files of every version of transformers.
 
-        raises  ValueError for a kind of image processor that is not in IMAGE_PROCESSORS, or sizes of another form
+        raises  ValueError for a kind of image processor that is not in IMAGE_PROCESSORS, sizes of another form, or an
+                interpolation that is not in INTERPOLATIONS
         """
         written = values.get("image_processor_type") or values.get("feature_extractor_type") or "none"
         kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", written)
@@ -1152,6 +1178,8 @@ class ImageTransform:
         resize = values["size"] if values["do_resize"] else None
         if isinstance(resize, int) and kind not in SHORTER_SIDE_PROCESSORS:
             resize = (resize, resize)
+        interpolations = {number: word for word, number in INTERPOLATIONS.items()}
+        one_of("resample", values["resample"], interpolations)
         # Their pixel * factor is our pixel / 255 * scale.
         scale = 255 * (values["rescale_factor"] if values["do_rescale"] else 1)
         mean, std = (values["image_mean"], values["image_std"]) if values["do_normalize"] else (0.0, 1.0)
@@ -1159,7 +1187,7 @@ class ImageTransform:
         return cls(
             resize=read_size(resize),
             crop=crop and as_pair(read_size(crop)),
-            interpolation={number: word for word, number in INTERPOLATIONS.items()}[values["resample"]],
+            interpolation=interpolations[values["resample"]],
             mean=tuple(value / scale for value in mean),
             std=tuple(value / scale for value in std),
         )
@@ -1224,7 +1252,8 @@ def centre_crop(image, size):
     (height, width), (new_height, new_width) = image.shape[-2:], size
     pad_height, pad_width = max(new_height - height, 0), max(new_width - width, 0)
     if pad_height or pad_width:
-        # The odd pixel goes last, and below the odd margin is cut off last: transformers' rounding, not torchvision's.
+        # Padding puts an odd pixel last, and the crop further down cuts it off last: transformers rounds like this,
+        # torchvision does not.
         image = F.pad(
             image, (pad_width // 2, pad_width - pad_width // 2, pad_height // 2, pad_height - pad_height // 2)
         )
@@ -1348,21 +1377,24 @@ class Processor:
         max_length  tokens; the tower's limit unless given
         returns     {"input_ids" (N, T), "attention_mask" (N, T), "pixel_values" (I, 3, S, S)}, what was asked for, and
                     "token_type_ids" (N, T) with token_types
-        raises      ValueError if there is nothing to encode or nothing to encode it with, and for captions that are
-                    not strings
+        raises      ValueError if there is nothing to encode or nothing to encode it with, for captions that are not
+                    strings, and for fewer tokens than the special ones
         """
-        if text is None and images is None:
+        captions = None if text is None else [text] if isinstance(text, str) else list(text)
+        pictures = None if images is None else as_pictures(images)
+        if captions is None and pictures is None or [] in (captions, pictures):
             raise ValueError("nothing to process: give text, images or both")
         inputs = {}
         if text is not None:
-            self._must_have("tokenizer")
-            inputs.update(self._encode_captions([text] if isinstance(text, str) else list(text), max_length))
+            self.must_have("tokenizer")
+            inputs.update(self._encode_captions(captions, max_length))
         if images is not None:
-            self._must_have("image_transform")
-            inputs["pixel_values"] = torch.stack([self.image_transform(picture) for picture in as_pictures(images)])
+            self.must_have("image_transform")
+            inputs["pixel_values"] = torch.stack([self.image_transform(picture) for picture in pictures])
         return inputs
 
-    def _must_have(self, part):
+    def must_have(self, part):
+        """Raise ValueError without an "image_transform" or a "tokenizer"."""
         if getattr(self, part) is None:
             raise ValueError(f"this processor has no {part}: make one with Processor(image_transform, tokenizer)")
 
@@ -1376,7 +1408,10 @@ class Processor:
         for i, caption in enumerate(captions):
             if not isinstance(caption, str):
                 raise ValueError(f"caption {i} is {caption!r} ({type(caption).__name__}), expected a string")
-        limit = min(filter(None, (max_length, self.max_length)), default=None)
+        limit = min((n for n in (max_length, self.max_length) if n is not None), default=None)
+        special = self.tokenizer.num_special_tokens_to_add(False)
+        if limit is not None and limit < special:
+            raise ValueError(f"captions of at most {limit} tokens, but the special ones alone are {special}")
         self._truncate(limit)
         encodings = self.tokenizer.encode_batch(captions)
         cut = sum(bool(encoding.overflowing) for encoding in encodings)
@@ -1392,7 +1427,8 @@ class Processor:
         return inputs
 
     def decode(self, ids):
-        """Token ids (T,) back to a caption, without special tokens."""
+        """Token ids (T,) back to a caption, without special tokens; raises ValueError without a tokenizer."""
+        self.must_have("tokenizer")
         return self.tokenizer.decode(torch.as_tensor(ids).tolist())
 
     def batch_decode(self, ids):
@@ -1482,7 +1518,7 @@ KEPT_SCORES = 2**24  # scores that the tiled losses keep for the backward pass, 
 
 
 def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=TILE, sharded=False):
-    """clip_loss, value and gradients, without ever holding the B x B matrix: O(B * tile) memory.
+    """clip_loss, value and gradients, without the B x B matrix: a few tiles, and up to KEPT_SCORES scores, at a time.
 
     A row's cross-entropy is its log-sum-exp minus the score of the pair, and only the log-sum-exp needs the other rows.
 
@@ -1503,7 +1539,7 @@ def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=TILE, sharded=F
 
 
 def tiled_multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group_ids, tile=TILE, sharded=False):
-    """multi_positive_clip_loss in O(B * tile) memory: the mean score of a group is the score of its mean caption.
+    """multi_positive_clip_loss in tiles: the mean score of a group is the score of its mean caption.
 
     image_embeds, text_embeds  (B, E)  unit-norm rows; row i describes picture i
     logit_scale                ()      natural log of the inverse temperature
@@ -1526,7 +1562,7 @@ def tiled_multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group
 
 
 def tiled_siglip_loss(image_embeds, text_embeds, logit_scale, logit_bias, tile=TILE, sharded=False):
-    """siglip_loss in O(B * tile) memory: no cell needs another one, so each tile is visited once.
+    """siglip_loss in tiles: no cell needs another one, so each tile is visited once.
 
     image_embeds, text_embeds  (B, E)  unit-norm rows; row i describes picture i
     logit_scale, logit_bias    ()      the published start is ln(10) and -10
@@ -1543,7 +1579,7 @@ def tiled_siglip_loss(image_embeds, text_embeds, logit_scale, logit_bias, tile=T
 
 
 def share_of_mean(values, count):
-    """What this process adds to a mean over `count` rows of all processes: their mean of it is the mean of the rows."""
+    """This process's part of the mean over `count` rows, times the number of processes: results are averaged later."""
     return values.sum() * process_count() / count if len(values) != count else values.mean()
 
 
@@ -1627,7 +1663,7 @@ class TiledSoftplus(torch.autograd.Function):
 def sum_of_products(a, b):
     """The sum of a * b, both (B, E), without a third matrix of that size.
 
-    For x and its gradient, this is the gradient of s where x comes in as exp(s) * x, whose derivative by s is itself.
+    If a loss L sees y = exp(s) * x, then dy/ds = y, and dL/ds is the sum of dL/dx * x.
     """
     return torch.einsum("be,be->b", a, b).sum()
 
@@ -1662,11 +1698,12 @@ def cached_backward(embed, pieces, loss_of, loss_weights=()):
 
     embed         function of a piece: image_embeds (b, E) and text_embeds (b, E). If it is a module, the first pass
                   leaves its buffers as they were: batch norm counts each picture once. A DistributedDataParallel module
-                  averages its gradients once, with the last piece. It leaves torch's random state seeded anew
+                  averages its gradients once, with the last piece
     pieces        a sequence of what embed takes
     loss_of       function of image_embeds (B, E) and text_embeds (B, E): the loss () of the whole batch
     loss_weights  what the loss learns beside the embeddings: logit_scale, logit_bias
-    returns       the loss and all embeddings, without graph; gradients are added to .grad of every weight
+    returns       the loss and all embeddings, without graph; gradients are added to .grad of every weight, and torch's
+                  random generators are seeded anew
     source        Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", section 3
     Exercise 10   hard, 90 minutes: a large batch's gradient in two passes, run `pytest -k exercise_10`
     """
@@ -1915,6 +1952,8 @@ def build_vision_tower(vision, pretrained, overrides):
 def save_dual_encoder(model, folder, format):
     """See DualEncoder.save_pretrained."""
     one_of("checkpoint format", format, ("dualenc", "hf"))
+    for part in ("image_transform", "tokenizer") if model.processor else ():
+        model.processor.must_have(part)
     if format == "hf":
         config, weights = publish_dual_encoder(model)
     else:
@@ -1943,7 +1982,7 @@ def load_dual_encoder(cls, folder_or_hub_id):
             f"{config_path} has model_type {values.get('model_type')!r}, expected {MODEL_TYPE!r} or "
             f"{PUBLISHED_TYPE!r}; towers of other models are read by DualEncoder.from_vision_text_pretrained"
         )
-    # Ours always has both; of a published folder without an image processor the model can be used all the same.
+    # Ours has both, or neither; of a published folder without an image processor the model can be used all the same.
     if find_tokenizer(folder) and (values["model_type"] == MODEL_TYPE or find_image_processor(folder)):
         model.processor = Processor.from_pretrained(folder)
         model.processor.limit_length(model.text_model.max_tokens)
@@ -3186,7 +3225,9 @@ def torchvision_pairs(name, split, data_root, templates, download):
     labels = next(getattr(data, name) for name in ("targets", "labels", "_labels", "y") if hasattr(data, name))
     labels = [int(label) for label in labels]
     captions, classes = class_captions(labels, getattr(data, "classes", None) or data.categories, templates)
-    names = [f"{name}/{split}/{i}" for i in range(len(data))]
+    # A set without splits is split by the hash of these names, which must then be the same for each split.
+    prefix = f"{name}/{split}" if splits else name
+    names = [f"{prefix}/{i}" for i in range(len(data))]
     return Pairs(names, FirstOfEach(data), captions, labels, classes), bool(splits)
 
 
@@ -3213,20 +3254,31 @@ def folder_pairs(folder, split, templates):
         if not present:
             raise ValueError(f"{folder} has train/ but neither val/ nor test/; add one, or move train/'s content up")
         folder = folder / present[0]
-    if any(path.is_dir() and has_pictures(path) for path in folder.iterdir()):
+    if any(pictures_below(path) for path in subfolders(folder)):
         return class_folder_pairs(folder, templates), own
     return text_file_pairs(folder), own
 
 
-def has_pictures(folder):
-    return any(path.suffix.lower() in PICTURE_SUFFIXES for path in folder.rglob("*"))
+def subfolders(folder):
+    """Its folders in order, but hidden ones, where programs keep things of their own."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def pictures_below(folder):
+    """The pictures of a folder and all folders in it that are not hidden, in order."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in PICTURE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts[:-1])
+    )
 
 
 def class_folder_pairs(folder, templates):
-    class_folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    class_folders = subfolders(folder)
     paths, labels = [], []
     for label, class_folder in enumerate(class_folders):
-        found = sorted(path for path in class_folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+        found = pictures_below(class_folder)
         if not found:
             raise ValueError(f"class folder {class_folder} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
         paths += found
@@ -3237,7 +3289,7 @@ def class_folder_pairs(folder, templates):
 
 
 def text_file_pairs(folder):
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    paths = pictures_below(folder)
     if not paths:
         raise ValueError(f"{folder} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
     rows = []
@@ -3420,14 +3472,20 @@ def flickr_pairs(path, split, images, allow_outside):
 
 def flickr_rows(path):
     for number, line in text_lines(path):
-        match = re.match(r"\s*(?P<image>[^#,|\t]+?)\s*(?:#\d+\s*\t|\|\s*\w+\s*\||,|\t)\s*(?P<caption>.*?)\s*$", line)
+        if not line.strip():
+            continue
+        separator = r"(?P<separator>#\d+\s*\t|\|\s*\w+\s*\||,|\t)"
+        match = re.match(rf"\s*(?P<image>[^#,|\t]+?)\s*{separator}\s*(?P<caption>.*?)\s*$", line)
         if match is None:
             raise ValueError(
                 f"{path}, line {number} is no Flickr caption: {line!r}; expected picture.jpg#0<tab>caption"
             )
         if number == 1 and Path(match["image"]).suffix.lower() not in PICTURE_SUFFIXES:
             continue  # a header
-        yield number, match["image"], match["caption"].strip('"')
+        caption = match["caption"]
+        if match["separator"] == "," and caption.startswith('"'):
+            caption = ",".join(next(csv.reader([caption])))
+        yield number, match["image"], caption
 
 
 def shard_pairs(spec):
@@ -3566,6 +3624,7 @@ SIZES = {"small": 0.1, "large": 0.18}  # radius as a share of the picture's side
 RELATIONS = ("left of", "above")  # of the first object to the second, in a scene
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 HELD_OUT_OBJECTS = {("red", "star"), ("green", "cross"), ("blue", "triangle"), ("yellow", "circle")}
+MAX_HELD_OUT = 3184  # held-out pictures: twice as many as there are held-out scenes without one of these objects
 
 
 class ShapesPairs(Pairs):
@@ -3573,13 +3632,15 @@ class ShapesPairs(Pairs):
 
     Two objects, each with a size, a colour and a shape, beside or above each other: 18,240 scenes. Which adjective goes
     with which noun, and their order, decide the picture. Held out are a tenth of the scenes, and all scenes with one of
-    HELD_OUT_OBJECTS, whose colour and shape are seen in training, but never together. Each held-out picture has its
-    mirror beside it, the same objects having changed places, so that a bag of words cannot tell the two captions apart.
+    HELD_OUT_OBJECTS, whose colour and shape are seen in training, but never together. Each picture has its mirror
+    beside it, the same objects having changed places: a bag of words cannot tell which of the two a caption belongs to.
 
     split  "train", "val" or "test"; val and test are the same pictures
     seed   draws scenes and pictures
-    count  pictures; of 512 held out, half show an object never seen, and each has a caption of its own
+    count  pictures, 10,000 or, held out, 512 unless given; half of those held out show an object never seen, and each
+           has a caption of its own
     side   pixels
+    raises ValueError for an odd number of held-out pictures, or for more than there are
     """
 
     neighbours = 2  # a scene and its mirror
@@ -3658,6 +3719,8 @@ def training_scenes(rng, count):
 
 def held_out_scenes(rng, count):
     """Half with an object that training never shows, half new compositions of known ones; mirrors side by side."""
+    if count % 2 or not 0 < count <= MAX_HELD_OUT:
+        raise ValueError(f"{count} held-out pictures; expected an even number up to {MAX_HELD_OUT:,}")
     scenes = {}
     candidates = random_scenes(rng)
     for want_new_object in (True, False):
@@ -3738,6 +3801,12 @@ def at_least(what, got, minimum):
     """Raise ValueError unless got is a number of at least the minimum."""
     if not minimum <= got < math.inf:
         raise ValueError(f"{what} is {got}, expected at least {minimum}")
+
+
+def below_one(what, got):
+    """Raise ValueError unless got is a share from 0 to below 1."""
+    if not 0 <= got < 1:
+        raise ValueError(f"{what} is {got}, expected a share from 0 to below 1")
 
 
 def build(config_class, values):

@@ -152,6 +152,18 @@ def test_class_folders_become_captions_through_templates(tmp_path):
         dualenc.load_pairs(tmp_path, templates=("a photo",))
 
 
+def test_hidden_folders_are_left_alone(tmp_path):
+    for picture in ("x.jpg", ".thumbs/x.jpg", "part/y.jpg", "part/.thumbs/y.jpg"):
+        save_picture(tmp_path / "classes" / "cat" / picture)
+        save_picture(tmp_path / "texts" / picture)
+    (tmp_path / "classes" / ".thumbs").mkdir()
+    for text in ("x.txt", "part/y.txt"):
+        (tmp_path / "texts" / text).write_text("a cat")
+    assert dualenc.load_pairs(tmp_path / "classes", val_fraction=0.0).names == ["cat/part/y.jpg", "cat/x.jpg"]
+    (tmp_path / "texts" / "part" / "y.jpg").unlink()
+    assert dualenc.load_pairs(tmp_path / "texts", val_fraction=0.0).names == ["x.jpg"]
+
+
 def test_own_splits_of_a_folder_are_used(tmp_path):
     for split, count in (("train", 4), ("test", 2)):
         for i in range(count):
@@ -229,6 +241,7 @@ def test_karpathys_splits_are_the_datas_own(tmp_path):
         "a.jpg#0\tOne dog , running .\na.jpg#1\tTwo",
         'image,caption\na.jpg,"One dog , running ."\na.jpg,Two',
         "image_name| comment_number| comment\na.jpg| 0| One dog , running .\na.jpg| 1| Two",
+        "\na.jpg,One dog , running .\n\na.jpg,Two\n",
     ],
 )
 def test_flickr_caption_files_of_all_three_kinds_are_read(tmp_path, text):
@@ -236,6 +249,10 @@ def test_flickr_caption_files_of_all_three_kinds_are_read(tmp_path, text):
     (tmp_path / "f.txt").write_text(text)
     pairs = dualenc.load_pairs(f"flickr:{tmp_path / 'f.txt'}", val_fraction=0.0)
     assert pairs.captions == [["One dog , running .", "Two"]]
+    (tmp_path / "f.txt").write_text('a.jpg,"A ""stop"" sign , red"\na.jpg,A shirt with "Go"\na.jpg#2\t"Quoted"')
+    assert dualenc.load_pairs(f"flickr:{tmp_path / 'f.txt'}", val_fraction=0.0).captions == [
+        ['A "stop" sign , red', 'A shirt with "Go"', '"Quoted"']
+    ]
     (tmp_path / "f.txt").write_text("just words")
     with pytest.raises(ValueError, match="line 1 is no Flickr caption: 'just words'"):
         dualenc.load_pairs(f"flickr:{tmp_path / 'f.txt'}")
@@ -262,6 +279,17 @@ def test_torchvision_sets_are_read_by_name_with_their_own_splits(tmp_path):
         dualenc.load_pairs("cifar10", data_root=tmp_path)
 
 
+def test_a_torchvision_set_without_splits_of_its_own_is_split_once(tmp_path):
+    for kind in ("Forest", "River"):
+        for i in range(20):
+            save_picture(tmp_path / "eurosat" / "2750" / kind / f"{i}.jpg")
+    splits = {
+        name: set(pairs.names) for name, pairs in all_splits("eurosat", data_root=tmp_path, val_fraction=0.3).items()
+    }
+    assert splits["val"] == splits["test"] and not splits["train"] & splits["val"]
+    assert len(splits["train"] | splits["val"]) == 40 and splits["val"]
+
+
 @pytest.mark.parametrize("name", dualenc.TORCHVISION_SETS)
 def test_every_listed_torchvision_set_exists_and_takes_its_arguments(name, tmp_path):
     """Absent data is the only complaint: class, split names and arguments are right."""
@@ -278,6 +306,18 @@ def test_shapes_come_from_the_seed_alone():
     assert one.captions == two.captions != other.captions
     assert all(np.array_equal(one[i][0], two[i][0]) for i in range(20))
     assert one[3][0].size == (64, 64) and dualenc.ShapesPairs("train", count=1, side=32)[0][0].size == (32, 32)
+
+
+def test_as_many_shapes_are_held_out_as_there_are():
+    objects = [(size, c, shape) for size in dualenc.SIZES for c in dualenc.COLOURS for shape in dualenc.SHAPES]
+    known = [thing for thing in objects if thing[1:] not in dualenc.HELD_OUT_OBJECTS]
+    scenes = [(a, relation, b) for a in known for b in known if a != b for relation in dualenc.RELATIONS]
+    held_out = [scene for scene in scenes if dualenc.is_held_out(*scene)]
+    assert 2 * len(held_out) == dualenc.MAX_HELD_OUT
+    assert len(dualenc.ShapesPairs("test", count=dualenc.MAX_HELD_OUT)) == dualenc.MAX_HELD_OUT
+    for count in (3, dualenc.MAX_HELD_OUT + 2):
+        with pytest.raises(ValueError, match=f"{count} held-out pictures; expected an even number up to 3,184"):
+            dualenc.ShapesPairs("test", count=count)
 
 
 def test_held_out_shapes_are_512_distinct_captions_never_seen_in_training():

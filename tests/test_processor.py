@@ -185,8 +185,12 @@ def test_the_trained_vocabulary_is_small_reproducible_and_covers_its_captions():
 
 def test_the_processor_refuses_what_it_cannot_use(tokenizer):
     processor = dualenc.Processor(make_transform(), tokenizer)
-    with pytest.raises(ValueError, match="nothing to process"):
-        processor()
+    for nothing in ({}, {"text": []}, {"images": []}, {"text": [], "images": [Image.new("RGB", (2, 2))]}):
+        with pytest.raises(ValueError, match="nothing to process"):
+            processor(**nothing)
+    for limit in (0, 1):
+        with pytest.raises(ValueError, match=f"captions of at most {limit} tokens, but the special ones alone are 2"):
+            processor(text="two dogs", max_length=limit)
     with pytest.raises(ValueError, match=r"caption 1 is nan \(float\), expected a string"):
         processor(text=["two dogs", float("nan")])
     tokenizer.no_padding()
@@ -216,6 +220,9 @@ def test_preprocessor_config_uses_the_published_words(tmp_path, tokenizer):
     assert written["resample"] == Image.Resampling.BICUBIC and written["image_mean"] == [0.5, 0.4, 0.3]
     for word, number in dualenc.INTERPOLATIONS.items():
         assert number == Image.Resampling[word.upper()]
+        assert make_transform(interpolation=word)(Image.new("RGB", (50, 50))).shape == (3, 20, 20)
+    with pytest.raises(ValueError, match="unknown resample 4; expected 0, 1, 2, 3"):
+        dualenc.ImageTransform.from_dict({**written, "resample": Image.Resampling.BOX.value})
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
@@ -251,3 +258,15 @@ def test_a_limit_for_one_call_is_not_saved_where_the_processor_has_none(tmp_path
 def test_a_processor_says_which_half_it_lacks(given, missing):
     with pytest.raises(ValueError, match=f"no {missing}"):
         dualenc.Processor(None, None)(**given)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        dualenc.Processor(None, None).decode([1, 2])
+
+
+@pytest.mark.parametrize("missing", ["tokenizer", "image_transform"])
+def test_a_model_with_half_a_processor_is_refused_before_anything_is_written(missing, make_model, tmp_path):
+    """It could not be loaded again."""
+    model = make_model()
+    setattr(model.processor, missing, None)
+    with pytest.raises(ValueError, match=f"no {missing}"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()

@@ -145,6 +145,7 @@ def test_a_vit_that_pools_its_first_token_computes_no_other_in_its_last_block(va
         ("test_resnet", {}, None),
         ("vit_base_patch16_rope_reg1_gap_256", TINY_VIT, None),
         ("vit_tiny_patch16_224", {**TINY_VIT, "attn_layer": "diff"}, None),
+        ("deit_tiny_distilled_patch16_224", TINY_VIT, None),  # pools two tokens
         ("vit_tiny_patch16_224", {**TINY_VIT, "block_fn": timm.models.vision_transformer.ResPostBlock}, None),
     ],
 )
@@ -211,6 +212,9 @@ def test_a_tower_that_is_not_square_sees_whole_pictures():
     assert transform.resize == transform.crop == (32, 64)
     pixels = transform(Image.new("RGB", (50, 90)))
     assert tower(pixels[None]).pooler_output.shape == (1, 24)
+    arguments["num_kv_heads"] = [2]
+    own = dualenc.VisionEncoder(dualenc.VisionConfig("vit_base_patch16_sapiens2", arguments))
+    assert own.image_size == own.image_transform().crop == timm.get_pretrained_cfg(own.config.name).input_size[1:]
 
 
 def test_pretrained_position_tables_are_resampled_to_another_image_size(tmp_path):
@@ -250,11 +254,24 @@ def test_pooling_is_timms_global_pool():
         (("resnet81",), "unknown timm model 'resnet81'; the nearest names are .*resnet18"),
         (("zzzzzzzz",), "unknown timm model 'zzzzzzzz'; no known name is near it"),
         (("resnet18", {"patch_size": 4}), "resnet18 cannot be built with .*patch_size"),
+        (("vit_tiny_patch16_224", {"num_heads": 5}), "vit_tiny_patch16_224 cannot be built with .*num_heads"),
+        (("vit_tiny_patch16_224.nonsense", {}, 32), "could not build vit_tiny_patch16_224.nonsense .*tag"),
+        (("dinov2",), "'dinov2' is a family of towers; name a folder or hub id of one, or a timm model"),
     ],
 )
 def test_unknown_models_and_arguments_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         dualenc.VisionEncoder(dualenc.VisionConfig(*config))
+
+
+def test_a_fused_kernel_that_timm_was_told_to_leave_stays_off():
+    tower, size = make_tower("vit")
+    timm.layers.set_fused_attn(False)
+    try:
+        tower(torch.randn(1, 3, size, size))
+    finally:
+        timm.layers.set_fused_attn(True)
+    assert not any(getattr(module, "fused_attn", False) for module in tower.modules())
 
 
 def test_patch_dropout_of_a_convnet_is_refused():
