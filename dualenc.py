@@ -15,7 +15,7 @@ Symbols    B pairs, T tokens after padding, P patches (with class tokens), S pix
 Words      "features" come out of a tower or a projection; "embeds" are features of unit norm; "published" means in the
            form in which the transformers library writes checkpoints. "Exercise n" marks what a course can leave out of
            a student's copy (README.md; 6 to 8 are in train.py and eval.py).
-Helpers    at_least, one_of and build check values; they open section 11.
+Helpers    at_least, below_one, one_of and build check values; they open section 11.
 
 Sections   1 Configurations      2 Losses         3 DualEncoder
            4 Text tower          5 Vision tower   6 Processor: pictures and captions to tensors
