@@ -52,6 +52,7 @@ import signal
 import struct
 import sys
 import tarfile
+import threading
 import time
 import typing
 import warnings
@@ -3910,10 +3911,15 @@ def start_worker(number):
     workers' pictures and ends them itself; one that does not listen then gets the second SIGTERM, which ends it.
     torch looks for a killed run too, but does not notice one that was killed before the worker began to look.
     """
+    threading.Thread(target=end_with_run, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
-    if not multiprocessing.parent_process().is_alive():
-        os._exit(1)
+
+
+def end_with_run():
+    """Wait for the process that started this one to end, and end."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def pick_precision(name, device):

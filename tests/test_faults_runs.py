@@ -301,23 +301,29 @@ def test_twenty_kills_at_random_moments_leave_no_trace(variant, kills, data, tmp
     print(f"{killed} kills, {inside_a_write} of them inside a checkpoint write, {inside_the_cache} inside the cache's")
 
 
-ORPHAN = """
+ORPHANS = """
 import multiprocessing, os, sys, time, dualenc
-run = os.getpid()
+run, begun, late = os.getpid(), multiprocessing.Value("i", 0), sys.argv[1] == "before"
 def work():
-    while os.getppid() == run:
+    while late and os.getppid() == run:
         time.sleep(0.01)
     dualenc.start_worker(0)
-    open(sys.argv[1], "w").close()
-multiprocessing.get_context("fork").Process(target=work).start()
+    with begun:
+        begun.value += 1
+    time.sleep(600)
+for _ in range(2):
+    multiprocessing.get_context("fork").Process(target=work).start()
+while not late and begun.value < 2:
+    time.sleep(0.01)
 os._exit(0)
 """
 
 
-def test_a_worker_that_starts_after_its_run_was_killed_ends(tmp_path):
-    """Its ends of the run's pipes would stay open for ever: this test would wait for them."""
-    subprocess.run([sys.executable, "-c", ORPHAN, tmp_path / "worked"], cwd=ROOT, timeout=60, capture_output=True)
-    assert not (tmp_path / "worked").exists()
+@pytest.mark.parametrize("killed", ["before", "after"])
+def test_workers_end_with_their_run_whether_it_was_killed_before_or_after_they_began(killed):
+    """Their ends of the run's pipes would stay open for ever: this test would wait for them. Each of two workers holds
+    what the other one waits for, so that they must end one after the other."""
+    subprocess.run([sys.executable, "-c", ORPHANS, killed], cwd=ROOT, timeout=60, capture_output=True)
 
 
 def signal_a_worker(number, reached):
