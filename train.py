@@ -117,7 +117,7 @@ class TrainConfig:
     batch_size: int = knob(256, "pairs a step, over all processes", "optimisation")
     neighbours: int = knob(
         0,
-        "pictures in a row that stay in one batch, as each other's hard negatives; "
+        "pictures in a row that stay together, as each other's hard negatives (all but those at a batch's ends); "
         f"0: {dualenc.ShapesPairs.neighbours} for drawn shapes (a scene and its mirror), 1 for other data",
         "optimisation",
     )
@@ -303,19 +303,23 @@ class BadPictures:
 
     total  pictures, of which BAD_SHARE may be bad
     found  {name: reason}, together with those of the run that this one resumes
+    met    names that this process met itself: those of before may have been mended
     """
 
     def __init__(self, out, policy, total):
         self.path, self.policy, self.total = out / BAD_PICTURES, policy, total
         lines = self.path.read_bytes().decode(errors="surrogateescape").split("\n") if self.path.exists() else []
         self.found = dict(line.split("\t", 1) for line in lines if line)
+        self.met = set()
 
     def check(self, batch, names):
         """Take note of the bad pictures of a batch, in all processes; raises DataFault if they are reason to stop."""
         told = dualenc.tell_all({names[i]: reason for i, reason in batch.bad.items()} or None)
         self.add({name: reason for reasons in told for name, reason in reasons.items()})
         if told and dualenc.sum_over_processes(torch.tensor(len(batch.captions))) < 2:
-            raise DataFault("fewer than two pictures of this batch can be read; a larger --batch-size would go on")
+            raise DataFault(
+                "fewer than two pictures of this batch can be read: mend them, or take a larger --batch-size"
+            )
 
     def add(self, reasons):
         """Take note of {name: reason}; raises DataFault if that is reason to stop."""
@@ -329,9 +333,10 @@ class BadPictures:
                 if dualenc.process_rank() == 0:
                     lines = (f"{name}\t{reason}\n" for name, reason in self.found.items())
                     dualenc.write_file(self.path, "".join(lines))
-        if len(self.found) > BAD_SHARE * self.total:
+        self.met |= new.keys()
+        if len(self.met) > BAD_SHARE * self.total:
             raise DataFault(
-                f"{len(self.found)} of {self.total:,} pictures cannot be read, more than {BAD_SHARE:.0%}; {self.path} "
+                f"{len(self.met)} of {self.total:,} pictures cannot be read, more than {BAD_SHARE:.0%}; {self.path} "
                 f"lists them"
             )
 
@@ -435,14 +440,15 @@ def make_model(config, pairs):
         **(SIGLIP_START if config.loss == "siglip" else {}),
         **text,
     )
+    # A tower without weights has learned nothing about a crop: show it the whole picture.
+    transform = model.vision_model.image_transform(crop_pct=None if pretrained else 1.0)
     if config.text == "scratch":
-        # A tower without weights has learned nothing about a crop: show it the whole picture.
-        transform = model.vision_model.image_transform(crop_pct=None if pretrained else 1.0)
         model.processor = dualenc.Processor(transform, tokenizer)
     if model.processor is None:
         raise ValueError(
             f"{config.text} holds no tokenizer, and a pretrained text tower understands no other one's ids"
         )
+    model.processor.image_transform = transform
     has_weights = {
         "vision": pretrained or model.config.vision.name in dualenc.VISION_FAMILIES,
         "text": config.text != "scratch",
@@ -716,7 +722,7 @@ def read_flags(argv):
     changed = [
         f"--{name.replace('_', '-')} (was {value!r})"
         for name, value in stored.items()
-        if getattr(config, name) != value and name not in FREE_ON_RESUME
+        if json.dumps(getattr(config, name)) != json.dumps(value) and name not in FREE_ON_RESUME  # which has no tuples
     ]
     if changed:
         raise ValueError(f"a resumed run keeps its flags, but these differ from {config.resume}: {', '.join(changed)}")
@@ -734,6 +740,11 @@ def check_recipe(config, pairs, held_out):
         raise ValueError(
             f"batch_size is {config.batch_size}, less than a pair for each of {dualenc.process_count()} processes"
         )
+    dualenc.below_one("--val-fraction", config.val_fraction)
+    if not 0 < config.crop_scale <= 1:
+        raise ValueError(f"--crop-scale is {config.crop_scale}, expected a share above 0, and 1 for no cropping")
+    if len(pairs) < 2:
+        raise ValueError(f"{config.data} has {len(pairs)} training pictures: training tells pictures apart, at least 2")
     if len(pairs) < config.batch_size:
         raise ValueError(
             f"{config.data} has {len(pairs)} training pictures, fewer than one batch of {config.batch_size}: pictures "
@@ -752,7 +763,7 @@ def check_recipe(config, pairs, held_out):
     if config.warmup > 1:
         raise ValueError(f"--warmup is {config.warmup}, expected a share of the steps, at most 1")
     chance, floor = data_losses(config, pairs)
-    if chance - floor < 1e-6:
+    if len(set(pairs.labels or itertools.chain(*pairs.captions))) == 1:
         raise ValueError(
             f"all training pictures of {config.data} share their caption or class: there is nothing to tell apart, and "
             f"the loss cannot fall below its floor of {floor:.3f}, which is chance"
@@ -841,10 +852,11 @@ class Meter:
             yield batch
 
     def add(self, values, first):
-        """Count one step; the first one of a run warms things up and is not timed."""
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count += 1
+        """Count one step, and its values unless it was skipped; the first one of a run warms up and is not timed."""
+        if values is not None:
+            for name, value in values.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            self.count += 1
         if first:
             self.started, self.waited = time.perf_counter(), 0.0
         else:
@@ -918,7 +930,7 @@ def introduce(config, model, pairs, held_out, losses, steps, device, precision):
     norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     if at_once < config.batch_size and any(norm.training for norm in norms):
         print(
-            f"norm     batch norm sees {at_once} pictures at a time, not the whole batch: other statistics, other run"
+            f"norm     batch norm sees {at_once} pictures or fewer at a time, not the batch: other statistics and run"
         )
     chance, floor = losses
     if floor > SHOWN_FLOOR:
@@ -1004,7 +1016,8 @@ def load_run(config, pairs, out, device, meter):
     optimizer = make_optimizer(model, config)
     if resumed:
         with dualenc.blamed_on(last / STATE_FILE):
-            state = torch.load(last / STATE_FILE, weights_only=True)
+            # Onto the CPU: the card it was saved from may not be here. The optimiser takes it to where its weights are.
+            state = torch.load(last / STATE_FILE, weights_only=True, map_location="cpu")
             optimizer.load_state_dict(state.pop("optimizer"))
             meter.reset(**state.pop("meter"))
     return model, optimizer, state
@@ -1040,9 +1053,8 @@ def split_batch(batch, processor, size):
 def blank_piece(processor, count):
     """Two black pictures with empty captions."""
     transform = processor.image_transform
-    return Piece(
-        torch.zeros(2, transform.channels, *transform.crop, dtype=torch.uint8), processor(text=["", ""]), count
-    )
+    picture = transform.resize_and_crop(torch.zeros(transform.channels, 8, 8, dtype=torch.uint8))
+    return Piece(torch.stack([picture] * 2), processor(text=["", ""]), count)
 
 
 def encode_pictures(model, images):
@@ -1229,10 +1241,10 @@ def take_step(run, batch, first):
     torch.manual_seed(seed + dualenc.process_rank())
     groups = pair_groups(run.pairs, batch.captions, batch.numbers).to(run.device)
     values = train_step(run.model, run.optimizer, config, batch, groups, run.precision, run.embed)
+    run.meter.add(values, first)
     if values is None:
         take_bad_step(run)
     else:
-        run.meter.add(values, first)
         state["bad_steps_in_a_row"] = 0
     state["step"] += 1
     due = state["step"] in (1, run.steps) or state["step"] % config.log_every == 0

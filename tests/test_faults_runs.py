@@ -212,6 +212,8 @@ def test_resuming_refuses_flags_that_change_what_is_learned_and_takes_others(dat
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"keeps its flags.*--lr \(was 0.001\), --batch-size|--batch-size.*--lr"):
         run("--resume", tmp_path / "run", "--lr", "0.1", "--batch-size", "4")
+    with pytest.raises(ValueError, match=r"these differ from .*run: --vision-args \(was \{\}\)$"):
+        run("--resume", tmp_path / "run", "--vision-args", "layers=[1]")
     harmless = ["--eval-every", "6", "--log-every", "3", "--workers", "1", "--on-bad-picture", "skip"]
     assert run("--resume", tmp_path / "run", *harmless) == 0
 
@@ -224,6 +226,23 @@ def test_resuming_refuses_data_that_changed(tmp_path, monkeypatch):
     table.write_text(table.read_text().replace("caption number 5", "another caption"))
     with pytest.raises(ValueError, match="has changed since .*run began"):
         run("--resume", tmp_path / "run")
+
+
+def test_a_flag_that_holds_a_list_is_the_same_when_a_run_is_resumed(data, tmp_path, monkeypatch):
+    signal_at(monkeypatch, 3, signal.SIGTERM)
+    flags = [*TINY, "--vision", "resnet18", "--vision-args", "layers=[1,1,1,1]", "channels=(4,4,8,8)"]
+    assert run(*data, *flags, "--out", tmp_path / "run") == 143
+    assert run("--resume", tmp_path / "run", "--vision-args", "layers=[1,1,1,1]", "channels=(4,4,8,8)") == 0
+
+
+def test_a_run_goes_on_where_the_device_it_was_saved_from_is_missing(data, tmp_path, monkeypatch):
+    signal_at(monkeypatch, 3, signal.SIGTERM)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
+        assert run(*data, *TINY, "--out", tmp_path / "run") == 143
+    with pytest.raises(RuntimeError, match="CUDA|cuda"):
+        torch.load(tmp_path / "run" / "last" / train.STATE_FILE, weights_only=True)
+    assert run("--resume", tmp_path / "run") == 0
 
 
 def test_a_broken_training_state_is_refused_by_name_and_nothing_in_it_runs(data, tmp_path, monkeypatch):
@@ -555,6 +574,18 @@ def test_a_batch_with_bad_pictures_is_smaller_and_never_repeats_one(tmp_path):
     assert train.stack_batch([items[0, 5]])[0] is None
 
 
+def test_bad_pictures_that_were_mended_are_no_longer_counted(tmp_path):
+    bad = {"a.png": "cut", "b.png": "cut"}
+    with pytest.raises(train.DataFault, match="2 of 128 pictures cannot be read"):
+        train.BadPictures(tmp_path, "skip", 128).add(bad)
+    resumed = train.BadPictures(tmp_path, "skip", 128)
+    resumed.add({})
+    resumed.add({"a.png": "cut"})
+    assert resumed.found == bad
+    with pytest.raises(train.DataFault, match="2 of 128 pictures cannot be read"):
+        resumed.add({"b.png": "cut"})
+
+
 def test_the_list_of_bad_pictures_survives_strange_names(tmp_path):
     """Line ends, tabs, and bytes that are no UTF-8, as old disks have them."""
     bad = {"a\nb\tc.png": "two\nlines", os.fsdecode(b"caf\xe9.png"): "no picture", "d\x85.png": "empty"}
@@ -663,6 +694,12 @@ def test_data_without_differences_are_refused_with_the_floor(tmp_path):
         Image.new("RGB", (32, 32), "teal").save(path)
     with pytest.raises(ValueError, match=f"look the same, pixel for pixel.*floor of {chance}, which is chance"):
         run(*data, *TINY, "--out", tmp_path / "run")
+    for part in ("train", "val"):
+        write_pictures(tmp_path / "rare" / part / "cat", 2)
+        write_pictures(tmp_path / "rare" / part / "dog", 98)
+    rare = train.TrainConfig(data=tmp_path / "rare", batch_size=2)
+    pairs, held_out, _ = train.load_data(rare)
+    train.check_recipe(rare, pairs, held_out)  # though few batches show anything to tell apart
     for part in ("train", "val"):
         write_pictures(tmp_path / "classes" / part / "dog", 20)
     with pytest.raises(ValueError, match=f"share their caption or class.*floor of {chance}"):

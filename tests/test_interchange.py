@@ -426,6 +426,13 @@ def test_train_takes_towers_from_transformers_folders(published, tmp_path):
     assert trained.processor.tokenizer.get_vocab() == own.tokenizer.get_vocab()
 
 
+def test_a_new_vision_tower_beside_a_published_text_tower_sees_the_whole_picture(published, tmp_path):
+    flags = f"--vision test_resnet --image-size 32 --text {published[2]} --batch-size 8 --steps 1 --workers 0"
+    train.main([*flags.split(), "--device", "cpu", "--out", str(tmp_path / "run")])
+    transform = dualenc.Processor.from_pretrained(tmp_path / "run" / "last").image_transform
+    assert transform.resize == 32 and transform.crop == (32, 32)
+
+
 def test_train_refuses_a_pretrained_text_tower_without_a_tokenizer(published, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (published[2] / name).unlink()

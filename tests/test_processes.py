@@ -457,6 +457,15 @@ def test_one_process_downloads_and_the_others_wait_for_it(tmp_path):
     assert in_processes(2, wait_for_downloads, tmp_path / "marker") == ["all is there"] * 2
 
 
+@pytest.mark.parametrize("resize", [(24, 32), 32])
+def test_a_blank_piece_has_the_shape_of_the_pictures_cropped_or_not(resize, make_model):
+    processor = make_model().processor
+    for crop in (None, (24, 32)):
+        processor.image_transform = dualenc.ImageTransform(resize, crop)
+        expected = processor(images=torch.zeros(3, 40, 40, dtype=torch.uint8))["pixel_values"].shape[1:]
+        assert train.blank_piece(processor, 2).images.shape == (2, *expected)
+
+
 def test_a_batch_smaller_than_the_job_is_refused(data, tmp_path):
     errors = in_processes(3, train_here, [*data, *SMALL, "--batch-size", "2", "--out", tmp_path / "r"])
     assert all("batch_size is 2, less than a pair for each of 3 processes" in error for error in errors)

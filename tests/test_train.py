@@ -398,6 +398,10 @@ def test_a_step_that_is_not_finite_leaves_weights_and_statistics_as_they_were(ma
         ({"data": "chiffres"}, "unknown data 'chiffres'"),
         ({"lr": 1e30, "clip_grad": 0}, "step 2: loss or gradient are no longer finite.*no checkpoint was saved"),
         ({"val_fraction": 0.0}, "no pictures are held out"),
+        ({"val_fraction": 10.0}, "--val-fraction is 10.0, expected a share from 0 to below 1"),
+        ({"val_fraction": 0.999}, "has [01] training pictures: training tells pictures apart, at least 2"),
+        ({"crop_scale": 0.0}, "--crop-scale is 0.0, expected a share above 0"),
+        ({"crop_scale": 70.0}, "--crop-scale is 70.0, expected a share above 0"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_with_the_reason(run, flags, message):
@@ -563,6 +567,16 @@ def test_the_first_step_has_a_line_of_its_own_without_a_rate(run, capsys):
     _, every = run("every", steps=6, log_every=1)
     losses = [line["loss"] for line in log_of(every) if "loss" in line]
     assert logged == pytest.approx([losses[0], sum(losses[1:4]) / 3, sum(losses[4:]) / 2], abs=1e-6)
+
+
+def test_a_first_step_that_is_skipped_warms_up_all_the_same(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    meter = train.Meter(batch_size=8)
+    for values, first in ((None, True), ({"loss": 2.0}, False), (None, False)):
+        now[0] += 100 if first else 1
+        meter.add(values, first)
+    assert meter.read() == {"loss": 2.0, "pairs_per_s": 8.0, "data_share": 0.0}
 
 
 def test_data_share_is_the_share_of_the_time_spent_waiting(run, monkeypatch):
