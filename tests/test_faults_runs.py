@@ -655,7 +655,10 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_or_is_skipped_and_counted(b
     ):
         run(*data, *TINY, "--out", tmp_path / "stop")
     calls.clear()
+    add, timed = train.Meter.add, []
+    monkeypatch.setattr(train.Meter, "add", lambda self, *what: timed.append(what) or add(self, *what))
     assert run(*data, *TINY, "--on-bad-step", "skip", "--out", tmp_path / "skip") == 0
+    assert len(timed) == 12 and timed[6] == (None, False), "the time of a step that is skipped counts"
     result = outcome(tmp_path / "skip")
     assert result["state"]["bad_steps"] == 1 and result["metrics"][-2]["bad_steps"] == 1
     assert all(weight.isfinite().all() for weight in result["weights"][0].values())
