@@ -1117,7 +1117,7 @@ def picture_files(folder, below=""):
 def open_index(subject):
     """The gallery's embeddings from the index folder, brought up to date: see stored_rows.
 
-    The rows of pictures that cannot be read are 0, so they are far from every query.
+    The rows of pictures that cannot be read are 0, which is nearer to a query than many a picture: see search_task.
     """
     gallery, model = subject.data, subject.model
     folder = gallery.index / index_key(model, subject.precision)
@@ -1130,9 +1130,10 @@ def open_index(subject):
 def search_task(subject):
     """The gallery's pictures nearest to a query of words, or to a picture file.
 
-    returns  found, a list of {"picture": name, "score": cosine, "row": number in the gallery}, best first; query,
-             n_images, n_indexed (pictures that the index did not have), unreadable (their names), and seconds: index_s
-             to look for changed files and bring the index up to date, search_s from the query to the answer
+    returns  found, a list of {"picture": name, "score": cosine, "row": number in the gallery}, best first, none of
+             them unreadable; query, n_images, n_indexed (pictures that the index did not have), unreadable (names),
+             and seconds: index_s to look for changed files and bring the index up to date, search_s from the query to
+             the answer
     raises   ValueError without a query, or for a query picture that is not there
     """
     gallery = subject.data
@@ -1145,7 +1146,9 @@ def search_task(subject):
         query = subject.embed_pictures(dualenc.PictureFiles([gallery.query]))
     else:
         query = subject.embed_captions([gallery.query])
-    scores, rows = (embeds @ query[0]).topk(min(gallery.top, len(embeds)))
+    scores, bad = embeds @ query[0], [row for row, stamp in enumerate(gallery.stamps) if stamp in unreadable]
+    scores[bad] = -torch.inf
+    scores, rows = scores.topk(min(gallery.top, len(embeds) - len(bad)))
     answered = time.perf_counter()
     found = [
         {"picture": gallery.names[row], "score": score, "row": row}
@@ -1475,10 +1478,12 @@ def confusion_diagram(guesses, labels, classes):
             if K <= 12 and share >= 0.005:
                 colour = "white" if share > DARK else INK
                 drawing.text(place[0] + cell / 2 - 1, place[1] + cell / 2 + 3, f"{share:.0%}", "middle", 0, colour, 10)
-    worst = (counts * (1 - torch.eye(K))).flatten().topk(min(3, K * K)).indices.tolist()
-    words = "; ".join(f"{classes[i // K]} taken for {classes[i % K]} {counts[i // K, i % K]:.0f} times" for i in worst)
-    alt = f"Confusion matrix of {K} classes. Most frequent mistakes: {words}."
-    note = f"Confusion: rows are right classes, columns the answers. Most frequent mistakes: {words}."
+    wrong = (counts * (1 - torch.eye(K))).flatten()
+    worst = [i for i in wrong.topk(min(3, K * K)).indices.tolist() if wrong[i] > 0]
+    words = "; ".join(f"{classes[i // K]} taken for {classes[i % K]} {wrong[i]:.0f} times" for i in worst)
+    mistakes = f" Most frequent mistakes: {words}." if worst else ""
+    alt = f"Confusion matrix of {K} classes.{mistakes}"
+    note = f"Confusion: rows are right classes, columns the answers.{mistakes}"
     return f"<figure>{drawing.tag(alt)}<figcaption>{html.escape(note)}</figcaption></figure>"
 
 
@@ -1747,11 +1752,16 @@ def with_classes(pairs, classes, templates):
     return dualenc.Pairs(pairs.names, pairs.pictures, captions, labels, classes)
 
 
+def is_own_data(config, flags):
+    """Whether --data is not given, or names what the run was trained on."""
+    return config.data in ("", flags.get("data"))
+
+
 def data_source(config, flags, run):
     """The arguments of load_pairs, spec among them: the run's own, as far as no other data is named."""
     if not (config.data or flags):
         raise ValueError(f"{run} is not a run of train.py, so it has no held-out data of its own: give --data")
-    own = {name: flags[name] for name in DATA_FLAGS if name in flags} if not config.data else {}
+    own = {name: flags[name] for name in DATA_FLAGS if name in flags} if is_own_data(config, flags) else {}
     return {**own, **{name: getattr(config, name) for name in DATA_FLAGS if getattr(config, name, None)}}
 
 
@@ -1766,6 +1776,11 @@ def make_subject(model, config, source, skip_bad):
         readable, bad = dualenc.drop_unreadable(pairs, workers) if skip_bad else (pairs, {})
         print("".join(f"skipped     {name}: {reason}\n" for name, reason in bad.items()), end="")
         pairs = readable if bad else pairs
+        if not len(pairs):
+            raise ValueError(
+                f"the {split} part of data {spec} has no pictures that can be read, expected at least 1: name another "
+                f"part with --split, or other data with --data"
+            )
         return with_classes(pairs, read_classes(config.classes), templates) if config.classes else pairs
 
     if config.task == "winoground":
@@ -1787,7 +1802,7 @@ def main(argv=None):
     checkpoint, flags = find_checkpoint(run)
     model = dualenc.DualEncoder.from_pretrained(checkpoint).to(dualenc.pick_device(config.device))
     source = data_source(config, flags, run)
-    skip_bad = (config.on_bad_picture or (not config.data and flags.get("on_bad_picture"))) == "skip"
+    skip_bad = (config.on_bad_picture or (is_own_data(config, flags) and flags.get("on_bad_picture"))) == "skip"
     data = source["data"]
     subject = make_subject(model, config, source, skip_bad)
     facts = [

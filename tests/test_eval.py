@@ -200,6 +200,35 @@ def test_what_cannot_be_evaluated_is_refused(checkpoint, class_folder, tmp_path)
         evaluation.main([str(checkpoint), "--data", "shapes"])
 
 
+def test_a_part_without_pictures_is_named(checkpoint, class_folder, pictures, tmp_path):
+    """One picture, whose hash is not in the tenth that is held out; and pictures none of which can be read."""
+    pictures[0].save(tmp_path / "1.png")
+    (tmp_path / "one.csv").write_text("image,caption\n1.png,two dogs\n")
+    with pytest.raises(ValueError, match="the test part of data .*one.csv has no pictures .*--split"):
+        evaluation.main([str(checkpoint), "--data", str(tmp_path / "one.csv")])
+    for file in class_folder.rglob("*.png"):
+        file.write_bytes(b"torn")
+    with pytest.raises(ValueError, match="the test part of data .*photos has no pictures that can be read"):
+        evaluation.main([str(checkpoint), "--data", str(class_folder), "--on-bad-picture", "skip"])
+
+
+def test_naming_the_runs_own_data_changes_nothing():
+    """A run's share of held-out pictures is kept, else training pictures would be measured; other data has its own."""
+    flags = {"data": "photos.csv", "val_fraction": 0.5, "seed": 3, "templates": "clip7", "on_bad_picture": "skip"}
+    own = {name: value for name, value in flags.items() if name in evaluation.DATA_FLAGS}
+    for data in ("", "photos.csv"):
+        assert evaluation.data_source(evaluation.EvalConfig(data=data), flags, "run") == own
+    assert evaluation.data_source(evaluation.EvalConfig(data="shapes"), flags, "run") == {"data": "shapes"}
+
+
+def test_naming_the_runs_own_data_keeps_what_it_does_with_bad_pictures(checkpoint, class_folder):
+    (class_folder / "test" / "dog" / "0.png").write_bytes(b"torn")
+    flags = {"data": str(class_folder), "on_bad_picture": "skip"}
+    (checkpoint.parent / evaluation.RUN_CONFIG).write_text(json.dumps({"flags": flags}))
+    for data in ([], ["--data", str(class_folder)]):
+        assert evaluation.main([str(checkpoint), *data])["retrieval"]["n_images"] == 7
+
+
 def test_unknown_flags_are_refused_with_near_ones(checkpoint, capsys):
     for wrong, hint in (("--datta", "--data"), ("--tsak", "--task")):
         with pytest.raises(SystemExit) as stopped:

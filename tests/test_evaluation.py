@@ -558,12 +558,13 @@ def test_another_model_or_transform_gets_an_index_of_its_own(make_model):
     assert key != evaluation.index_key(model, "fp32")
 
 
-def test_unreadable_pictures_are_named_and_come_last(checkpoint, album, capsys):
+def test_unreadable_pictures_are_named_and_never_found(checkpoint, album, tmp_path, capsys):
+    """Though their rows of 0 beat every negative cosine; the contact sheet and the report can be drawn."""
     (album / "4.png").write_bytes(b"no picture")
     for n_indexed in (8, 0):
-        found = search(checkpoint, album)
+        found = search(checkpoint, album, "two dogs", "--out", str(tmp_path / "a.png"), "--report", str(tmp_path / "r"))
         assert found["unreadable"] == ["4.png"] and found["n_indexed"] == n_indexed
-        assert {item["picture"]: item["score"] for item in found["found"]}["4.png"] == 0
+        assert len(found["found"]) == 7 and "4.png" not in [item["picture"] for item in found["found"]]
         assert "1 unreadable: 4.png" in capsys.readouterr().out
     (album / "4.png").unlink()
     assert search(checkpoint, album)["unreadable"] == []
@@ -732,6 +733,14 @@ def test_confusion_counts_rows_by_right_class():
     assert "dog taken for fox 2 times" in evaluation.confusion_diagram(guesses, labels, ["dog", "fox"])
     many = [f"class {k}" for k in range(60)]
     assert "Confusion matrix of 60 classes" in evaluation.confusion_diagram(torch.arange(60), torch.arange(60), many)
+
+
+def test_the_most_frequent_mistakes_are_mistakes():
+    """With two classes right answers fill half of the matrix; where nothing is wrong there is no such sentence."""
+    guesses, labels = torch.tensor([1, 1, 0, 1]), torch.tensor([0, 0, 0, 1])
+    drawn = evaluation.confusion_diagram(guesses, labels, ["dog", "fox"])
+    assert drawn.count("taken for") == 2, "the one mistake, in the alt text and in the caption"
+    assert "mistakes" not in evaluation.confusion_diagram(labels, labels, ["dog", "fox"])
 
 
 def test_classes_come_from_words_or_a_file(tmp_path):
