@@ -3202,6 +3202,11 @@ def hashed_split(names, split, val_fraction):
     return [i for i, out in enumerate(held_out) if out != (split == "train")]
 
 
+def readable_name(name):
+    """A class name as words: underscores and runs of white space become one space."""
+    return re.sub(r"[_\s]+", " ", name).strip()
+
+
 def class_captions(labels, classes, templates):
     """The captions of each picture, its class name in every template; and the class names made readable.
 
@@ -3210,7 +3215,7 @@ def class_captions(labels, classes, templates):
     for template in templates:
         if "{}" not in template:
             raise ValueError(f"template {template!r} has no {{}} for the class name")
-    readable = [re.sub(r"[_\s]+", " ", name).strip() for name in classes]
+    readable = [readable_name(name) for name in classes]
     by_class = [[template.replace("{}", name) for template in templates] for name in readable]
     return [by_class[label] for label in labels], readable
 
@@ -3221,7 +3226,7 @@ def torchvision_pairs(name, split, data_root, templates, download):
     try:
         data = getattr(torchvision.datasets, class_name)(str(data_root), download=download, **arguments)
     except RuntimeError as error:
-        raise ValueError(f"{name} is not below {data_root} ({error}); --download fetches it") from error
+        raise ValueError(f"{name} is not below {data_root} ({error}); train.py's --download fetches it") from error
     # torchvision has no one name for the labels; each of these saves decoding all pictures to read them.
     labels = next(getattr(data, name) for name in ("targets", "labels", "_labels", "y") if hasattr(data, name))
     labels = [int(label) for label in labels]

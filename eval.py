@@ -29,6 +29,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -65,7 +66,10 @@ class EvalConfig:
     images: str = knob("", "picture folder of coco: and flickr: caption files", "data")
     allow_outside: bool = knob(False, "let a caption file name pictures by paths that climb out of its folder", "data")
     on_bad_picture: str = knob(
-        "", "skip pictures that cannot be read, or stop; as the run did unless given", "data", ("", "error", "skip")
+        "",
+        "skip unreadable pictures, or stop; as the run did unless given; search always skips, winoground always stops",
+        "data",
+        ("", "error", "skip"),
     )
     classes: str = knob("", "other classes for zero-shot: names with commas between, or a file, one a line", "data")
     templates: str = knob("", "plain, clip7, clip80, or a file with one template a line, {} for the class", "data")
@@ -269,7 +273,7 @@ def picture_paths(pictures):
 
 
 def stored_rows(folder, stamps, width, embed, batch_size, whole_batches=False):
-    """Rows (I, width) kept in a folder, one a picture, brought up to date: (rows, how many are new, unreadable).
+    """Rows (I, width) kept in a folder, one a picture, brought up to date: (rows, how many were tried, unreadable).
 
     stamps         I strings, another one when the picture changes
     embed          function of lists of picture numbers that yields (rows, errors) for each; see run_batches
@@ -278,14 +282,17 @@ def stored_rows(folder, stamps, width, embed, batch_size, whole_batches=False):
     raises         OSError or ValueError naming what cannot be written, NotFinite for broken weights
 
     The folder holds pictures.json (stamps in the order of the rows) and the .npy file that it names. Changed stamps get
-    a new file of rows, and the table follows when that is done: whatever interrupts this, the store stays whole. A
+    a new file of rows, and the table follows when that is done; pictures that could not be read are tried again, and
+    until the table says otherwise their rows count for nothing: whatever interrupts this, the store stays whole. A
     second run waits until the first one is done, and takes what it made; the processes of a job share the work.
     """
     table_file = folder / "pictures.json"
     with alone_in(folder):
         table = dualenc.read_json(table_file) if table_file.is_file() else {"stamps": [], "unreadable": {}, "rows": ""}
-        row_of = {stamp: row for row, stamp in enumerate(table["stamps"])}
+        # What could not be read is tried again: a permission or a network that comes back changes no stamp.
+        row_of = {stamp: row for row, stamp in enumerate(table["stamps"]) if stamp not in table["unreadable"]}
         new = [i for i, stamp in enumerate(stamps) if stamp not in row_of]
+        file = folder / table["rows"]
         if table["stamps"] != stamps:
             file = folder / f"rows-{hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]}.npy"
             with dualenc.together():
@@ -294,10 +301,10 @@ def stored_rows(folder, stamps, width, embed, batch_size, whole_batches=False):
                     for kept in cut([i for i, stamp in enumerate(stamps) if stamp in row_of], 4096):
                         rows[kept] = load_rows(folder / table["rows"])[[row_of[stamps[i]] for i in kept]]
                     rows.flush()
+        if new or table["stamps"] != stamps:
             batches = cut(new + new[-1:] * (-len(new) % batch_size if whole_batches else 0), batch_size)
             errors = fill_rows(file, batches, embed)
-            unreadable = {stamp: table["unreadable"][stamp] for stamp in stamps if stamp in table["unreadable"]}
-            unreadable |= {stamps[i]: why for i, why in errors.items()}
+            unreadable = {stamps[i]: why for i, why in errors.items()}
             table = {"stamps": stamps, "unreadable": unreadable, "rows": file.name}
             with dualenc.together():
                 if dualenc.process_rank() == 0:
@@ -445,7 +452,10 @@ class Subject:
         """(features of the training pictures, their labels, features of the test pictures), for probe and k-NN."""
         labels = self.labels  # asked for first: without classes there is no need to read training pictures
         if self.load_train is None:
-            raise ValueError("probe and k-NN learn from training pictures, and none were given")
+            raise ValueError(
+                "probe and k-NN learn from training pictures other than those measured, and none were given: "
+                "measure another part than --split train"
+            )
         train = self.load_train()
         if train.classes != self.data.classes:
             raise ValueError(
@@ -1016,12 +1026,13 @@ class Quadruples:
         return len(self.captions) // 2
 
 
-def load_quadruples(path):
+def load_quadruples(path, allow_outside=False):
     """Quadruples from a .csv, .tsv or .jsonl file with the columns image_0, caption_0, image_1, caption_1.
 
-    Picture paths are relative to the file.
+    Picture paths are relative to the file, and climb out of its folder only with allow_outside.
 
-    raises  ValueError for another kind of file, a missing column, an empty cell or a missing picture, naming the line
+    raises  ValueError for another kind of file, a missing column, a cell that is empty or no text, or a missing
+            picture, naming the line
     """
     path, pictures, captions = Path(path), [], []
     if path.suffix.lower() not in dualenc.CAPTION_SUFFIXES or not path.is_file():
@@ -1029,19 +1040,21 @@ def load_quadruples(path):
     rows = dualenc.jsonl_rows(path) if path.suffix.lower() == ".jsonl" else dualenc.table_rows(path)
     for line, row in rows:
         for column in ("image_0", "caption_0", "image_1", "caption_1"):
-            if not row.get(column):
+            cell = row.get(column)
+            if cell in (None, ""):
                 raise ValueError(
                     f"{path}, line {line}: no {column}; it has {', '.join(map(str, row))}; a row of winoground is "
                     f"image_0, caption_0, image_1, caption_1"
                 )
-            (pictures if column.startswith("image") else captions).append(row[column])
+            if not isinstance(cell, str):
+                raise ValueError(f"{path}, line {line}: {column} is {cell!r}, expected text: put it in quotes")
+            if column.startswith("image"):
+                pictures.append(dualenc.locate_picture(cell, path.parent, f"{path}, line {line}", allow_outside))
+            else:
+                captions.append(cell)
     if not captions:
         raise ValueError(f"{path} has no rows")
-    paths = [path.parent / picture for picture in pictures]
-    for number, picture in enumerate(paths):
-        if not picture.is_file():
-            raise ValueError(f"{path}, row {number // 2 + 1}: missing picture {picture}")
-    return Quadruples(dualenc.PictureFiles(paths), captions)
+    return Quadruples(dualenc.PictureFiles(pictures), captions)
 
 
 def winoground_task(subject):
@@ -1140,7 +1153,7 @@ def search_task(subject):
     if not gallery.query:
         raise ValueError('search needs --query: words such as "a red car", or a picture file')
     started = time.perf_counter()
-    embeds, n_indexed, unreadable = open_index(subject)
+    embeds, n_tried, unreadable = open_index(subject)
     opened = time.perf_counter()
     if Path(gallery.query).suffix.lower() in dualenc.PICTURE_SUFFIXES:
         query = subject.embed_pictures(dualenc.PictureFiles([gallery.query]))
@@ -1157,7 +1170,7 @@ def search_task(subject):
     return {
         "query": gallery.query,
         "n_images": len(embeds),
-        "n_indexed": n_indexed,
+        "n_indexed": n_tried - len(unreadable),
         "unreadable": [stamp.rsplit(" ", 2)[0] for stamp in unreadable],
         "index_s": gallery.seconds + opened - started,
         "search_s": answered - opened,
@@ -1659,13 +1672,24 @@ TASKS = {
 }
 
 
-def measure(subject, tasks):
-    """{task: its numbers} with the model in evaluation mode; it is left as it was."""
+def measure(subject, tasks, leave_out=False):
+    """{task: its numbers} with the model in evaluation mode; it is left as it was.
+
+    leave_out  print why a task refuses, and go on, once another one has been measured
+    """
+    results = {}
     was_training = subject.model.training
     subject.model.eval()
     try:
         with dualenc.float32_products(subject.model.logit_scale.device, "fp32"):
-            return {name: TASKS[name].measure(subject) for name in tasks}
+            for name in tasks:
+                try:
+                    results[name] = TASKS[name].measure(subject)
+                except ValueError as error:
+                    if not (leave_out and results):
+                        raise
+                    print(f"left out    {name}: {error}", flush=True)
+            return results
     finally:
         subject.model.train(was_training)
 
@@ -1708,7 +1732,7 @@ def read_lines(path, default):
     """The non-empty lines of a text file; default if no file is named. Raises ValueError if there are none."""
     if not path:
         return default
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # unlike Path's, it takes words longer than a file name can be
         raise ValueError(f"no file {path}")
     lines = [line.strip() for _, line in dualenc.text_lines(path) if line.strip()]
     if not lines:
@@ -1718,16 +1742,22 @@ def read_lines(path, default):
 
 def read_templates(source):
     """The templates of a set by name (TEMPLATE_SETS) or of a file; dualenc.TEMPLATES unless given."""
-    if source and source not in TEMPLATE_SETS and not Path(source).is_file():
+    if source and source not in TEMPLATE_SETS and not os.path.isfile(source):
         raise ValueError(f"no file {source} with templates, nor a set of that name: {', '.join(TEMPLATE_SETS)}")
     return TEMPLATE_SETS[source] if source in TEMPLATE_SETS else read_lines(source, dualenc.TEMPLATES)
 
 
 def read_classes(source):
-    """Class names from a file, one a line, or from the words themselves, with commas between."""
-    if Path(source).is_file() or "," not in source:
-        return read_lines(source, None)
-    return tuple(name.strip() for name in source.split(",") if name.strip())
+    """Class names, made readable, from a file, one a line, or from the words themselves, with commas between.
+
+    raises  ValueError for names that are given more than once
+    """
+    from_file = os.path.isfile(source) or "," not in source
+    names = [dualenc.readable_name(name) for name in (read_lines(source, None) if from_file else source.split(","))]
+    repeated = [name for name, count in Counter(names).items() if name and count > 1]
+    if repeated:
+        raise ValueError(f"--classes names {', '.join(repeated[:5])} more than once: give each class one name")
+    return tuple(filter(None, names))
 
 
 def find_checkpoint(run):
@@ -1784,12 +1814,27 @@ def make_subject(model, config, source, skip_bad):
         return with_classes(pairs, read_classes(config.classes), templates) if config.classes else pairs
 
     if config.task == "winoground":
-        data = load_quadruples(spec)
+        data = load_quadruples(spec, source.get("allow_outside", False))
     elif config.task == "search":
         data = open_gallery(spec, config.split, config.index, config.query, config.top, **source)
     else:
         data = load(config.split)
-    return Subject(model, data, partial(load, "train"), templates, precision, config.batch_size, workers)
+    load_train = None if config.split == "train" else partial(load, "train")  # what was learned by heart is no measure
+    return Subject(model, data, load_train, templates, precision, config.batch_size, workers)
+
+
+def check_flags(config):
+    """Raise ValueError for flags that no task could use, or that this one would ignore."""
+    dualenc.at_least("--top", config.top, 1)
+    dualenc.at_least("--batch-size", config.batch_size, 1)
+    for name in ("query", "top", "index", "out"):
+        got = getattr(config, name)
+        if config.task != "search" and got != getattr(EvalConfig, name):
+            raise ValueError(
+                f"--{name} {got} is for search, and --task is {config.task}: add --task search or leave it out"
+            )
+    if config.classes and config.task in ("search", "winoground"):
+        raise ValueError(f"--classes is for pictures with classes, which {config.task} does not look at: leave it out")
 
 
 def main(argv=None):
@@ -1799,6 +1844,7 @@ def main(argv=None):
     args = vars(parser.parse_args(argv))
     run, config = args.pop("run"), EvalConfig(**args)
 
+    check_flags(config)
     checkpoint, flags = find_checkpoint(run)
     model = dualenc.DualEncoder.from_pretrained(checkpoint).to(dualenc.pick_device(config.device))
     source = data_source(config, flags, run)
@@ -1812,7 +1858,7 @@ def main(argv=None):
     automatic = config.task in ("auto", "all")
     tasks = default_tasks(subject.data, config.task == "all") if automatic else [config.task]
     print("\n".join(facts), flush=True)
-    results = measure(subject, tasks)
+    results = measure(subject, tasks, leave_out=config.task == "all")
     print("\n".join(describe(results)))
     if config.json:
         dualenc.write_file(Path(config.json), json.dumps(results, indent=2) + "\n")

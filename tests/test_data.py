@@ -275,7 +275,7 @@ def test_torchvision_sets_are_read_by_name_with_their_own_splits(tmp_path):
     assert {name: len(pairs) for name, pairs in splits.items()} == {"train": 6, "val": 3, "test": 3}
     assert splits["test"].captions == [["a T-shirt/top"], ["a Trouser"], ["a Pullover"]]
     assert splits["test"][0][0].mode == "L" and splits["train"].classes[5] == "Sandal"
-    with pytest.raises(ValueError, match="cifar10 is not below .*--download fetches it"):
+    with pytest.raises(ValueError, match="cifar10 is not below .*; train.py's --download fetches it"):
         dualenc.load_pairs("cifar10", data_root=tmp_path)
 
 

@@ -189,7 +189,7 @@ def test_what_cannot_be_evaluated_is_refused(checkpoint, class_folder, tmp_path)
     with pytest.raises(ValueError, match="zero-shot needs pictures with classes"):
         evaluation.main([str(checkpoint), "--data", "shapes", "--task", "zeroshot"])
     with pytest.raises(ValueError, match="--classes needs pictures with classes"):
-        evaluation.main([str(checkpoint), "--data", "shapes", "--classes", __file__])
+        evaluation.main([str(checkpoint), "--data", "shapes", "--classes", "fox,dog"])
     with pytest.raises(ValueError, match="no file .*none.txt"):
         evaluation.main([str(checkpoint), "--data", str(class_folder), "--templates", str(tmp_path / "none.txt")])
     (tmp_path / "none.txt").write_text("\n")
@@ -198,6 +198,24 @@ def test_what_cannot_be_evaluated_is_refused(checkpoint, class_folder, tmp_path)
     (checkpoint / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="holds no processor"):
         evaluation.main([str(checkpoint), "--data", "shapes"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--task search --query x --top 0", "--top is 0, expected at least 1"),
+        ("--batch-size 0", "--batch-size is 0, expected at least 1"),
+        ("--out found.png", "--out found.png is for search, and --task is auto: add --task search"),
+        ("--query fox --task zeroshot", "--query fox is for search, and --task is zeroshot"),
+        ("--index folder", "--index folder is for search"),
+        ("--top 3", "--top 3 is for search"),
+        ("--classes fox,dog --task search --query x", "--classes is for pictures with classes, which search"),
+        ("--classes fox,dog --task winoground", "--classes is for pictures with classes, which winoground"),
+    ],
+)
+def test_flags_without_sense_or_without_effect_are_refused(checkpoint, flags, message):
+    with pytest.raises(ValueError, match=message):
+        evaluation.main([str(checkpoint), "--data", "shapes", *flags.split()])
 
 
 def test_a_part_without_pictures_is_named(checkpoint, class_folder, pictures, tmp_path):

@@ -361,6 +361,30 @@ def test_probe_refuses_what_it_cannot_learn_from(make_model, colour_folder):
         evaluation.measure(evaluation.Subject(model, pairs, lambda: train), ["knn"])
 
 
+def test_probe_and_neighbours_are_not_measured_on_what_they_learned_by_heart(checkpoint, colour_folder, capsys):
+    """Named, they refuse the training part; all leaves them out, says why, and keeps the rest."""
+    arguments = [str(checkpoint), "--data", str(colour_folder), "--split", "train"]
+    for task in ("probe", "knn"):
+        with pytest.raises(ValueError, match="other than those measured.*--split train"):
+            evaluation.main([*arguments, "--task", task])
+    assert list(evaluation.main([*arguments, "--task", "all"])) == ["retrieval", "zeroshot"]
+    assert "left out    probe: probe and k-NN learn from training pictures other" in capsys.readouterr().out
+
+
+def test_all_keeps_what_was_measured_when_a_task_refuses(checkpoint, colour_folder, capsys):
+    """A class more in training; but where nothing can be measured, all stops as any task."""
+    (colour_folder / "train" / "cat").mkdir()
+    Image.new("RGB", (8, 8)).save(colour_folder / "train" / "cat" / "0.png")
+    arguments = [str(checkpoint), "--data", str(colour_folder), "--task"]
+    assert list(evaluation.main([*arguments, "all"])) == ["retrieval", "zeroshot"]
+    assert capsys.readouterr().out.count("left out    ") == 2
+    with pytest.raises(ValueError, match="need the same class list in both"):
+        evaluation.main([*arguments, "probe"])
+    (colour_folder / "test" / "dog" / "0.png").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="cannot read picture"):
+        evaluation.main([*arguments, "all"])
+
+
 # ---- Binding and winoground -----------------------------------------------------------------------------------------
 
 
@@ -471,12 +495,21 @@ def test_winoground_files_that_lack_something_are_refused(pictures, tmp_path):
     for content, message in (
         ("image_0,caption_0,image_1\n0.png,a,0.png\n", "rows.csv, line 2: no caption_1; it has image_0, caption_0"),
         ("image_0,caption_0,image_1,caption_1\n0.png,a,0.png,\n", "line 2: no caption_1"),
-        ("image_0,caption_0,image_1,caption_1\n0.png,a,7.png,b\n", "row 1: missing picture .*7.png"),
+        ("image_0,caption_0,image_1,caption_1\n0.png,a,7.png,b\n", "line 2: missing picture .*7.png"),
+        ("image_0,caption_0,image_1,caption_1\n\n../0.png,a,0.png,b\n", "line 3: picture ../0.png lies outside"),
         ("image_0,caption_0,image_1,caption_1\n", "rows.csv has no rows"),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
             evaluation.load_quadruples(path)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('\n{"image_0": "0.png", "caption_0": 7, "image_1": "0.png", "caption_1": "b"}\n')
+    with pytest.raises(ValueError, match="rows.jsonl, line 2: caption_0 is 7, expected text"):
+        evaluation.load_quadruples(path)
+    (tmp_path / "below").mkdir()
+    path = tmp_path / "below" / "rows.csv"
+    path.write_text("image_0,caption_0,image_1,caption_1\n../0.png,a,../0.png,b\n")
+    assert len(evaluation.load_quadruples(path, allow_outside=True)) == 1
     for wrong in (tmp_path, tmp_path / "none.csv"):
         with pytest.raises(ValueError, match="winoground needs a file"):
             evaluation.load_quadruples(wrong)
@@ -558,16 +591,42 @@ def test_another_model_or_transform_gets_an_index_of_its_own(make_model):
     assert key != evaluation.index_key(model, "fp32")
 
 
-def test_unreadable_pictures_are_named_and_never_found(checkpoint, album, tmp_path, capsys):
+def test_unreadable_pictures_are_named_and_never_found(checkpoint, album, tmp_path, capsys, monkeypatch):
     """Though their rows of 0 beat every negative cosine; the contact sheet and the report can be drawn."""
+    embed = evaluation.embed_captions
     (album / "4.png").write_bytes(b"no picture")
-    for n_indexed in (8, 0):
+    for n_indexed, sign in ((7, 1), (0, -1)):
+        monkeypatch.setattr(evaluation, "embed_captions", lambda *a, sign=sign, **more: sign * embed(*a, **more))
         found = search(checkpoint, album, "two dogs", "--out", str(tmp_path / "a.png"), "--report", str(tmp_path / "r"))
         assert found["unreadable"] == ["4.png"] and found["n_indexed"] == n_indexed
         assert len(found["found"]) == 7 and "4.png" not in [item["picture"] for item in found["found"]]
         assert "1 unreadable: 4.png" in capsys.readouterr().out
     (album / "4.png").unlink()
     assert search(checkpoint, album)["unreadable"] == []
+
+
+def test_a_picture_that_could_not_be_read_once_is_tried_again(checkpoint, album, monkeypatch):
+    """A permission or a network drive may come back, which leaves size and time of the file as they were."""
+    whole = search(checkpoint, album, "fox", "--index", str(album.parent / "whole"))["found"]
+    open_picture, gone = dualenc.open_picture, ["4.png"]
+
+    def fail_at_times(path, *rest):
+        if os.path.basename(path) in gone:
+            raise ValueError(f"cannot read picture {path}: the network is down")
+        return open_picture(path, *rest)
+
+    monkeypatch.setattr(dualenc, "open_picture", fail_at_times)
+    flags = ["fox", "--workers", "0"]
+    for n_indexed in (7, 0):
+        found = search(checkpoint, album, *flags)
+        assert found["unreadable"] == ["4.png"] and found["n_indexed"] == n_indexed
+    gone.clear()
+    found = search(checkpoint, album, *flags)
+    assert found["unreadable"] == [] and found["n_indexed"] == 1
+    assert {i["picture"]: i["score"] for i in found["found"]} == pytest.approx(
+        {i["picture"]: i["score"] for i in whole}, abs=1e-5
+    )
+    assert search(checkpoint, album, *flags)["n_indexed"] == 0
 
 
 def test_search_over_data_specs_and_other_index_folders(checkpoint, album, tmp_path):
@@ -748,6 +807,14 @@ def test_classes_come_from_words_or_a_file(tmp_path):
     assert evaluation.read_classes("fox, red star") == evaluation.read_classes(str(tmp_path / "names.txt"))
     with pytest.raises(ValueError, match="no file names"):
         evaluation.read_classes("names")
+
+
+def test_given_class_names_are_cleaned_as_those_of_the_data_and_named_once(tmp_path):
+    assert evaluation.read_classes("fox,red_star , blue  star,") == ("fox", "red star", "blue star")
+    many = ", ".join(f"class number {k}" for k in range(400))
+    assert len(evaluation.read_classes(many)) == 400, "more words than a file name can hold"
+    with pytest.raises(ValueError, match="--classes names red star more than once"):
+        evaluation.read_classes("fox,red_star,red star")
 
 
 def test_long_class_lists_show_the_best_and_the_worst_ten():
