@@ -3912,13 +3912,14 @@ def pick_workers(count, device):
 def start_worker(number):
     """What each process that reads pictures does first: it leaves stopping to the run, and ends if the run was killed.
 
-    A terminal, torchrun and schedulers send their signals to all processes at once. The run finishes its step with the
-    workers' pictures and ends them itself; one that does not listen then gets the second SIGTERM, which ends it.
-    torch looks for a killed run too, but does not notice one that was killed before the worker began to look.
+    A terminal and torchrun signal all processes of a group at once; out of the group, the worker still brings what the
+    run needs to finish its step. torch looks for a killed run too, but does not notice one that was killed before the
+    worker began to look.
     """
-    threading.Thread(target=end_with_run, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    threading.Thread(target=end_with_run, daemon=True).start()
 
 
 def end_with_run():
