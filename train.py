@@ -808,9 +808,11 @@ class StopSignals:
             signal.signal(number, handler)
 
     def received_anywhere(self):
-        """The signal that this or another process received, from then on the same in all."""
-        self.received = next(iter(dualenc.tell_all(self.received)), None)
-        return self.received
+        """The signal that this or another process had received when this was called, the same in all; or None.
+
+        One that comes while the processes talk is kept for the next time.
+        """
+        return next(iter(dualenc.tell_all(self.received)), None)
 
     def _note(self, number, frame):
         self.received = signal.Signals(number)
@@ -1215,6 +1217,7 @@ def train(run):
     """
     first_step = run.state["step"]
     loader = make_loader(run.pairs, run.model, run.config, run.device, first_step, run.steps, run.cache)
+    signalled = None
     with StopSignals() as stop:
         try:
             evaluate_if_due(run)  # a resumed run may have ended in an evaluation that failed
@@ -1222,11 +1225,12 @@ def train(run):
                 run.bad_pictures.check(batch, run.pairs.names)
                 take_step(run, batch, first=run.state["step"] == first_step)
                 evaluate_if_due(run)
-                if stop.received_anywhere():
+                signalled = stop.received_anywhere()
+                if signalled:
                     break
         except DataFault as fault:
             return stop.received_anywhere(), fault
-    return stop.received, None
+    return signalled, None
 
 
 def take_step(run, batch, first):

@@ -529,6 +529,18 @@ def test_torchrun_trains_like_one_process_and_only_the_first_one_prints(data, tm
         assert line == pytest.approx(other, rel=1e-4, abs=1e-4)
 
 
+def test_a_signal_that_comes_while_processes_talk_is_not_lost(monkeypatch):
+    def told(value):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return [value] if value else []
+
+    with train.StopSignals() as stop:
+        with monkeypatch.context() as patched:
+            patched.setattr(dualenc, "tell_all", told)
+            assert stop.received_anywhere() is None
+        assert stop.received_anywhere() == signal.SIGTERM
+
+
 @pytest.mark.slow
 @needs_proc
 def test_sigterm_to_torchrun_saves_and_what_it_prints_goes_on_to_the_same_end(data, tmp_path):
