@@ -3136,7 +3136,7 @@ def drop_unreadable(pairs, workers=0):
         generator=torch.Generator(),  # measuring leaves the global generator alone
         worker_init_fn=start_worker,
     )
-    reasons = [reason for batch in loader for reason in batch]
+    reasons = [reason for batch in from_workers(loader) for reason in batch]
     bad = {pairs.names[i]: reason for i, reason in enumerate(reasons) if reason}
     return pairs.select(i for i, reason in enumerate(reasons) if not reason), bad
 
@@ -3920,6 +3920,16 @@ def start_worker(number):
     if hasattr(os, "setpgrp"):
         os.setpgrp()
     threading.Thread(target=end_with_run, daemon=True).start()
+
+
+def from_workers(batches):
+    """The batches of a DataLoader's iterator; raises ValueError if a process that reads pictures ended."""
+    try:
+        yield from batches
+    except (RuntimeError, OSError, EOFError) as error:
+        raise ValueError(
+            f"a worker that reads pictures ended ({error}); perhaps memory: try fewer --workers"
+        ) from error
 
 
 def end_with_run():

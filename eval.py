@@ -121,9 +121,9 @@ def stack_pictures(items):
     return torch.stack(images), errors
 
 
-def progress(items, what):
-    """The same items, with a bar on a terminal: one bar, however many processes there are."""
-    return tqdm(items, desc=what, disable=dualenc.process_rank() > 0 or None, leave=False)
+def progress(items, what, count=None):
+    """The same items, with a bar on a terminal: one bar, however many processes there are; count if len has none."""
+    return tqdm(items, desc=what, total=count, disable=dualenc.process_rank() > 0 or None, leave=False)
 
 
 def own_numbers(count, batch_size):
@@ -178,7 +178,7 @@ def run_batches(model, encode, pictures, batches, precision, workers):
         generator=torch.Generator(),  # measuring leaves the global generator alone
         worker_init_fn=dualenc.start_worker,
     )
-    for images, errors in progress(loader, "pictures"):
+    for images, errors in progress(dualenc.from_workers(loader), "pictures", len(loader)):
         with dualenc.autocast(device, precision):
             rows = encode(transform.normalize(images.to(device, non_blocking=True))).float().cpu()
         yield rows, errors

@@ -836,7 +836,7 @@ class Meter:
 
     def fetch(self, loader):
         """The loader's batches, with the time spent waiting for each one noted."""
-        batches = iter(loader)
+        batches = dualenc.from_workers(iter(loader))
         # Where a worker dies, torch would raise at any moment, perhaps halfway through an update; without its handler,
         # the loader finds out when it is asked for the next batch.
         if hasattr(signal, "SIGCHLD"):
@@ -846,10 +846,8 @@ class Meter:
             with dualenc.together():
                 try:
                     batch = next(batches)
-                except (RuntimeError, OSError, EOFError) as error:
-                    raise DataFault(
-                        f"a worker that reads pictures ended ({error}); perhaps memory: try fewer --workers"
-                    ) from error
+                except ValueError as error:
+                    raise DataFault(str(error)) from error
                 self.waited += time.perf_counter() - asked
             yield batch
 

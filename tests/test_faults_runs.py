@@ -636,6 +636,30 @@ def test_bad_held_out_pictures_are_named_or_left_out_by_both_scripts(tmp_path, c
     assert skipping["retrieval"]["n_images"] == len(dualenc.load_pairs(data[1], "val", val_fraction=0.25)) - 1
 
 
+class Deadly(list):
+    """Pictures whose reader dies, as the system kills one that takes too much memory."""
+
+    def __getitem__(self, i):
+        os._exit(1)
+
+
+def test_a_worker_that_dies_in_an_evaluation_is_reported_and_the_steps_before_are_saved(data, tmp_path, monkeypatch):
+    evaluate = evaluation.evaluate
+
+    def with_deadly_pictures(model, pairs, **options):
+        pairs.pictures = Deadly(pairs.pictures)
+        return evaluate(model, pairs, **options)
+
+    monkeypatch.setattr(evaluation, "evaluate", with_deadly_pictures)
+    with pytest.raises(ValueError, match="cannot evaluate: a worker that reads pictures ended.*step 5 is saved; go on"):
+        run(*data, *TINY, "--workers", "1", "--out", tmp_path / "run")
+    dualenc.DualEncoder.from_pretrained(tmp_path / "run" / "last")
+    pairs = dualenc.load_pairs(data[1], val_fraction=0)
+    pairs.pictures = Deadly(pairs.pictures)
+    with pytest.raises(ValueError, match="a worker that reads pictures ended"):
+        dualenc.drop_unreadable(pairs, workers=1)
+
+
 @pytest.mark.slow
 def test_a_worker_that_dies_is_reported_and_the_steps_before_are_saved(data, tmp_path):
     flags = [*data, *TINY, "--steps", "100000", "--eval-every", "100000", "--workers", "1"]
