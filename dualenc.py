@@ -1058,8 +1058,9 @@ def as_size(height, width):
 # 6  Processor: pictures and captions to tensors
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Pillow's numbers, which preprocessor_config.json uses. It has two more, which torchvision does not compute.
-INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+# Pillow's numbers, which preprocessor_config.json uses. It has three more, lanczos, box and hamming, which not every
+# torch we support computes for tensors.
+INTERPOLATIONS = {"nearest": 0, "bilinear": 2, "bicubic": 3}
 # By how many pixels of the resized picture a JPEG's far edge may move when it is decoded at a smaller scale: its values
 # then differ from those of a full decode by less than one level of 255.
 DECODE_SHIFT = 0.1
