@@ -17,7 +17,7 @@ SMALLEST = {
     "captions": ["--preset", "smoke", "--rounds", "1"],
     "embed": ["--preset", "smoke", "--rounds", "1", "--pictures", "8", "--captions", "20"],
     "locked": ["--preset", "smoke", "--pictures", "20", "--epochs", "2", "--peer-epochs", "1"],
-    "loss": ["--sizes", "64", "--width", "16", "--rounds", "1", "--no-memory"],
+    "loss": ["--sizes", "64", "--others-up-to", "64", "--width", "16", "--rounds", "1", "--no-memory"],
     "micro_batch": ["--preset", "smoke", "--pairs", "16", "--micro-batch", "4", "--rounds", "1", "--no-memory"],
     "processes": None,  # starts whole runs
     "retrieval": ["--images", "20", "--captions", "100", "--width", "16", "--rounds", "1", "--no-memory"],
