@@ -3923,20 +3923,33 @@ def start_worker(number):
     threading.Thread(target=end_with_run, daemon=True).start()
 
 
-def from_workers(batches):
-    """The batches of a DataLoader's iterator; raises ValueError if a process that reads pictures ended."""
-    try:
-        yield from batches
-    except (RuntimeError, OSError, EOFError) as error:
-        raise ValueError(
-            f"a worker that reads pictures ended ({error}); perhaps memory: try fewer --workers"
-        ) from error
-
-
 def end_with_run():
     """Wait for the process that started this one to end, and end."""
     multiprocessing.parent_process().join()
     os._exit(1)
+
+
+# Seconds between the last word of processes to each other and a fork. For a moment after it, gloo's threads hold a lock
+# of Python's, and a worker forked then by an older Python waits for it for ever (python/cpython#112275): 3 of 5,000
+# forks right after a broadcast did, and none of 5,000 after a fifth of this pause.
+FORK_PAUSE = 0.1
+
+
+def from_workers(loader):
+    """A DataLoader's batches, its workers started now; raises ValueError if a process that reads pictures ended."""
+    if process_count() > 1:
+        time.sleep(FORK_PAUSE)
+    batches = iter(loader)
+
+    def checked():
+        try:
+            yield from batches
+        except (RuntimeError, OSError, EOFError) as error:
+            raise ValueError(
+                f"a worker that reads pictures ended ({error}); perhaps memory: try fewer --workers"
+            ) from error
+
+    return checked()
 
 
 def pick_precision(name, device):

@@ -639,8 +639,9 @@ def drop_metrics_after(out, step):
     """Drop the lines of metrics.jsonl that a run cut short wrote after its last checkpoint: they come again."""
     path = out / METRICS_FILE
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]  # a full disk may have cut the last one
-    dualenc.write_file(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
+    with dualenc.blamed_on(path):
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+    dualenc.write_file(path, "".join(kept))
 
 
 def claim_run(config):
@@ -836,7 +837,7 @@ class Meter:
 
     def fetch(self, loader):
         """The loader's batches, with the time spent waiting for each one noted."""
-        batches = dualenc.from_workers(iter(loader))
+        batches = dualenc.from_workers(loader)
         # Where a worker dies, torch would raise at any moment, perhaps halfway through an update; without its handler,
         # the loader finds out when it is asked for the next batch.
         if hasattr(signal, "SIGCHLD"):
@@ -978,12 +979,11 @@ class Run:
     cache: Cache | None = None
 
     def log(self, line):
-        """Append one object to metrics.jsonl."""
+        """Add one object to metrics.jsonl, which is written anew: at every moment there are whole lines in it."""
         path = self.out / METRICS_FILE
         with dualenc.together():
             if dualenc.process_rank() == 0:
-                with dualenc.blamed_on(path, "cannot write"), open(path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                dualenc.write_file(path, path.read_text(encoding="utf-8") + json.dumps(line) + "\n")
 
     def save(self, name, state=None):
         """Write a checkpoint."""

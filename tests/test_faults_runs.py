@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -449,10 +450,33 @@ def test_an_evaluation_finds_the_best_checkpoint_there_is(tmp_path):
         assert evaluation.find_checkpoint(tmp_path)[0] == tmp_path / name
 
 
-def test_a_torn_last_line_of_the_metrics_is_dropped(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 3}\n{"ste')
+def test_a_line_of_the_metrics_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """As a checkpoint is: a full disk leaves the lines before."""
+    run, path = types.SimpleNamespace(out=tmp_path), tmp_path / "metrics.jsonl"
+    train.drop_metrics_after(tmp_path, 0)  # as every run begins
+    train.Run.log(run, {"step": 1})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="cannot write .*metrics.jsonl: No space left on device"):
+        train.Run.log(run, {"step": 2})
+    monkeypatch.undo()
+    assert path.read_text() == '{"step": 1}\n' and list(tmp_path.iterdir()) == [path]
+    train.Run.log(run, {"step": 3})
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
+
+
+def test_a_resumed_run_drops_the_lines_after_its_checkpoint_and_names_a_file_it_cannot_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 3}\n')
     train.drop_metrics_after(tmp_path, 2)
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert path.read_text() == '{"step": 1}\n'
+    path.write_text('{"step": 1}\n{"ste')
+    with pytest.raises(ValueError, match="cannot read .*metrics.jsonl"):
+        train.drop_metrics_after(tmp_path, 2)
+    assert path.read_text() == '{"step": 1}\n{"ste'
 
 
 @contextlib.contextmanager
