@@ -103,6 +103,22 @@ def test_flops_are_those_of_the_products(bench):
     assert bench("common").count_flops(lambda: attention(query, query, query)) == 2 * (2 * 2 * 4 * 4 * 8)
 
 
+def test_time_is_counted_by_kind_of_operation(bench):
+    a = torch.randn(500, 500)
+    model = torch.nn.Linear(500, 500)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model(a).sum().backward()
+    for expected, step in {
+        "products": lambda: a @ a,
+        "copies and casts": lambda: a.t().contiguous(),
+        "norms, softmax, GELU": lambda: torch.nn.functional.gelu(a).softmax(dim=-1),
+        "optimiser, clipping": optimizer.step,
+        "the rest": lambda: a + a,
+    }.items():
+        spent = bench("train_step").where(step, rounds=3)
+        assert max(spent, key=spent.get) == expected, spent
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_peak_memory_is_what_a_call_adds_even_after_a_larger_one(bench):
     common, megabytes = bench("common"), 2**20 // 4

@@ -3,6 +3,7 @@
     python tests/bench/train_step.py                               # tiny towers, 32-pixel pictures, batch 128
     python tests/bench/train_step.py --preset small --rounds 5     # ViT-S/16 at 224 pixels, batch 16; three minutes
     python tests/bench/train_step.py --memory                      # also peak memory, in processes of their own
+    python tests/bench/train_step.py --where                       # where the time of each step goes, instead
 
 Ours is train.train_step itself: tokenizing the captions, normalising uint8 pictures, towers, loss, backward, clipping,
 AdamW, and the accuracy of the batch. The peers start from ready pixels and token ids, and do what their own training
@@ -18,7 +19,9 @@ measured rate of a large product in the same precision.
 """
 
 import math
+import re
 import sys
+from collections import Counter
 from functools import partial
 
 import common
@@ -28,6 +31,14 @@ import dualenc
 import train
 
 LIBRARIES = ("ours", "transformers", "open_clip", "timm")
+KINDS = {  # of torch's operations, by their names; the first that fits counts
+    "products": r"mm|conv",
+    "attention, fused": r"attention",
+    "copies and casts": r"copy_|cat|clone",
+    "norms, softmax, GELU": r"norm_cpu|layer_norm|softmax|gelu",
+    "optimiser, clipping": r"adamw|_foreach|linalg",
+    "the rest": r"",
+}
 
 
 def our_step(preset, precision):
@@ -116,12 +127,26 @@ def peak_memory(library, preset, precision):
     return peak, peak - before
 
 
+def where(step, rounds):
+    """{kind of operation: milliseconds of a step}, as torch's profiler counts them."""
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(rounds):
+            step()
+    spent = Counter()
+    for event in profile.key_averages():
+        kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, event.key.lower()))
+        spent[kind] += event.self_cpu_time_total / 1e3 / rounds
+    return spent
+
+
 def main(argv=None):
     parser = common.flag_parser(__doc__, rounds=9)
     parser.add_argument("--preset", choices=common.PRESETS, default="tiny")
     parser.add_argument("--precision", choices=("bf16", "fp32"), nargs="+", default=["bf16", "fp32"])
     parser.add_argument("--library", choices=LIBRARIES, nargs="+", default=LIBRARIES)
     parser.add_argument("--memory", action="store_true", help="measure peak memory too")
+    parser.add_argument("--where", action="store_true", help="count each step's time by kind of operation, instead")
     args = parser.parse_args(argv)
     rates = common.print_head(args)
     train.keep_freed_memory()
@@ -131,6 +156,8 @@ def main(argv=None):
     ways = {(library, precision): make_step(library, args.preset, precision)
             for precision in args.precision for library in libraries
             if (library, precision) != ("timm", "fp32")}  # fmt: skip
+    if args.where:
+        return print_where(ways, args.rounds)
     flops = {library: common.count_flops(make_step(library, args.preset, "fp32")) for library in libraries}
     seconds = common.alternate(ways, args.rounds)
 
@@ -149,6 +176,13 @@ def main(argv=None):
     titles = ["step", "ms", "pairs/s", "GFLOP", "share of product rate", "ours is x times as fast"]
     common.print_table(titles + ["peak / beyond the model, MB"] * args.memory, rows)
     print_verdicts(seconds, args.precision)
+
+
+def print_where(ways, rounds):
+    """A row for each step: milliseconds by kind of operation."""
+    spent = {name: where(step, rounds) for name, step in ways.items()}
+    rows = [[*name, *(f"{of[kind]:.0f}" for kind in KINDS), f"{of.total():.0f}"] for name, of in spent.items()]
+    common.print_table(["ms of a step", "", *KINDS, "all"], rows)
 
 
 def print_verdicts(seconds, precisions):
