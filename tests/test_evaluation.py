@@ -182,7 +182,8 @@ def made_up_answers(n, true_scale):
     return images, classes, probabilities.multinomial(1, generator=torch.Generator().manual_seed(11))[:, 0]
 
 
-def test_calibration_error_equals_a_slow_count_on_the_half_that_did_not_fit():
+def test_calibration_error_equals_a_slow_count_on_the_half_that_did_not_fit(monkeypatch):
+    monkeypatch.setattr(evaluation, "RESAMPLES", 60)  # the slow count is slow
     images, classes, labels = made_up_answers(400, 4.0)
     got = evaluation.calibration(images, classes, labels, torch.tensor(10.0).log())
     fit, rest = evaluation.halves(400)
@@ -193,7 +194,30 @@ def test_calibration_error_equals_a_slow_count_on_the_half_that_did_not_fit():
         assert got[f"zs_ece{suffix}"] == pytest.approx(right, abs=1e-5)
         nll = -np.log(probabilities[np.arange(200), labels[rest].numpy()]).mean()
         assert got[f"zs_nll{suffix}"] == pytest.approx(nll, abs=1e-5)
-        assert got[f"zs_ece{suffix}_low"] < got[f"zs_ece{suffix}_high"]
+        drawn = []
+        for weights in torch.cat(list(evaluation.resamples(200))):
+            chosen = torch.arange(200).repeat_interleave(weights.long())
+            drawn.append(slow_calibration_error(probabilities[chosen], labels[rest][chosen].numpy()))
+        low, high = (max(0, 2 * right - np.quantile(drawn, q)) for q in (0.975, 0.025))
+        assert got[f"zs_ece{suffix}_low"] == pytest.approx(low, abs=1e-4)
+        assert got[f"zs_ece{suffix}_high"] == pytest.approx(high, abs=1e-4)
+
+
+def test_the_interval_of_a_calibration_error_holds_the_true_error():
+    """Of 40 samples of 50 pictures whose true error is 0.05; an interval that is not mirrored holds it in none."""
+    generator, held = torch.Generator().manual_seed(0), 0
+    for _ in range(40):
+        confidence = 0.5 + torch.rand(50, generator=generator, dtype=torch.float64) / 2
+        right = torch.rand(50, generator=generator, dtype=torch.float64) < confidence - 0.05
+        gaps = torch.zeros(50, 15, dtype=torch.float64)
+        gaps[torch.arange(50), evaluation.calibration_bin(confidence)] = confidence - right.double()
+
+        def error(weights, gaps=gaps):
+            return (weights @ gaps).abs().sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True)
+
+        numbers = evaluation.with_intervals(["error"], error, 50, mirrored=True)
+        held += numbers["error_low"] <= 0.05 <= numbers["error_high"]
+    assert held >= 28, held
 
 
 def test_the_temperature_undoes_known_overconfidence():
