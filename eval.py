@@ -1113,7 +1113,7 @@ def open_gallery(spec, split, index, query, top, **source):
         names, paths, stamps = (list(column) for column in zip(*files))
         pictures, ending = dualenc.PictureFiles(paths), "index"
     else:
-        whole = {"val_fraction": 1.0} if split != "train" else {}
+        whole = {"val_fraction": 0.0 if split == "train" else 1.0}
         pairs = dualenc.load_pairs(spec, split, **{**source, **whole})
         names, pictures = pairs.names, pairs.pictures
         stamps, ending = stamps_of(pairs), f"{split}.index"

@@ -655,7 +655,9 @@ def test_a_picture_that_could_not_be_read_once_is_tried_again(checkpoint, album,
 
 def test_search_over_data_specs_and_other_index_folders(checkpoint, album, tmp_path):
     (album / "captions.csv").write_text("image,caption\n" + "".join(f"{i}.png,two dogs\n" for i in range(6)))
-    assert search(checkpoint, album / "captions.csv")["n_images"] == 6, "without a split of its own, all of it"
+    for split in dualenc.SPLITS:
+        found = search(checkpoint, album / "captions.csv", "fox", "--split", split)
+        assert found["n_images"] == 6, "without a split of its own, all of it"
     assert (album / ".captions.csv.test.index").is_dir()
     found = search(checkpoint, album, "fox", "--index", str(tmp_path / "elsewhere"))
     assert found["n_images"] == 8 and (tmp_path / "elsewhere").is_dir() and not (tmp_path / ".album.index").exists()
