@@ -439,6 +439,19 @@ def test_where_the_data_cannot_be_written_the_run_folder_serves(run, tmp_path, c
     assert head_of(capsys.readouterr().out)[1] == 53, "a new run clears its folder"
 
 
+def test_where_another_process_cannot_write_beside_the_data_all_use_the_run_folder(run, tmp_path, capsys, monkeypatch):
+    """Processes on two machines may see one disk with different rights; they must look for rows in one place."""
+    asked, tell_all = [], dualenc.tell_all
+
+    def said_by_another(news):
+        return ["read only"] if asked and asked.pop() else tell_all(news)
+
+    monkeypatch.setattr(train, "can_write", lambda folder: asked.append(True) or True)
+    monkeypatch.setattr(dualenc, "tell_all", said_by_another)
+    out = run("run", *captions_of(tmp_path / "data"), *RESNET, "--cache-features")
+    assert head_of(capsys.readouterr().out)[0].parent == out / "features"
+
+
 def test_a_full_disk_is_named_before_the_tower_runs(album, tmp_path):
     with small_disk(tmp_path / "disk", "100k") as disk:
         model_width, calls = 4096, []

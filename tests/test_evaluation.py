@@ -375,6 +375,35 @@ def test_probe_features_are_what_the_vision_tower_pools(make_model, pictures):
     assert torch.allclose(got, right, atol=1e-5) and got.shape == (4, 32)
 
 
+def test_the_probe_takes_the_strongest_of_equally_good_penalties_and_learns_from_all_pictures(
+    checkpoint, colour_folder, monkeypatch
+):
+    fitted, fit = [], evaluation.fit_logistic
+
+    def noted(features, labels, n_classes, penalty, *more):
+        fitted.append((len(features), penalty))
+        return fit(features, labels, n_classes, penalty, *more)
+
+    monkeypatch.setattr(evaluation, "fit_logistic", noted)
+    numbers = evaluation.main([str(checkpoint), "--data", str(colour_folder), "--task", "probe"])["probe"]
+    assert numbers["probe_top1"] == 1 and numbers["probe_penalty"] == evaluation.PENALTIES[0]
+    tried = [(48, penalty) for penalty in evaluation.PENALTIES]  # on four fifths of 60
+    assert fitted[: len(tried) + 1] == [*tried, (60, evaluation.PENALTIES[0])]
+
+
+def test_other_names_of_classes_may_come_in_any_order(colour_folder):
+    pairs = dualenc.load_pairs(str(colour_folder), "test")
+    again = evaluation.with_classes(pairs, ["star", "cat", "fox", "dog"], dualenc.TEMPLATES)
+    assert [again.classes[k] for k in again.labels] == [pairs.classes[k] for k in pairs.labels]
+    assert again.captions == pairs.captions and again.classes == ["star", "cat", "fox", "dog"]
+
+
+def test_shapes_stay_shapes_where_bad_pictures_are_skipped_and_none_is_bad(checkpoint):
+    """Binding needs their scenes, which a selection of pictures has no more."""
+    arguments = ["--data", "shapes", "--task", "binding", "--on-bad-picture", "skip"]
+    assert evaluation.main([str(checkpoint), *arguments])["binding"]["n_images"] == 512
+
+
 def test_probe_refuses_what_it_cannot_learn_from(make_model, colour_folder):
     model = make_model()
     pairs = dualenc.load_pairs(str(colour_folder), "test")
@@ -575,8 +604,9 @@ def test_search_ranks_all_pictures_of_a_folder_by_cosine(checkpoint, album, tmp_
 
 
 def test_a_picture_finds_itself(checkpoint, album):
-    found = search(checkpoint, album, str(album / "below" / "7.png"))["found"]
-    assert found[0]["picture"] == "below/7.png" and found[0]["score"] == pytest.approx(1, abs=1e-4)
+    (album / "below" / "7.png").rename(album / "below" / "7.PNG")
+    found = search(checkpoint, album, str(album / "below" / "7.PNG"))["found"]
+    assert found[0]["picture"] == "below/7.PNG" and found[0]["score"] == pytest.approx(1, abs=1e-4)
 
 
 def test_the_index_is_kept_and_follows_the_files(checkpoint, album):
@@ -665,7 +695,8 @@ def test_search_over_data_specs_and_other_index_folders(checkpoint, album, tmp_p
 
 def test_pictures_without_files_are_told_apart_by_name(make_model, tmp_path):
     """Drawn shapes and torchvision's sets have no file to look at: their names stand for their content."""
-    gallery = evaluation.open_gallery("shapes", "test", str(tmp_path), "fox", 4)
+    gallery = evaluation.open_gallery("shapes", "test", "", "fox", 4, data_root=str(tmp_path))
+    assert gallery.index == tmp_path / ".shapes.test.index", "there is nothing else to be beside"
     gallery = dataclasses.replace(
         gallery, stamps=gallery.stamps[:9], pictures=dualenc.Selected(gallery.pictures, range(9))
     )
@@ -775,7 +806,48 @@ def test_the_report_is_one_page_with_everything_inside(checkpoint, colour_folder
     assert ("width=device-width" in text) and ("overflow-x: auto" in text), "narrow windows"
 
 
-def test_words_of_users_are_shown_in_the_report_not_interpreted():
+def test_words_of_users_are_shown_in_the_report_not_interpreted(checkpoint, colour_folder, tmp_path):
+    """Class names, which are in captions, tables and drawings too."""
+    for split in ("train", "test"):
+        (colour_folder / split / "dog").rename(colour_folder / split / "<b>dog & fox")
+    arguments = ["--data", str(colour_folder), "--task", "all", "--report", str(tmp_path / "report")]
+    evaluation.main([str(checkpoint), *arguments])
+    page = Page((tmp_path / "report" / "index.html").read_text())
+    drawn = [attributes["src"].partition("svg+xml;base64,")[2] for tag, attributes in page.tags if tag == "img"]
+    drawings = [Page(base64.b64decode(content).decode()) for content in drawn if content]
+    for one in (page, *drawings):
+        assert "b" not in {tag for tag, _ in one.tags}
+    assert any("<b>dog & fox" in words for words in page.words)
+    assert any("<b>dog" in words for drawing in drawings for words in drawing.words)
+
+
+def test_the_most_confident_mistakes_are_mistakes_and_the_most_confident_comes_first():
+    images = torch.nn.functional.normalize(torch.tensor([[9.0, 1, 1], [1, 5, 1], [3, 9, 1], [1, 1, 9]]), dim=1)
+    pictures = [Image.new("RGB", (8, 8))] * 4
+    data = dualenc.Pairs(list("pqrs"), pictures, [["x"]] * 4, [0, 0, 0, 2], ["dog", "fox", "star"])
+    model = SimpleNamespace(logit_scale=torch.tensor(2.0))
+    subject = SimpleNamespace(image_embeds=images, class_rows=torch.eye(3), labels=torch.tensor(data.labels), data=data)
+    subject.model = model
+    page = Page(evaluation.zeroshot_figures(subject, {})[-1])
+    shown = [words.partition(",")[0] for words in page.words if "taken for" in words]
+    assert shown == ["dog taken for fox"] * 2
+    assert [attributes["alt"][:9] for tag, attributes in page.tags if tag == "img"] == ["picture q", "picture r"]
+
+
+def test_the_similarity_table_has_captions_in_rows_and_pictures_in_columns(make_model, colour_folder):
+    subject = evaluation.Subject(make_model(), dualenc.load_pairs(str(colour_folder), "test"))
+    page = Page(evaluation.similarity_matrix(subject))
+    known = {caption for several in subject.data.captions for caption in several}
+    captions = [words for words in page.words if words in known]
+    values = torch.tensor([float(words) for words in page.words if re.fullmatch(r"-?\d\.\d\d", words)])
+    pictures = [0, 6, 12]  # the first of each class
+    with torch.no_grad():
+        texts = subject.model.encode_text(**subject.model.processor(text=captions))
+        expected = texts @ subject.embed_pictures([subject.data.pictures[i] for i in pictures]).T
+    assert len(captions) == 3 and torch.allclose(values.view(3, 3), expected, atol=0.006)
+
+
+def test_a_card_shows_words_not_tags():
     page = Page(evaluation.card(Image.new("RGB", (8, 8)), "<i>dogs & foxes", 'say "hi" <b>'))
     assert [tag for tag, _ in page.tags] == ["figure", "img", "figcaption"] and page.words == ["<i>dogs & foxes"]
     assert page.tags[1][1]["alt"] == 'say "hi" <b>'

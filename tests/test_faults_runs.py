@@ -439,6 +439,10 @@ def test_a_kill_at_any_file_operation_of_a_checkpoint_leaves_a_whole_one(make_mo
         assert torch.equal(model.logit_scale, old.logit_scale)
         expected = {"old": old, "new": new}[state].text_projection.weight
         assert torch.equal(model.text_projection.weight, expected), f"killed at operation {die_at}"
+        train.save_checkpoint(folder, new, {"model": "after"})
+        assert torch.load(folder / train.STATE_FILE, weights_only=True)["model"] == "after", (
+            "what is left is no obstacle"
+        )
         seen.add(state)
     assert seen == {"old", "new"} and die_at > 12
 
@@ -736,6 +740,19 @@ def test_ten_bad_steps_in_a_row_stop_a_run_that_skips_them(data, tmp_path, monke
     monkeypatch.setattr(train, "compute_loss", lambda name, model, *_: model.logit_scale * float("inf"))
     with pytest.raises(ValueError, match="step 10: .*10 in a row.*no checkpoint was saved yet"):
         run(*data, *TINY, "--eval-every", "100", "--on-bad-step", "skip", "--out", tmp_path / "run")
+
+
+def test_bad_steps_with_good_ones_between_them_are_skipped_however_many_there_are(data, tmp_path, monkeypatch):
+    original, calls = train.compute_loss, []
+
+    def compute_loss(*arguments):
+        calls.append(1)
+        return original(*arguments) * (float("inf") if len(calls) % 2 else 1)
+
+    monkeypatch.setattr(train, "compute_loss", compute_loss)
+    flags = ["--steps", str(2 * train.BAD_STEPS_IN_A_ROW + 2), "--eval-every", "100", "--on-bad-step", "skip"]
+    assert run(*data, *TINY, *flags, "--out", tmp_path / "run") == 0
+    assert outcome(tmp_path / "run")["state"]["bad_steps"] == train.BAD_STEPS_IN_A_ROW + 1
 
 
 def test_weights_that_break_in_an_update_never_become_a_checkpoint(data, tmp_path):

@@ -248,6 +248,30 @@ def test_processes_that_have_just_talked_wait_before_they_start_workers(processe
     assert happened == expected and list(batches) == [1, 2]
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, OSError, EOFError])
+def test_whatever_a_dead_worker_looks_like_is_reported(kind):
+    class Loader:
+        def __iter__(self):
+            yield 1
+            raise kind("gone")
+
+    batches = dualenc.from_workers(Loader())
+    assert next(batches) == 1
+    with pytest.raises(ValueError, match="a worker that reads pictures ended .gone."):
+        next(batches)
+
+
+@pytest.mark.parametrize("kind", [ValueError, OSError])
+def test_what_goes_wrong_here_is_told_to_the_others_and_what_they_say_first_is_raised(kind, monkeypatch):
+    """Also a full disk, which is an OSError: else the others would wait for this process."""
+    told = []
+    monkeypatch.setattr(dualenc, "tell_all", lambda news: told.append(news) or [ValueError("of the first"), news])
+    mine = kind("mine")
+    with pytest.raises(ValueError, match="of the first"), dualenc.together():
+        raise mine
+    assert told == [mine]
+
+
 # ---- Evaluation -----------------------------------------------------------------------------------------------------
 
 
@@ -482,9 +506,12 @@ def test_a_blank_piece_has_the_shape_of_the_pictures_cropped_or_not(resize, make
         assert train.blank_piece(processor, 2).images.shape == (2, *expected)
 
 
-def test_a_batch_smaller_than_the_job_is_refused(data, tmp_path):
+def test_a_batch_smaller_than_the_job_is_refused(data, tmp_path, monkeypatch):
     errors = in_processes(3, train_here, [*data, *SMALL, "--batch-size", "2", "--out", tmp_path / "r"])
     assert all("batch_size is 2, less than a pair for each of 3 processes" in error for error in errors)
+    monkeypatch.setattr(dualenc, "process_count", lambda: 2)
+    pairs = dualenc.ShapesPairs(count=8, side=32)
+    train.check_recipe(train.TrainConfig(batch_size=2), pairs, pairs)  # a pair for each is enough
 
 
 def test_each_process_of_a_machine_takes_its_own_card_and_its_share_of_the_cores(monkeypatch):

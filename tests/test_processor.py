@@ -244,6 +244,28 @@ def test_characters_inside_words_are_named_before_learning_in_a_fixed_order():
     assert [tokenizer.id_to_token(5 + i) for i in range(len(inner))] == inner and "##b" in inner
 
 
+def test_a_tower_shortens_the_limit_of_a_processor_but_never_lengthens_it(tmp_path, make_model, tokenizer):
+    """A limit of 8 tokens stays under a tower of 32 positions; one of 999, read from a file, becomes 32."""
+    for own, expected in ((8, 8), (999, 32), (None, 32)):
+        processor = dualenc.Processor(None, dualenc.train_tokenizer(["two dogs"], 100, own or 5))
+        processor.max_length = own
+        processor.limit_length(32)
+        assert processor.max_length == expected
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "tokenizer.json").read_text())
+    values["truncation"]["max_length"] = 999
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    assert dualenc.DualEncoder.from_pretrained(tmp_path).processor.max_length == model.text_model.max_tokens
+
+
+def test_a_token_id_just_beyond_the_table_is_refused(tokenizer):
+    largest = max(tokenizer.get_vocab().values())
+    dualenc.check_token_ids(tokenizer, largest + 1, "here")
+    with pytest.raises(ValueError, match=f"here has token id {largest}, but .* table ends at {largest - 1}"):
+        dualenc.check_token_ids(tokenizer, largest, "here")
+
+
 def test_a_limit_for_one_call_is_not_saved_where_the_processor_has_none(tmp_path):
     processor = dualenc.Processor(None, dualenc.train_tokenizer(["one two three four"], 100))
     assert processor(text="one two three four", max_length=3)["input_ids"].shape == (1, 3)

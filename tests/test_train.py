@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,9 @@ def test_random_crops_keep_proportions_and_at_least_the_share_asked_for():
         assert torch.equal(crop - crop[0, 0, 0], image[:, :height, :width]), "one connected part"
         shares.append(height * width / image.numel())
     assert 0.23 <= min(shares) < 0.35 and 0.9 < max(shares) <= 1
+    line = torch.zeros(3, 1, 9)
+    crops = [train.random_crop(line, 0.01, random.Random(seed)) for seed in range(50)]
+    assert all(min(crop.shape) >= 1 for crop in crops), "of a picture one pixel high too"
 
 
 def test_pairs_with_one_class_or_word_for_word_one_caption_are_one_group():
@@ -351,6 +355,35 @@ def test_resuming_with_other_flags_is_refused_by_name(run):
     train.main(["--resume", str(out), "--log-every", "1"])  # nothing left to do, and harmless
 
 
+def test_a_run_is_named_after_its_data_and_knows_it_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for data, name in (("coco:captions_val.json", "captions_val"), ("photos/", "photos"), ("shapes", "shapes")):
+        out, lock = train.claim_run(train.TrainConfig(data=data))
+        lock.close()
+        assert out == Path("runs") / name
+    pairs = [dualenc.Pairs(names, None, [["x"], ["y"]]) for names in (["1.png", "2.png"], ["1.png", "3.png"])]
+    assert train.fingerprint(pairs[0]) != train.fingerprint(pairs[1]), "other pictures with the same captions"
+
+
+def test_the_number_of_steps_and_of_evaluations_follows_from_the_data(run):
+    """At least one step, and about five evaluations, the last one at the end."""
+    _, out = run(steps=7, eval_every=0)
+    assert [line["step"] for line in log_of(out) if "i2t_r1" in line] == [2, 4, 6, 7]
+    _, out = run("short", steps=2, eval_every=0)
+    assert [line["step"] for line in log_of(out) if "i2t_r1" in line] == [1, 2]
+    _, out = run("shortest", steps=0, epochs=0.01)
+    assert [line["step"] for line in log_of(out) if "i2t_r1" in line] == [1]
+
+
+def test_the_line_of_an_evaluation_shows_each_number_in_its_place():
+    line = {"step": 3, "i2t_r1": 0.1, "i2t_r5": 0.2, "t2i_r1": 0.3, "t2i_r5": 0.4, "chance_r1": 0.05}
+    line |= {"zs_top1": 0.6, "chance_top1": 0.5}
+    assert train.describe_evaluation(line, 9, "here") == (
+        "eval      3/9   image->text R@1 10.0% R@5 20.0%   text->image R@1 30.0% R@5 40.0% (chance R@1 5.0%)   "
+        "zero-shot top-1 60.0% (chance 50.0%)   saved here"
+    )
+
+
 def test_a_run_folder_is_not_overwritten_unless_asked(run):
     _, out = run()
     kept = weights(out / "last")
@@ -390,6 +423,9 @@ def test_a_step_that_is_not_finite_leaves_weights_and_statistics_as_they_were(ma
     [
         ({"warmup": 1.5}, "--warmup is 1.5, expected a share of the steps"),
         ({"neighbours": -1}, "--neighbours is -1, expected at least 0"),
+        ({"weight_decay": -0.1}, "--weight-decay is -0.1, expected at least 0"),
+        ({"clip_grad": -1.0}, "--clip-grad is -1.0, expected at least 0"),
+        ({"lr": math.inf}, "--lr is inf, expected at least 0"),
         ({"compile": True, "grad_checkpointing": True}, "--compile decides by itself.* leave out --grad-checkp"),
         ({"batch_size": 1}, "batch_size is 1: with one pair there is nothing to tell it from"),
         ({"batch_size": 100}, r"has 3\d training pictures, fewer than one batch of 100"),
@@ -423,6 +459,17 @@ def test_a_locked_tower_and_its_statistics_survive_a_run_unchanged(run):
     assert not torch.equal(weights(out / "last")["visual_projection.weight"], start["visual_projection.weight"])
 
 
+def test_only_random_weights_are_warned_about_when_they_are_frozen(run):
+    """A tower of a published folder comes with its weights, whatever its name looks like."""
+    folder = ROOT / "tests" / "fixtures" / "tower" / "vit-classifier"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "vision tower|tensors are no part|.*left out")
+        run(vision=folder, image_size=0, steps=1, lock="vision")
+    with pytest.warns(UserWarning, match="--lock text freezes random weights"):
+        run("other", steps=1, lock="text")
+
+
 def test_a_vision_name_with_a_tag_asks_for_its_weights_and_a_bare_one_does_not(run, monkeypatch):
     """A tag names weights; without network and cache they cannot be had, and that is said."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -434,11 +481,15 @@ def test_a_vision_name_with_a_tag_asks_for_its_weights_and_a_bare_one_does_not(r
         run(pretrained=True)
     _, out = run(vision="test_resnet.r160_in1k", pretrained=False, steps=2)
     assert json.loads((out / "best" / "config.json").read_text())["vision"]["name"] == "test_resnet.r160_in1k"
+    preprocessor = json.loads((out / "best" / "preprocessor_config.json").read_text())
+    assert preprocessor["size"] == {"shortest_edge": 32}, "a tower without its weights sees the whole picture"
 
 
 def test_the_towers_of_scratch_are_the_small_ones(run):
-    _, out = run(vision="scratch", image_size=0, steps=2)
-    vision = json.loads((out / "best" / "config.json").read_text())["vision"]
+    _, out = run(vision="scratch", image_size=0, steps=2, text_pooling="cls")
+    config = json.loads((out / "best" / "config.json").read_text())
+    vision, pooling = config["vision"], config["text"]["pooling"]
+    assert pooling == "cls" != train.SCRATCH_POOLING, "unless another one is asked for"
     assert vision["name"] == train.SCRATCH_VISION["name"] and vision["image_size"] == train.SCRATCH_VISION["image_size"]
     preprocessor = json.loads((out / "best" / "preprocessor_config.json").read_text())
     assert preprocessor["size"] == {"shortest_edge": 64}, "a new tower sees the whole picture"
@@ -452,8 +503,9 @@ def test_siglip_and_multi_positive_runs_and_class_folders_work(run, tmp_path, ca
             target = tmp_path / "classes" / split / name / f"{i}.png"
             target.write_bytes((captions_file.parent / f"{i}.png").read_bytes())
     for loss in ("siglip", "multi-positive"):
-        metrics, out = run(loss, data=tmp_path / "classes", loss=loss, flip=True)
+        metrics, out = run(loss, data=tmp_path / "classes", loss=loss, flip=True, templates="clip7")
         assert metrics["n_classes"] == 2 and 0 <= metrics["zs_top1"] <= 1 and "zs_class_top1" not in metrics
+        assert metrics["n_templates"] == 7, "those that training took its captions from"
         assert evaluation.main([str(out), "--precision", "fp32"])["zeroshot"]["zs_top1"] == metrics["zs_top1"]
     assert "logit_bias" in weights(tmp_path / "siglip" / "best")
     start = json.loads((tmp_path / "siglip" / "best" / "config.json").read_text())
@@ -576,7 +628,10 @@ def test_a_first_step_that_is_skipped_warms_up_all_the_same(monkeypatch):
     for values, first in ((None, True), ({"loss": 2.0}, False), (None, False)):
         now[0] += 100 if first else 1
         meter.add(values, first)
-    assert meter.read() == {"loss": 2.0, "pairs_per_s": 8.0, "data_share": 0.0}
+    waited = []
+    monkeypatch.setattr(dualenc, "gather_embeds", lambda own: waited.append(own) or torch.tensor([0.5, 1.0, *own]))
+    assert meter.read() == {"loss": 2.0, "pairs_per_s": 8.0, "data_share": 0.5}, "of the process that waited longest"
+    assert waited == [torch.tensor([0.0])]
 
 
 def test_data_share_is_the_share_of_the_time_spent_waiting(run, monkeypatch):
