@@ -256,6 +256,10 @@ def test_flickr_caption_files_of_all_three_kinds_are_read(tmp_path, text):
     (tmp_path / "f.txt").write_text("just words")
     with pytest.raises(ValueError, match="line 1 is no Flickr caption: 'just words'"):
         dualenc.load_pairs(f"flickr:{tmp_path / 'f.txt'}")
+    save_picture(tmp_path / "elsewhere" / "b.jpg")
+    (tmp_path / "f.txt").write_text("b.jpg#0\tTwo")
+    pairs = dualenc.load_pairs(f"flickr:{tmp_path / 'f.txt'}", images=tmp_path / "elsewhere", val_fraction=0.0)
+    assert pairs.captions == [["Two"]] and pairs[0][0].size
 
 
 def write_idx(path, array):
@@ -288,6 +292,19 @@ def test_a_torchvision_set_without_splits_of_its_own_is_split_once(tmp_path):
     }
     assert splits["val"] == splits["test"] and not splits["train"] & splits["val"]
     assert len(splits["train"] | splits["val"]) == 40 and splits["val"]
+
+
+def test_a_torchvision_set_with_other_words_for_labels_and_classes_is_read(tmp_path):
+    """Caltech101 calls them y and categories."""
+    for kind in ("ant", "bee", "BACKGROUND_Google"):
+        for i in range(1, 11):
+            save_picture(tmp_path / "caltech101" / "101_ObjectCategories" / kind / f"image_{i:04}.jpg")
+    (tmp_path / "caltech101" / "Annotations").mkdir()
+    splits = all_splits("caltech101", data_root=tmp_path, val_fraction=0.3, templates=("a {}",))
+    assert all(pairs.classes == ["ant", "bee"] for pairs in splits.values())
+    both = [*splits["train"].captions, *splits["val"].captions]
+    assert len(both) == 20 and both.count(["a ant"]) == both.count(["a bee"]) == 10
+    assert splits["train"][0][0].size
 
 
 @pytest.mark.parametrize("name", dualenc.TORCHVISION_SETS)

@@ -1,6 +1,7 @@
 """Claims about the tasks of eval.py: intervals, calibration, probe, binding, winoground, search and the report."""
 
 import base64
+import contextlib
 import dataclasses
 import html.parser
 import io
@@ -391,6 +392,29 @@ def test_the_probe_takes_the_strongest_of_equally_good_penalties_and_learns_from
     assert fitted[: len(tried) + 1] == [*tried, (60, evaluation.PENALTIES[0])]
 
 
+def test_the_probe_stands_a_feature_that_never_varies_and_draws_anew_for_each_few_shot_fit(monkeypatch):
+    """Of three training pictures one chooses the penalty."""
+    features, labels = torch.tensor([[0.0, 3], [1, 3], [2, 3], [5, 3]]), torch.tensor([0, 0, 1, 1])
+    (fit, _), (_, validation) = evaluation.split_training(features[:3], labels[:3])
+    assert (len(fit), len(validation)) == (2, 1)
+    drawn, draw_shots = [], evaluation.draw_shots
+    monkeypatch.setattr(
+        evaluation, "draw_shots", lambda labels, shots, seed: drawn.append(seed) or draw_shots(labels, shots, seed)
+    )
+    data = SimpleNamespace(classes=["low", "high"])
+    subject = SimpleNamespace(features=(features.repeat(8, 1), labels.repeat(8), features), labels=labels, data=data)
+    assert evaluation.probe_task(subject)["probe_top1"] == 1
+    assert drawn == [*range(evaluation.DRAWS)] * len(evaluation.SHOTS)
+
+
+def test_a_single_picture_is_classified_but_not_calibrated(checkpoint, tmp_path, pictures):
+    (tmp_path / "photos" / "train" / "dog").mkdir(parents=True)
+    pictures[0].save(tmp_path / "photos" / "train" / "dog" / "0.png")
+    arguments = ["--data", str(tmp_path / "photos"), "--split", "train", "--classes", "dog,fox", "--task", "zeroshot"]
+    numbers = evaluation.main([str(checkpoint), *arguments])["zeroshot"]
+    assert numbers["n_images"] == 1 and numbers["zs_top1"] in (0, 1) and "zs_ece" not in numbers
+
+
 def test_other_names_of_classes_may_come_in_any_order(colour_folder):
     pairs = dualenc.load_pairs(str(colour_folder), "test")
     again = evaluation.with_classes(pairs, ["star", "cat", "fox", "dog"], dualenc.TEMPLATES)
@@ -542,6 +566,18 @@ def test_winoground_reads_the_users_own_rows(checkpoint, pictures, tmp_path, suf
     assert results["winoground"]["n_quadruples"] == 1 and "16.7%" in capsys.readouterr().out
 
 
+def test_paths_that_climb_out_are_read_where_the_user_allows_it(checkpoint, pictures, tmp_path):
+    (tmp_path / "below").mkdir()
+    pictures[0].save(tmp_path / "0.png")
+    (tmp_path / "below" / "rows.csv").write_text("image_0,caption_0,image_1,caption_1\n../0.png,a,../0.png,b\n")
+    (tmp_path / "below" / "captions.csv").write_text("image,caption\n../0.png,two dogs\n")
+    for file, *task in (("rows.csv", "winoground"), ("captions.csv", "retrieval", "--split", "train")):
+        arguments = [str(checkpoint), "--data", str(tmp_path / "below" / file), "--task", *task]
+        with pytest.raises(ValueError, match="lies outside .*--allow-outside"):
+            evaluation.main(arguments)
+        assert task[0] in evaluation.main([*arguments, "--allow-outside"])
+
+
 def test_winoground_files_that_lack_something_are_refused(pictures, tmp_path):
     pictures[0].save(tmp_path / "0.png")
     path = tmp_path / "rows.csv"
@@ -601,6 +637,15 @@ def test_search_ranks_all_pictures_of_a_folder_by_cosine(checkpoint, album, tmp_
     assert found["n_images"] == 8 and best[0] in capsys.readouterr().out
     sheet = Image.open(tmp_path / "found.png")
     assert sheet.width > 5 * 160 and len(sheet.getcolors(1 << 20)) > 500
+
+
+def test_the_pictures_of_a_folder_have_one_order_whatever_the_disk_says(album, monkeypatch):
+    names = evaluation.open_gallery(str(album), "test", "", "fox", 4).names
+    scandir = os.scandir
+    monkeypatch.setattr(
+        os, "scandir", lambda path: contextlib.nullcontext(sorted(scandir(path), key=lambda e: e.name)[::-1])
+    )
+    assert evaluation.open_gallery(str(album), "test", "", "fox", 4).names == names == sorted(names)
 
 
 def test_a_picture_finds_itself(checkpoint, album):
@@ -693,10 +738,13 @@ def test_search_over_data_specs_and_other_index_folders(checkpoint, album, tmp_p
     assert found["n_images"] == 8 and (tmp_path / "elsewhere").is_dir() and not (tmp_path / ".album.index").exists()
 
 
-def test_pictures_without_files_are_told_apart_by_name(make_model, tmp_path):
+def test_pictures_without_files_are_told_apart_by_name(make_model, tmp_path, monkeypatch):
     """Drawn shapes and torchvision's sets have no file to look at: their names stand for their content."""
     gallery = evaluation.open_gallery("shapes", "test", "", "fox", 4, data_root=str(tmp_path))
     assert gallery.index == tmp_path / ".shapes.test.index", "there is nothing else to be beside"
+    monkeypatch.chdir(tmp_path)
+    beside = evaluation.store_home("shard-{0..3}.tar", "index", "elsewhere")
+    assert beside == tmp_path / ".shard-{0..3}.tar.index", "braces name shards that are files"
     gallery = dataclasses.replace(
         gallery, stamps=gallery.stamps[:9], pictures=dualenc.Selected(gallery.pictures, range(9))
     )
@@ -819,6 +867,37 @@ def test_words_of_users_are_shown_in_the_report_not_interpreted(checkpoint, colo
         assert "b" not in {tag for tag, _ in one.tags}
     assert any("<b>dog & fox" in words for words in page.words)
     assert any("<b>dog" in words for drawing in drawings for words in drawing.words)
+
+
+def test_the_second_reliability_diagram_is_that_of_the_scaled_answers(monkeypatch):
+    images, classes, labels = made_up_answers(40, 4.0)
+    data = dualenc.Pairs([str(i) for i in range(40)], [Image.new("RGB", (8, 8))] * 40, [["x"]] * 40, labels.tolist())
+    data.classes = list("abcde")
+    subject = SimpleNamespace(image_embeds=images, class_rows=classes, labels=labels, data=data)
+    subject.model, drawn = SimpleNamespace(logit_scale=torch.tensor(2.0)), []
+    monkeypatch.setattr(evaluation, "reliability_diagram", lambda *given: drawn.append(given[0]) or "")
+    evaluation.zeroshot_figures(subject, {"zs_temperature": 3.0})
+    _, rest = evaluation.halves(40)
+    for confidence, divisor in zip(drawn, (1.0, 3.0)):
+        right, _ = evaluation.confidences(images[rest], classes, labels[rest], math.exp(2.0) / divisor)
+        assert torch.allclose(confidence, right)
+
+
+def test_right_answers_have_a_frame_in_the_report(make_model, colour_folder):
+    subject = evaluation.Subject(make_model(), dualenc.load_pairs(str(colour_folder), "test"))
+    for query in range(len(subject.text_embeds)):
+        pages = [Page(card) for card in evaluation.found_pictures(subject, query)]
+        framed = [page.tags[0][1].get("class") == "right" for page in pages]
+        assert framed == [" right" in " ".join(page.words) for page in pages] and any(framed)
+
+
+def test_shared_captions_are_pointed_out_and_only_those(colour_folder, album, make_model):
+    for spec, shared in ((colour_folder, True), (album / "captions.csv", False)):
+        if not shared:
+            (album / "captions.csv").write_text("image,caption\n0.png,two dogs\n1.png,fox\n2.png,a star\n")
+        pairs = dualenc.load_pairs(str(spec), "test", val_fraction=1.0, templates=("a {}",))
+        numbers = evaluation.evaluate(make_model(), pairs, ["retrieval"])["retrieval"]
+        assert ("captions are shared" in evaluation.retrieval_tables(numbers)[0].note) == shared
 
 
 def test_the_most_confident_mistakes_are_mistakes_and_the_most_confident_comes_first():

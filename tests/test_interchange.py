@@ -444,21 +444,21 @@ def test_train_refuses_a_pretrained_text_tower_without_a_tokenizer(published, tm
 
 
 def test_a_hub_id_is_found_in_the_local_cache(tmp_path, monkeypatch):
-    """A made-up cache, offline: with and without a revision, and an id without an organisation."""
+    """A made-up cache, offline: an id, one without an organisation, and a revision of each, which is another model."""
     monkeypatch.setattr(dualenc.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(dualenc.huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     for directory in ("models--clip-italian--clip-italian", "models--tiny"):
-        snapshot = tmp_path / directory / "snapshots" / ("0" * 40)
-        shutil.copytree(FIXTURES / "dual" / "vit-bert", snapshot)
-        (tmp_path / directory / "refs").mkdir()
-        for revision in ("main", "v1"):
-            (tmp_path / directory / "refs" / revision).write_text("0" * 40)
+        for revision, commit, name in (("main", "0" * 40, "vit-bert"), ("v1", "1" * 40, "vit-roberta")):
+            shutil.copytree(FIXTURES / "dual" / name, tmp_path / directory / "snapshots" / commit)
+            (tmp_path / directory / "refs").mkdir(exist_ok=True)
+            (tmp_path / directory / "refs" / revision).write_text(commit)
     original = dualenc.huggingface_hub.snapshot_download
     monkeypatch.setattr(
         dualenc.huggingface_hub, "snapshot_download", lambda *a, **k: original(*a, cache_dir=str(tmp_path), **k)
     )
-    for name in ("clip-italian/clip-italian", "clip-italian/clip-italian@v1", "tiny"):
+    for name in ("clip-italian/clip-italian", "tiny"):
         assert_reproduces(name, "vit-bert")
+        assert_reproduces(f"{name}@v1", "vit-roberta")
     with pytest.raises(ValueError, match="nobody/nothing is neither a folder nor a hub id within reach"):
         dualenc.DualEncoder.from_pretrained("nobody/nothing")
 

@@ -26,6 +26,9 @@ def picture_bytes(i, kind="PNG", size=(12, 10)):
 def write_shard(path, members):
     """A tar file of {member name: bytes}, written by the standard library."""
     with tarfile.open(path, "w") as tar:
+        folder = tarfile.TarInfo("folder.jpg")  # not a picture, whatever its name
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
         for name, content in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)

@@ -5,9 +5,12 @@ import json
 import math
 import os
 import platform
+import re
+import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -96,6 +99,8 @@ def test_weight_decay_is_kept_off_norms_biases_positions_and_the_temperature(mak
     model = make_model(logit_bias_init=-1.0)
     groups = train.make_optimizer(model, train.TrainConfig(weight_decay=0.3)).param_groups
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0] and groups[0]["fused"]
+    for group in groups:
+        assert group["betas"] == (0.9, 0.98) and group["eps"] == 1e-6, "Radford et al. 2021, table 19, for ViTs"
     names = {id(weight): name for name, weight in model.named_parameters()}
     decayed, kept = ({names[id(weight)] for weight in group["params"]} for group in groups)
     assert decayed | kept == set(names.values()) and not decayed & kept
@@ -196,6 +201,7 @@ def test_pairs_with_one_class_or_word_for_word_one_caption_are_one_group():
     x, y, again, z = train.pair_groups(plain, ["x", "y", "x", "z"], [0, 1, 2, 3]).tolist()
     assert x == again and len({x, y, z}) == 3
     assert train.pair_groups(plain, ["z", "x"], [3, 2]).tolist() == [z, x]
+    assert train.pair_groups(plain, ["\ud83d", "\ud83d"], [0, 1]).unique().numel() == 1, "half a character is text too"
     labelled = dualenc.Pairs(list("abcd"), None, [["x"]] * 4, [5, 3, 3, 5], ["?"] * 6)
     assert train.pair_groups(labelled, ["p", "q", "r", "s"], [0, 1, 2, 3]).tolist() == [5, 3, 3, 5]
 
@@ -353,6 +359,7 @@ def test_resuming_with_other_flags_is_refused_by_name(run):
     with pytest.raises(ValueError, match="these differ from .*--batch-size .*--lr"):
         train.main(["--resume", str(out), "--lr", "0.5", "--batch-size", "16"])
     train.main(["--resume", str(out), "--log-every", "1"])  # nothing left to do, and harmless
+    train.main(["--resume", str(out), "--on-bad-step", "skip", "--on-bad-picture", "skip", "--allow-outside"])
 
 
 def test_a_run_is_named_after_its_data_and_knows_it_again(tmp_path, monkeypatch):
@@ -373,6 +380,67 @@ def test_the_number_of_steps_and_of_evaluations_follows_from_the_data(run):
     assert [line["step"] for line in log_of(out) if "i2t_r1" in line] == [1, 2]
     _, out = run("shortest", steps=0, epochs=0.01)
     assert [line["step"] for line in log_of(out) if "i2t_r1" in line] == [1]
+    pictures = json.loads((out / "train_config.json").read_text())["flags"]["data"]
+    count = len(dualenc.load_pairs(pictures, "train"))
+    B = next(B for B in range(5, 12) if count % B > B / 2)
+    _, out = run("epochs", steps=0, epochs=2, batch_size=B)
+    assert log_of(out)[-1]["step"] == 2 * (count // B), "epochs have whole batches"
+
+
+def test_as_few_pictures_as_one_batch_and_a_warm_up_to_the_end_are_no_fault():
+    pairs = dualenc.ShapesPairs(count=8, side=32)
+    train.check_recipe(train.TrainConfig(batch_size=8, warmup=1.0), pairs, pairs)
+
+
+def test_of_equal_evaluations_the_last_is_the_best_and_both_directions_count(run, monkeypatch):
+    assert train.score({"i2t_r1": 0.2, "t2i_r1": 0.6}) == pytest.approx(0.4)
+    evaluate, first = evaluation.evaluate, []
+    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: first.append(evaluate(*a, **k)) or first[0])
+    best, _ = run(steps=6, eval_every=3)
+    assert len(first) == 2 and best["step"] == 6
+
+
+def test_a_signal_during_the_last_step_stops_nothing(run, monkeypatch):
+    taken, step = [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *a: taken.append(1) or step(*a))
+    monkeypatch.setattr(
+        train.StopSignals, "received_anywhere", lambda self: signal.SIGTERM if len(taken) == 6 else None
+    )
+    best, _ = run(steps=6)
+    assert best["i2t_r1"] >= 0
+
+
+def test_what_is_left_of_a_swap_is_finished_and_a_lock_file_stays_where_it_is(tmp_path):
+    """A second run that finds no lock file would make its own, and lock that."""
+    (tmp_path / "train_config.json").write_text("{}")
+    for name in ("best.old", "best.new"):
+        (tmp_path / name).mkdir()
+    _, lock = train.claim_run(train.TrainConfig(resume=str(tmp_path)))
+    assert (tmp_path / "best").is_dir() and not (tmp_path / "best.new").exists()
+    train.open_run(tmp_path, train.TrainConfig(), dualenc.Pairs(["a"], None, [["x"]]), [], torch.device("cpu"))
+    assert sorted(os.listdir(tmp_path)) == sorted([train.LOCK_FILE, "train_config.json"])
+    lock.close()
+    assert train.resume_command(Path("my runs/a"), 1) == "python train.py --resume 'my runs/a'"
+    assert train.resume_command(Path("a"), 2) == "torchrun --nproc-per-node 2 train.py --resume a"
+
+
+def test_the_flags_of_towers_reach_the_towers(run, monkeypatch):
+    pairs = dualenc.ShapesPairs(count=8, side=32)
+    vit = {"vision": "test_vit", "vision_args": {"img_size": 32}, "image_size": 0, "patch_dropout": 0.5}
+    assert train.make_model(train.TrainConfig(**vit), pairs).config.vision.patch_dropout == 0.5
+    model = train.make_model(train.TrainConfig(vision_args={"stem_width": 8}), pairs)
+    assert model.config.vision.args == {**train.SCRATCH_VISION["args"], "stem_width": 8}
+    recomputed = []
+    monkeypatch.setattr(dualenc, "recompute_activations", recomputed.append)
+    run(steps=1, grad_checkpointing=True)
+    assert len(recomputed) == 1
+
+
+def test_the_head_of_the_printout_counts_weights_that_learn_apart_from_all(run, capsys):
+    with pytest.warns(UserWarning, match="random weights"):
+        run(steps=1, lock="vision")
+    learning, every = re.search(r"trainable (\d+\.\d)M of (\d+\.\d)M", capsys.readouterr().out).groups()
+    assert float(learning) < float(every)
 
 
 def test_the_line_of_an_evaluation_shows_each_number_in_its_place():
@@ -607,6 +675,7 @@ def test_time_left_is_rounded_before_it_is_cut_into_minutes():
     line |= {"step": 1, "pairs_per_s": 10.0, "data_share": 0.0, "bad_steps": 0}
     for batch_size, left in ((597, "1:00"), (1204, "2:00"), (49, "0:05")):
         assert train.describe_step(line, 2, batch_size).endswith(f"data 0%   {left} left")
+    assert train.describe_step({**line, "bad_steps": 3}, 2, 49).endswith("left   3 steps skipped")
 
 
 def test_the_first_step_has_a_line_of_its_own_without_a_rate(run, capsys):
@@ -625,6 +694,7 @@ def test_a_first_step_that_is_skipped_warms_up_all_the_same(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
     meter = train.Meter(batch_size=8)
+    meter.waited = 3.0  # for the first batch
     for values, first in ((None, True), ({"loss": 2.0}, False), (None, False)):
         now[0] += 100 if first else 1
         meter.add(values, first)
@@ -632,6 +702,20 @@ def test_a_first_step_that_is_skipped_warms_up_all_the_same(monkeypatch):
     monkeypatch.setattr(dualenc, "gather_embeds", lambda own: waited.append(own) or torch.tensor([0.5, 1.0, *own]))
     assert meter.read() == {"loss": 2.0, "pairs_per_s": 8.0, "data_share": 0.5}, "of the process that waited longest"
     assert waited == [torch.tensor([0.0])]
+
+
+def test_the_time_of_an_evaluation_is_left_out(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(train, "evaluate_and_save", lambda run: now.__setitem__(0, now[0] + 100))
+    meter = train.Meter(batch_size=8)
+    meter.add({"loss": 2.0}, first=True)
+    now[0] += 2
+    meter.add({"loss": 2.0}, first=False)
+    run = types.SimpleNamespace(state={"step": 2, "evaluated": 0}, config=train.TrainConfig(eval_every=2), steps=4)
+    run.meter = meter
+    train.evaluate_if_due(run)
+    assert now[0] == 102 and meter.read()["pairs_per_s"] == 4
 
 
 def test_data_share_is_the_share_of_the_time_spent_waiting(run, monkeypatch):
