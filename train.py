@@ -717,7 +717,6 @@ def read_flags(argv):
     if not config.resume:
         return config
     stored = dualenc.read_json(Path(config.resume) / evaluation.RUN_CONFIG)["flags"]
-    stored["vision_args"] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored["vision_args"].items()}
     parser.set_defaults(**stored)
     config = TrainConfig(**vars(parser.parse_args(argv)))
     changed = [

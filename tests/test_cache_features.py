@@ -439,6 +439,12 @@ def test_where_the_data_cannot_be_written_the_run_folder_serves(run, tmp_path, c
     assert head_of(capsys.readouterr().out)[1] == 53, "a new run clears its folder"
 
 
+def test_a_disk_that_can_be_read_only_is_noticed_before_anything_is_computed(tmp_path):
+    assert train.can_write(tmp_path / "new")
+    with small_disk(tmp_path / "disk", "100k", ",ro") as disk:
+        assert not train.can_write(disk)
+
+
 def test_where_another_process_cannot_write_beside_the_data_all_use_the_run_folder(run, tmp_path, capsys, monkeypatch):
     """Processes on two machines may see one disk with different rights; they must look for rows in one place."""
     asked, tell_all = [], dualenc.tell_all

@@ -382,6 +382,9 @@ def test_class_folders_and_drawn_shapes_train_in_several_processes(tmp_path):
     flags = ["--data", "shapes", *SMALL, "--steps", "2"]
     best = in_processes(2, train_here, [*flags, "--out", tmp_path / "shapes run"])
     assert best[0] == best[1] and best[0]["n_images"] == 512
+    # Each process embedded half of them, and its batch norm had seen pictures of its own.
+    again = evaluation.main([str(tmp_path / "shapes run"), "--precision", "fp32"])["retrieval"]
+    assert again == {name: best[0][name] for name in again}, "the model that was measured is the one that was saved"
 
 
 @pytest.mark.parametrize(
