@@ -509,6 +509,14 @@ def test_a_blank_piece_has_the_shape_of_the_pictures_cropped_or_not(resize, make
         assert train.blank_piece(processor, 2).images.shape == (2, *expected)
 
 
+def test_a_folder_that_holds_a_run_is_refused_in_all_processes(data, tmp_path):
+    """Only the first one looks at it; the others would wait for it for ever."""
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "train_config.json").write_text("{}")
+    errors = in_processes(2, train_here, [*data, *SMALL, "--out", tmp_path / "r"])
+    assert errors[0] == errors[1] and "r already holds a run: go on with --resume" in errors[0]
+
+
 def test_a_batch_smaller_than_the_job_is_refused(data, tmp_path, monkeypatch):
     errors = in_processes(3, train_here, [*data, *SMALL, "--batch-size", "2", "--out", tmp_path / "r"])
     assert all("batch_size is 2, less than a pair for each of 3 processes" in error for error in errors)
