@@ -481,25 +481,25 @@ def resamples(n, seed=0):
         yield drawn.flatten().bincount(minlength=rows * n).view(rows, n).double()
 
 
-def with_intervals(names, statistics, n, mirrored=False):
+def with_intervals(names, statistics, n, mirrored=()):
     """Numbers with 95% bootstrap intervals over pictures: {name, name_low, name_high for each name}.
 
     names       M strings
     statistics  function from weights of the pictures (R, n) to values (R, M); weights of 1 give the numbers themselves
     n           pictures
-    mirrored    for sums of distances, which chance only adds to: in resamples they come out too large, by about as much
-                as the number itself is. The interval is mirrored at the number, and ends at 0
+    mirrored    names of sums of distances, which chance only adds to: in resamples they come out too large, by about as
+                much as the number itself is. Their intervals are mirrored at the number, and end at 0
     source      Efron and Tibshirani 1993, chapter 13 (percentile intervals); mirrored: Davison and Hinkley 1997,
                 equation 5.6 (basic intervals)
     """
     values = statistics(torch.ones(1, n, dtype=torch.float64))[0]
     drawn = torch.cat([statistics(weights) for weights in resamples(n)])
     low, high = drawn.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
-    if mirrored:
-        low, high = (2 * values - high).clamp(min=0), (2 * values - low).clamp(min=0)
     numbers = {}
-    for name, *three in zip(names, values.tolist(), low.tolist(), high.tolist()):
-        numbers.update(zip((name, f"{name}_low", f"{name}_high"), three))
+    for name, value, *ends in zip(names, values.tolist(), low.tolist(), high.tolist()):
+        if name in mirrored:
+            ends = [max(0.0, 2 * value - end) for end in reversed(ends)]
+        numbers.update(zip((name, f"{name}_low", f"{name}_high"), (value, *ends)))
     return numbers
 
 
@@ -817,11 +817,12 @@ def calibration(image_embeds, class_rows, labels, logit_scale):
             ]
         )
 
-        def error(weights, gaps=gaps):
-            return (weights @ gaps).abs().sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True)
+        def statistics(weights, gaps=gaps, nll=nll):
+            errors = torch.stack([(weights @ gaps).abs().sum(dim=1), weights @ nll], dim=1)
+            return errors / weights.sum(dim=1, keepdim=True)
 
-        numbers.update(with_intervals([f"zs_ece{suffix}"], error, len(rest), mirrored=True))
-        numbers.update(mean_with_interval(f"zs_nll{suffix}", nll))
+        names = [f"zs_ece{suffix}", f"zs_nll{suffix}"]
+        numbers.update(with_intervals(names, statistics, len(rest), mirrored=names[:1]))
     return numbers
 
 

@@ -216,7 +216,7 @@ def test_the_interval_of_a_calibration_error_holds_the_true_error():
         def error(weights, gaps=gaps):
             return (weights @ gaps).abs().sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True)
 
-        numbers = evaluation.with_intervals(["error"], error, 50, mirrored=True)
+        numbers = evaluation.with_intervals(["error"], error, 50, mirrored=["error"])
         held += numbers["error_low"] <= 0.05 <= numbers["error_high"]
     assert held >= 28, held
 

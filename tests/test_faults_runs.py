@@ -454,16 +454,17 @@ def test_an_evaluation_finds_the_best_checkpoint_there_is(tmp_path):
         assert evaluation.find_checkpoint(tmp_path)[0] == tmp_path / name
 
 
+def disk_is_full(*_):
+    raise OSError(28, "No space left on device")
+
+
 def test_a_line_of_the_metrics_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     """As a checkpoint is: a full disk leaves the lines before."""
     run, path = types.SimpleNamespace(out=tmp_path), tmp_path / "metrics.jsonl"
     train.drop_metrics_after(tmp_path, 0)  # as every run begins
     train.Run.log(run, {"step": 1})
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", disk_is_full)
     with pytest.raises(OSError, match="cannot write .*metrics.jsonl: No space left on device"):
         train.Run.log(run, {"step": 2})
     monkeypatch.undo()
@@ -522,15 +523,12 @@ def test_a_full_disk_ends_with_a_message_and_the_earlier_checkpoint(data, tmp_pa
 def test_a_failed_write_leaves_the_old_checkpoint_and_no_rubbish(make_model, tmp_path, monkeypatch):
     model, folder = make_model(), tmp_path / "last"
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", disk_is_full)
     with pytest.raises(ValueError, match="cannot write .*No space left on device; there is no .*last yet"):
         train.save_checkpoint(folder, model)
     monkeypatch.undo()
     train.save_checkpoint(folder, model)
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", disk_is_full)
     with pytest.raises(ValueError, match="No space left on device; .*last is as it was"):
         train.save_checkpoint(folder, model)
     assert [path.name for path in tmp_path.iterdir()] == ["last"] and not list(folder.glob("*.tmp"))

@@ -420,6 +420,9 @@ def test_what_is_left_of_a_swap_is_finished_and_a_lock_file_stays_where_it_is(tm
     train.open_run(tmp_path, train.TrainConfig(), dualenc.Pairs(["a"], None, [["x"]]), [], torch.device("cpu"))
     assert sorted(os.listdir(tmp_path)) == sorted([train.LOCK_FILE, "train_config.json"])
     lock.close()
+
+
+def test_the_command_that_goes_on_can_be_pasted_into_a_shell():
     assert train.resume_command(Path("my runs/a"), 1) == "python train.py --resume 'my runs/a'"
     assert train.resume_command(Path("a"), 2) == "torchrun --nproc-per-node 2 train.py --resume a"
 
