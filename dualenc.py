@@ -8,14 +8,22 @@ Two towers meet in one space: a picture and its caption should land close togeth
                                                                                                                  │
                             loss () ── clip_loss ── logits_per_image (B, B) = exp(logit_scale) * cosine ─────────┘
 
-Symbols    B pairs, T tokens after padding, P patches (with class tokens), S pixels a side, W tower width,
-           H heads, E shared embedding size, I pictures, N captions, K classes; each tower has its own W, P and H.
-           b and R are the rows of a piece of the batch and of one of several processes. (3, S, S) stands for
-           (1, S, S) too, of gray pictures, and for (3, height, width) of those that are not square.
-Words      "features" come out of a tower or a projection; "embeds" are features of unit norm; "published" means in the
-           form in which the transformers library writes checkpoints. "Exercise n" marks what a course can leave out of
-           a student's copy (README.md; 6 to 8 are in train.py and eval.py).
-Helpers    at_least, below_one, one_of and build check values; they open section 11.
+Symbols    B pairs, or rows of whatever a tower gets; T tokens after padding, P patches (with class tokens), S pixels a
+           side, h and w rows and columns of a map of features, W tower width, H heads, E shared embedding size,
+           I pictures, N captions, K classes; each tower has its own W, P and H. b and R are the rows of a piece of the
+           batch and of one of several processes. (3, S, S) stands for (1, S, S) too, of gray pictures, and for
+           (3, height, width) of those that are not square.
+Words      "features" come out of a tower or a projection; "embeds" are features of unit norm. "Exercise n" marks what a
+           course can leave out of a student's copy (README.md; 6 to 8 are in train.py and eval.py).
+           Checkpoints: "published" means in the form in which the transformers library writes them; a "family" is a
+           published architecture (rows of TEXT_FAMILIES and VISION_FAMILIES); a "hub id" is owner/name on
+           huggingface.co, a "revision" its branch, tag or commit; a "safetensors" file holds named tensors and runs no
+           code when read; a "trunk" is a timm model without its classifier, a "task head" what a file has on top of a
+           tower; a "pooler" is a dense layer and an activation on the first token.
+           Several processes: torchrun starts one for each GPU, numbered by "rank"; torch's DistributedDataParallel
+           averages their gradients.
+Helpers    as_pair and as_size take (height, width) for S and back (end of section 5); blamed_on names the file at fault
+           (6); at_least, below_one, one_of, nearest and build check values (11).
 
 Sections   1 Configurations      2 Losses         3 DualEncoder
            4 Text tower          5 Vision tower   6 Processor: pictures and captions to tensors
@@ -27,6 +35,7 @@ Sources    Radford et al. 2021, "Learning Transferable Visual Models From Natura
            Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training" (SigLIP)
            Yang et al. 2022, "Unified Contrastive Learning in Image-Text-Label Space" (UniCL)
            Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional Transformers"
+           Li et al. 2023, "Scaling Language-Image Pre-training via Masking" (FLIP); others where they are used
 """
 
 from __future__ import annotations
@@ -81,9 +90,9 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as pixels
+from torchvision.transforms.v2 import functional as TF
 
-LOGIT_SCALE_INIT = 2.6592  # ln(1 / 0.07), cut after four digits as published: cosines start out multiplied by 14.28
+LOGIT_SCALE_INIT = 2.6592  # ln(1 / 0.07), cut as published configs cut it: cosines start out multiplied by 14.28
 LOGIT_SCALE_MAX = math.log(100)  # CLIP, section 2.5: beyond this training is unstable; train.py clamps after each step
 MAX_SIDE = 8192  # pixels; a checkpoint that asks for larger pictures is broken or means harm
 
@@ -110,7 +119,7 @@ class TextConfig:
     pad_token_id: int = 0
     type_vocab_size: int = 2
     embedding_width: int | None = None  # ELECTRA, ALBERT: narrower embeddings than the encoder; width unless given
-    layer_groups: int | None = None  # ALBERT: layers with weights of their own, shared by the rest; depth unless given
+    layer_groups: int | None = None  # ALBERT: layers with weights of their own, each used in a row; depth unless given
     layer_norm_eps: float = 1e-12
     activation: str = "gelu"  # a row of ACTIVATIONS
     pooling: str = "cls"  # "cls": first token; "mean": over real tokens; "pooler": first token, then dense + tanh
@@ -120,7 +129,7 @@ class TextConfig:
     def __post_init__(self):
         for name, unless_given in (("mlp_width", 4 * self.width), ("embedding_width", self.width)):
             if getattr(self, name) is None:
-                object.__setattr__(self, name, unless_given)
+                object.__setattr__(self, name, unless_given)  # the class is frozen for everybody else
         for name in ("width", "depth", "heads", "mlp_width", "vocab_size", "max_positions", "embedding_width"):
             at_least(f"text {name}", getattr(self, name), 1)
         for name in ("pad_token_id", "type_vocab_size", "layer_norm_eps"):
@@ -145,11 +154,11 @@ class VisionConfig:
     """
 
     name: str = "vit_base_patch16_224"  # a timm model, with or without a tag; or a row of VISION_FAMILIES
-    args: dict = field(default_factory=dict)  # further arguments of timm.create_model; a family's published config
+    args: dict = field(default_factory=dict)  # of a timm model: arguments of timm.create_model; of a family: its config
     image_size: int | tuple[int, int] | None = None  # pixels a side, or (height, width); the model's own unless given
     channels: int = 3
-    # timm's global_pool ("avg", "token", "map", ...), the model's own unless given; of published ViT, DeiT and DINOv2
-    # "token", or, where their file has its weights, "pooler" (dense + activation).
+    # timm's global_pool ("avg", "token", "map", ...), the model's own unless given. Published ViT and DeiT: "token" or,
+    # where the file has its weights, "pooler" (dense + activation). The other published families have no choice: None.
     pooling: str | None = None
     patch_dropout: float = 0.0  # share of the patches left out of each training picture (FLIP; ViTs only)
 
@@ -186,7 +195,7 @@ class DualEncoderConfig:
 
     @classmethod
     def from_dict(cls, values):
-        """The inverse of to_dict; raises ValueError for fields that no configuration has, or of the wrong type."""
+        """The inverse of to_dict; raises ValueError for unknown fields, wrong types, and what configurations refuse."""
         values = {key: value for key, value in values.items() if key != "model_type"}
         vision, text = build(VisionConfig, values.pop("vision", {})), build(TextConfig, values.pop("text", {}))
         return build(cls, {"vision": vision, "text": text, **values})
@@ -220,10 +229,10 @@ def siglip_loss(image_embeds, text_embeds, logit_scale, logit_bias):
     """Every cell of the B x B matrix is a yes-or-no question of its own: are these two a pair?
 
     image_embeds, text_embeds  (B, E)  unit-norm rows; row i describes picture i
-    logit_scale, logit_bias    ()      the published start is ln(10) and -10
+    logit_scale, logit_bias    ()      the paper starts from ln(10) and -10
     returns                    ()      binary cross-entropy in nats, summed over the matrix, divided by B
     raises                     ValueError if the two batches differ in shape
-    source                     Zhai et al. 2023, equation 1 and Algorithm 1
+    source                     Zhai et al. 2023, Algorithm 1 (equation 1 writes the bias with the other sign)
     """
     check_same_shape(image_embeds, text_embeds)
     logits = logit_scale.exp() * image_embeds @ text_embeds.T + logit_bias
@@ -234,13 +243,14 @@ def siglip_loss(image_embeds, text_embeds, logit_scale, logit_bias):
 def multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group_ids):
     """clip_loss where several captions fit a picture: the right answer is shared evenly by the row's whole group.
 
-    clip_loss calls the caption of another dog picture wrong, so its best value is not 0 but about ln(group size).
-    Here the entropy of the shared answer is taken off, so 0 stays the best value. Without repeats it is clip_loss.
+    clip_loss calls the caption of another dog picture wrong: where a group's rows are alike, its best value is
+    ln(group size), not 0. Here the entropy of the shared answer is taken off, so 0 stays the best value. Without
+    repeats it is clip_loss.
 
     image_embeds, text_embeds  (B, E)  unit-norm rows; row i describes picture i
     logit_scale                ()      natural log of the inverse temperature
     group_ids                  (B,)    integers; rows with equal ids describe each other
-    returns                    ()      mean divergence from the shared answer, in nats
+    returns                    ()      mean KL divergence from the shared answer, in nats
     raises                     ValueError if the batches differ in shape or group_ids is not (B,)
     source                     Yang et al. 2022, "Unified Contrastive Learning" (UniCL), equations 3 and 4
     """
@@ -248,8 +258,8 @@ def multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group_ids):
     check_group_ids(group_ids, image_embeds)
     logits_per_image = logit_scale.exp() * image_embeds @ text_embeds.T
     same_group = (group_ids[:, None] == group_ids[None, :]).to(logits_per_image.dtype)
-    target = same_group / same_group.sum(dim=1, keepdim=True)
-    best_value = same_group.sum(dim=1).log().mean()
+    target = same_group / same_group.sum(dim=1, keepdim=True)  # symmetric: it serves both directions
+    best_value = same_group.sum(dim=1).log().mean()  # the entropy of target: ln(group size)
     image_to_text = F.cross_entropy(logits_per_image, target)
     text_to_image = F.cross_entropy(logits_per_image.T, target)
     return (image_to_text + text_to_image) / 2 - best_value
@@ -275,13 +285,14 @@ def check_group_ids(group_ids, image_embeds):
 
 @dataclass
 class TowerOutput:
-    """What a tower returns; P stands for T in the text tower.
+    """What a tower returns. Shapes are those of text towers (P stands for T) and ViTs; a model of another kind gives
+    what its stages and attention layers make, such as the (B, W, h, w) of a convnet.
 
-    last_hidden_state  (B, P, W)             every position after the last layer; (B, W, h, w) from a convnet; None from
-                                             pooled_only
-    pooler_output      (B, W)                one vector a row
+    last_hidden_state  (B, P, W)              every position after the last layer; None from pooled_only
+    pooler_output      (B, W)                 one vector a row
     hidden_states      depth + 1 x (B, P, W)  on request: the embeddings, then the output of each layer
-    attentions         depth x (B, H, P, P)   on request: weights after softmax (rows sum to 1) and dropout
+    attentions         depth x (B, H, P, P)   on request: the weights used; rows sum to 1 in evaluation mode, and in
+                                              training mode before their dropout
     """
 
     last_hidden_state: Tensor | None
@@ -319,7 +330,7 @@ class DualEncoder(nn.Module):
         self.visual_projection = nn.Linear(self.vision_model.width, config.projection_dim, bias=False)
         self.text_projection = nn.Linear(self.text_model.width, config.projection_dim, bias=False)
         for projection in (self.visual_projection, self.text_projection):
-            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)  # as in CLIP's code
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init)))
         if config.logit_bias_init is not None:
             self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias_init)))
@@ -384,7 +395,7 @@ class DualEncoder(nn.Module):
         if return_loss:
             if output.logits_per_image is None:
                 raise ValueError("return_loss needs both input_ids and pixel_values")
-            # The loss makes its logits itself: it must also serve where nobody asks for them.
+            # clip_loss computes its own logits, for training calls it without this method.
             output.loss = clip_loss(output.image_embeds, output.text_embeds, self.logit_scale)
         return output
 
@@ -437,11 +448,11 @@ class DualEncoder(nn.Module):
                     folder or hub id: ViT, DeiT, BEiT, CLIP, SigLIP, DINOv2
         text        a transformers folder or hub id: BERT, RoBERTa, XLM-R, CamemBERT, ALBERT, MPNet, DistilBERT or
                     ELECTRA; or "scratch": a new tower of sizes text_width, text_depth, text_heads, text_vocab_size
-        pretrained  False starts a timm tower from random weights
+        pretrained  False starts a timm tower from random weights; a folder's weights are loaded all the same
         overrides   fields of DualEncoderConfig, or of the towers' configurations with vision_ or text_ before the name:
                     vision_image_size=64, vision_args={"patch_size": 4}, text_pooling="mean", logit_scale_init=2.3
         returns     a DualEncoder in training mode, with a processor if the text folder holds a tokenizer
-        raises      ValueError for names or fields that do not exist, each with what does
+        raises      ValueError for names or fields that do not exist; the message lists those that do
         """
         return build_from_towers(cls, vision, text, projection_dim, pretrained, overrides)
 
@@ -449,20 +460,22 @@ class DualEncoder(nn.Module):
     def from_pretrained(cls, folder_or_hub_id):
         """Load what save_pretrained wrote, or a VisionTextDualEncoder of transformers, in evaluation mode.
 
-        A hub id is looked up in huggingface_hub's cache, then downloaded; it may end in @ and a revision.
+        A hub id, which may end in @ and a revision, is read from huggingface_hub's cache where that is current or the
+        hub out of reach, else downloaded.
 
-        raises  ValueError for a missing folder, missing, unexpected or misshapen weights, naming the first five of each
+        raises  ValueError, naming the file, for what is missing, damaged, of another model, or does not fit, with the
+                first five weights of each kind
         """
         return load_dual_encoder(cls, folder_or_hub_id)
 
     def save_pretrained(self, folder, format="dualenc"):
         """Write config.json and model.safetensors, and the processor's files if the model has a processor.
 
-        Each file is written under a temporary name and then renamed, so a crash never leaves half of one.
+        Each file is written under a temporary name and then renamed, so a crash never leaves half of a file.
 
         format  "dualenc", or "hf": what VisionTextDualEncoderModel.from_pretrained of transformers loads
-        raises  ValueError for a processor without pictures or captions, and if transformers cannot compute what this
-                model computes
+        raises  ValueError for a processor without image_transform or tokenizer, and if transformers cannot compute what
+                this model computes
         """
         save_dual_encoder(self, folder, format)
 
@@ -511,15 +524,16 @@ RELATIVE_BUCKETS = 32  # rows of MPNet's bias table
 def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=False):
     """Softmax attention that gives padding no weight.
 
-    query, key, value  (B, H, T, W/H); there may be fewer rows of query
-    mask               (B, 1, 1, T)  True where a key may be attended to; None: everywhere
-                       (B or 1, H, T, T)  or numbers to add to the scores, hugely negative where a key is padding
+    query              (B, H, Q, W/H), from all T tokens or fewer
+    key, value         (B, H, T, W/H)
+    mask               (B, 1, 1, T) bool: True where a key may be attended to; None: everywhere
+                       or (B or 1, H, Q, T) float: added to the scores, hugely negative where a key is padding
     dropout            share of the weights dropped
-    returns            (B, H, T, W/H), and the weights (B, H, T, T) or None
+    returns            (B, H, Q, W/H), and the weights (B, H, Q, T) or None; of a caption without real tokens, anything
     source             Vaswani et al. 2017, equation 1
     Exercise 3         medium, 40 minutes: attention that never looks at padding, run `pytest -k exercise_3`
     """
-    # A fused kernel does all of this in one call, without the (T, T) matrix, and never shows its weights.
+    # torch's fused kernel computes the lines below in one call. It never stores the weights, so cannot return them.
     if not (return_weights or fused_kernel_is_slow(query)):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout), None
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
@@ -540,6 +554,8 @@ def fused_kernel_is_slow(tensor):
 def masked_mean(hidden, attention_mask=None):
     """The mean over real tokens: hidden (B, T, W), attention_mask (B, T) with 1 on real tokens, returns (B, W).
 
+    Every row needs a real token.
+
     Exercise 4  easy, 10 minutes: the mean over real tokens only, run `pytest -k exercise_4`
     """
     if attention_mask is None:
@@ -551,7 +567,7 @@ def masked_mean(hidden, attention_mask=None):
 def positions_after_pad(input_ids, pad_token_id):
     """RoBERTa's positions: real tokens count up from pad_token_id + 1, padding stays at pad_token_id; (B, T) to (B, T).
 
-    They follow from the ids, not from the attention mask.
+    They follow from the ids, not from the attention mask, as in transformers.
 
     Exercise 5  easy, 15 minutes: positions that count real tokens, run `pytest -k exercise_5`
     """
@@ -562,9 +578,10 @@ def positions_after_pad(input_ids, pad_token_id):
 def relative_buckets(T, buckets=RELATIVE_BUCKETS, max_distance=128):
     """Which bias MPNet adds for each query and key: half of the buckets for keys to the left, half to the right.
 
-    Distances up to a quarter of the buckets have a bucket each; beyond, buckets widen up to max_distance.
+    Distances below a quarter of the buckets have a bucket each; beyond, the bucket grows with the logarithm of the
+    distance, up to max_distance.
 
-    returns  (T, T)  bucket numbers; row: query, column: key
+    returns  (T, T)  bucket numbers; row: query, column: key; distance 0 counts as left
     source   Raffel et al. 2020 (T5), section 2.1
     """
     distance = torch.arange(T)[None, :] - torch.arange(T)[:, None]
@@ -583,9 +600,9 @@ class TextLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
         width, eps = config.width, config.layer_norm_eps
-        heads = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
-        joined = nn.ModuleDict({"dense": nn.Linear(width, width), "LayerNorm": nn.LayerNorm(width, eps)})
-        self.attention = nn.ModuleDict({"self": heads, "output": joined})
+        projections = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
+        output = nn.ModuleDict({"dense": nn.Linear(width, width), "LayerNorm": nn.LayerNorm(width, eps)})
+        self.attention = nn.ModuleDict({"self": projections, "output": output})
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, config.mlp_width)})
         self.output = nn.ModuleDict(
             {"dense": nn.Linear(config.mlp_width, width), "LayerNorm": nn.LayerNorm(width, eps)}
@@ -598,7 +615,8 @@ class TextLayer(nn.Module):
         first_only  computes the first token alone, (B, 1, W): all that is read of the last layer where pooling takes
                     the first token. It still attends to all others.
         """
-        config, asking = self.config, hidden[:, :1] if first_only else hidden
+        config = self.config
+        asking = hidden[:, :1] if first_only else hidden
         if mask is not None:
             mask = mask[:, :, : asking.shape[1]]  # the rows of those who ask; a mask of one row stays as it is
         query, key, value = (
@@ -678,10 +696,11 @@ class TextEncoder(nn.Module):
         output_attentions=False,
         pooled_only=False,
     ):
-        """input_ids (B, T); attention_mask (B, T) is 1 on real tokens; the rest defaults to zeros and to counting.
+        """input_ids (B, T); attention_mask (B, T) is 1 on real tokens; token types default to 0, positions to 0, 1, 2.
 
         pooled_only  leaves out of the last layer what pooling does not read: the same pooler_output for less work, but
-                     no last_hidden_state, and of the last layer's hidden states and attentions a part or nothing
+                     no last_hidden_state, and of the last layer's hidden states and attentions only the first token's
+                     (of a ViT, none)
         returns      TowerOutput; last_hidden_state (B, T, W), pooler_output (B, W)
         raises       ValueError for captions longer than max_tokens
         """
@@ -695,7 +714,7 @@ class TextEncoder(nn.Module):
         mask = self._attention_mask(T, attention_mask, hidden)
         hidden_states, attentions = [hidden], []
         for i in range(self.config.depth):
-            layer = self.encoder["layer"][i * len(self.encoder["layer"]) // self.config.depth]
+            layer = self.encoder["layer"][i * len(self.encoder["layer"]) // self.config.depth]  # ALBERT has fewer
             first_only = pooled_only and self.config.pooling != "mean" and i == self.config.depth - 1
             hidden, weights = layer(hidden, mask, output_attentions, first_only)
             hidden_states.append(hidden)
@@ -754,13 +773,14 @@ class VisionEncoder(nn.Module):
         self.config = config
         # Channels last is the layout that convolutions are fast in; it changes no result.
         self.trunk = create_trunk(config, pretrained_from).to(memory_format=torch.channels_last)
-        self.width = self.trunk.head_hidden_size
+        self.width = self.trunk.head_hidden_size  # what timm would hand to a classifier
+        # timm's pretrained_cfg describes the pictures that the model was made for.
         self.image_size = config.image_size or as_size(*self.trunk.pretrained_cfg["input_size"][-2:])
         self.own_transform = None  # the ImageTransform of the published checkpoint that the weights came from
         if config.pooling == "pooler":
             self.pooler = nn.ModuleDict({"dense": nn.Linear(self.width, self.width)})
         if config.args.get("use_mask_token"):
-            # Of no use here, but part of the published checkpoint: kept for those who train on with masked pictures.
+            # Nothing here uses or trains it. It is kept for those who go on with masked pictures, in its file's shape.
             shape = (1, self.width) if config.name.startswith("dinov2") else (1, 1, self.width)
             self.register_buffer("mask_token", torch.zeros(shape))
 
@@ -778,10 +798,10 @@ class VisionEncoder(nn.Module):
         crop = as_pair(self.image_size)
         height, width = (math.floor(side / (crop_pct or data["crop_pct"])) for side in crop)
         return ImageTransform(
-            # Towers that are not square are for pictures that are not, which go in whole.
+            # A tower that is not square gets whole pictures, whatever their proportions.
             resize=(height, width) if data["crop_mode"] == "squash" or height != width else height,
             crop=crop,
-            interpolation=data["interpolation"].replace("random", "bilinear"),
+            interpolation=data["interpolation"].replace("random", "bilinear"),  # timm draws one anew while training
             mean=channel_values(data["mean"], self.config.channels),
             std=channel_values(data["std"], self.config.channels),
         )
@@ -840,7 +860,8 @@ class VisionEncoder(nn.Module):
         checked = len(expected) if needs_image_size(self.config) else 1
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1 : 1 + checked]) != expected[:checked]:
             raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}, expected (B, {', '.join(map(str, expected))}); "
+                f"pixel_values has shape {tuple(pixel_values.shape)}, expected "
+                f"(B, {', '.join(map(str, (*expected[:checked], *'hw'[checked - 1 :])))}); "
                 f"the processor saved with the model makes such pixels"
             )
         if self.config.name in VISION_FAMILIES:
@@ -849,9 +870,10 @@ class VisionEncoder(nn.Module):
                 raise ValueError(f"pictures of {size} pixels are not whole patches of {patch_size}")
 
     def _record_hidden_states(self, into):
-        """Hooks that append the input of the first block and the output of every block."""
+        """Hooks that append the input of the first block and the output of every block, or of every stage."""
         blocks = getattr(self.trunk, "blocks", None) or getattr(self.trunk, "stages", None)
         if blocks is None:
+            # ResNets have layer1 to layer4, Swin layers, NesT levels.
             blocks = [
                 module for name, module in self.trunk.named_children() if re.fullmatch(r"layers?\d*|levels", name)
             ]
@@ -876,6 +898,7 @@ def create_trunk(config, pretrained_from=None):
     base = config.name.split(".")[0]
     if not timm.is_model(base):
         raise ValueError(f"unknown timm model {config.name!r}; {nearest(base, timm.list_models())}")
+    # timm takes its own default for an argument that is None.
     arguments = dict(config.args, num_classes=0, in_chans=config.channels, global_pool=config.pooling)
     if config.patch_dropout:
         arguments["patch_drop_rate"] = config.patch_dropout
@@ -891,7 +914,10 @@ def create_trunk(config, pretrained_from=None):
 
 
 def reads_first_token(trunk):
-    """Whether a timm model is a plain ViT whose pooling reads nothing but the first token."""
+    """Whether a timm model is a plain ViT whose pooling reads nothing but the first token.
+
+    Types are compared exactly: first_token_block repeats what these very classes do, and a subclass may do otherwise.
+    """
     return (
         isinstance(trunk, timm.models.VisionTransformer)
         and type(trunk).forward_head is timm.models.VisionTransformer.forward_head
@@ -902,7 +928,7 @@ def reads_first_token(trunk):
 
 
 def first_token_block(block, x):
-    """A timm ViT block for the first token alone, which attends to all: (B, P, W) to (B, 1, W)."""
+    """timm's Block.forward for the first token alone, which attends to all: (B, P, W) to (B, 1, W)."""
     attn, normed = block.attn, block.norm1(x)
     weights = attn.qkv.weight.chunk(3)
     biases = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
@@ -930,7 +956,7 @@ def needs_image_size(config):
 
 
 class DinoTransformer(timm.models.VisionTransformer):
-    """A ViT whose position table is resampled to each picture's own grid, the way DINOv2 was published."""
+    """A ViT whose position table is resampled to each picture's own grid, without antialiasing: DINOv2's way."""
 
     antialias = False
 
@@ -944,7 +970,7 @@ class DinoTransformer(timm.models.VisionTransformer):
 
 
 class RegisterTransformer(DinoTransformer):
-    """DINOv2 with registers was published with smooth resampling."""
+    """DINOv2 with registers, whose way is with antialiasing."""
 
     antialias = True
 
@@ -1011,7 +1037,8 @@ def create_published_trunk(config):
     """
     if "hidden_size" not in config.args:
         raise ValueError(f"{config.name!r} is a family of towers; name a folder or hub id of one, or a timm model")
-    one_of(f"{config.name} pooling", config.pooling, ("pooler", "token") if "pooler_act" in config.args else (None,))
+    has_pooler = "pooler_act" in config.args  # ViT and DeiT
+    one_of(f"{config.name} pooling", config.pooling, ("pooler", "token") if has_pooler else (None,))
     (trunk_class, arguments), published = VISION_FAMILIES[config.name], config.args
     arguments = {new: published[old] for old in published for new in TIMM_ARGUMENTS.get(old, ())} | arguments
     width = published["hidden_size"]
@@ -1061,8 +1088,8 @@ def as_size(height, width):
 # Pillow's numbers, which preprocessor_config.json uses. It has three more, lanczos, box and hamming, which not every
 # torch we support computes for tensors.
 INTERPOLATIONS = {"nearest": 0, "bilinear": 2, "bicubic": 3}
-# By how many pixels of the resized picture a JPEG's far edge may move when it is decoded at a smaller scale: its values
-# then differ from those of a full decode by less than one level of 255.
+# By how many pixels of the resized picture a JPEG's far edge may move when it is decoded at a smaller scale: the values
+# of a photograph then differ from those of a full decode by less than one level of 255 on average.
 DECODE_SHIFT = 0.1
 
 
@@ -1106,7 +1133,7 @@ class ImageTransform:
             image = shorten_strip(image)
         before, size = tuple(image.shape[-2:]), self.resized(*image.shape[-2:])
         if size != before:
-            image = pixels.resize(image, list(size), InterpolationMode(self.interpolation), antialias=True)
+            image = TF.resize(image, list(size), InterpolationMode(self.interpolation), antialias=True)
         return image if self.crop is None else centre_crop(image, self.crop)
 
     def resized(self, height, width):
@@ -1131,7 +1158,8 @@ class ImageTransform:
         needed = max(as_pair(self.resize)) / math.sqrt(smallest_share)
         for scale in (8, 4, 2):
             shrunk = [-(-side // scale) for side in size]
-            enlarged = max(scale * new - side for new, side in zip(shrunk, size))  # pixels that rounding up adds
+            # Pixels that rounding up adds at the far edge; resizing will shrink them as it does the shorter side.
+            enlarged = max(scale * new - side for new, side in zip(shrunk, size))
             fits = min(size) >= 2 * scale * needed and enlarged * needed <= DECODE_SHIFT * min(size)
             if fits and self.resized(*shrunk[::-1]) == self.resized(*size[::-1]):
                 return scale
@@ -1199,7 +1227,7 @@ def shorten_strip(image, longest=32):
     """The middle of a picture more than `longest` times as long as it is wide; others unchanged.
 
     The centre crop keeps that middle only, while resizing the shorter side of a whole 1 x 60,000 strip to 224 pixels
-    would take nine gigabytes. What is cut is even, so the middle stays where it is.
+    would take nine gigabytes. Both ends are cut by the same, so the middle stays where it is.
     """
     height, width = image.shape[-2:]
     cuts = [max(0, n - longest * min(height, width)) // 2 for n in (height, width)]
@@ -1254,8 +1282,8 @@ def centre_crop(image, size):
     (height, width), (new_height, new_width) = image.shape[-2:], size
     pad_height, pad_width = max(new_height - height, 0), max(new_width - width, 0)
     if pad_height or pad_width:
-        # Padding puts an odd pixel last, and the crop further down cuts it off last: transformers rounds like this,
-        # torchvision does not.
+        # An odd pixel of padding goes to the end, and one of cropping comes off the end: as in transformers, not as in
+        # torchvision.
         image = F.pad(
             image, (pad_width // 2, pad_width - pad_width // 2, pad_height // 2, pad_height - pad_height // 2)
         )
@@ -1272,7 +1300,7 @@ def to_pixels(picture, channels=3):
     raises   ValueError for other shapes and kinds
     """
     if isinstance(picture, Image.Image):
-        return pixels.pil_to_tensor(flatten_picture(picture).convert("RGB" if channels == 3 else "L"))
+        return TF.pil_to_tensor(flatten_picture(picture).convert("RGB" if channels == 3 else "L"))
     if isinstance(picture, np.ndarray):
         picture = torch.tensor(np.ascontiguousarray(picture))
     if not isinstance(picture, Tensor):
@@ -1295,7 +1323,7 @@ def to_pixels(picture, channels=3):
         image = (image[:3] * opacity + white * (1 - opacity)).to(image.dtype)
     if image.shape[0] < channels:
         return image.expand(channels, -1, -1)
-    return image if image.shape[0] == channels else pixels.rgb_to_grayscale(image)
+    return image if image.shape[0] == channels else TF.rgb_to_grayscale(image)
 
 
 def flatten_picture(picture):
@@ -1332,6 +1360,7 @@ def decode_picture(file, scale_of=None):
         if scale_of:
             scale = scale_of(picture.size)
             if scale > 1:
+                # Pillow takes the smallest of its scales that is no smaller than this: so it is rounded down.
                 picture.draft(None, [side // scale for side in picture.size])
         return flatten_picture(ImageOps.exif_transpose(picture))
 
@@ -1374,9 +1403,9 @@ class Processor:
     def __call__(self, text=None, images=None, max_length=None):
         """Encode captions, pictures or both.
 
-        text        a caption or N of them; padded to the longest, cut at max_length tokens
+        text        a caption or N of them; padded to the longest, cut at max_length tokens, with a warning once
         images      a picture or I of them (see to_pixels), of mixed sizes if you like
-        max_length  tokens; the tower's limit unless given
+        max_length  tokens; the tower's limit unless given, and never more
         returns     {"input_ids" (N, T), "attention_mask" (N, T), "pixel_values" (I, 3, S, S)}, what was asked for, and
                     "token_type_ids" (N, T) with token_types
         raises      ValueError if there is nothing to encode or nothing to encode it with, for captions that are not
@@ -1384,8 +1413,8 @@ class Processor:
         """
         captions = None if text is None else [text] if isinstance(text, str) else list(text)
         pictures = None if images is None else as_pictures(images)
-        if captions is None and pictures is None or [] in (captions, pictures):
-            raise ValueError("nothing to process: give text, images or both")
+        if (captions is None and pictures is None) or [] in (captions, pictures):
+            raise ValueError("nothing to process: give text, images or both, none of them empty")
         inputs = {}
         if text is not None:
             self.must_have("tokenizer")
@@ -1440,7 +1469,8 @@ class Processor:
     def save_pretrained(self, folder, format="dualenc"):
         """Write tokenizer.json and preprocessor_config.json.
 
-        format  "hf" adds the tokenizer_config.json that transformers wants; so do token types, which stand only there
+        format  "hf" adds the tokenizer_config.json that transformers wants. It is also written for a tokenizer with
+                token types, of which no other file tells
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -1483,8 +1513,8 @@ def train_tokenizer(captions, vocab_size, max_length=None):
     normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
     pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    # The trainer numbers the pieces inside words in the random order of a hash table, and breaks ties by number. Named
-    # beforehand, they make the vocabulary the same every time.
+    # The trainer numbers the pieces inside words in the random order of a hash table, and breaks ties by number. Given
+    # as special tokens they are numbered first, in our order, and the vocabulary is the same every time.
     between_spaces = {part for caption in captions for part in caption.split(" ")}
     words = (pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(part)) for part in between_spaces)
     inner = sorted({"##" + character for pairs in words for word, _ in pairs for character in word[1:]})
@@ -1495,7 +1525,7 @@ def train_tokenizer(captions, vocab_size, max_length=None):
     )
     learner.train_from_iterator(captions, trainer)
 
-    # The learner holds the inner pieces as special tokens, which are never split or shown; a second tokenizer does not.
+    # But special tokens are never split, and decoding drops them: a second tokenizer holds the pieces as plain ones.
     vocabulary = dict(sorted(learner.get_vocab().items(), key=lambda item: item[1]))
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
@@ -1516,7 +1546,7 @@ def train_tokenizer(captions, vocab_size, max_length=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 TILE = 1024  # rows and columns of the score matrix in memory at a time
-KEPT_SCORES = 2**24  # scores that the tiled losses keep for the backward pass, 64 MB in float32; the rest come again
+KEPT_SCORES = 2**24  # scores that the tiled losses keep for backward, 64 MB in float32; the rest are computed again
 
 
 def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=TILE, sharded=False):
@@ -1529,7 +1559,7 @@ def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=TILE, sharded=F
     tile                       rows and columns of the matrix at a time
     sharded                    the rows are this process's share of the batch. The mean of the results over processes,
                                and of their gradients, is that of clip_loss on all rows; each tile is computed by one
-                               process only, and only captions are gathered
+                               process only, and only text_embeds and the columns' sums are gathered
     returns                    ()      mean loss in nats
     raises                     ValueError if the two batches differ in shape
     source                     Cheng et al. 2024, "Breaking the Memory Barrier" (Inf-CL), section 3.2
@@ -1537,7 +1567,8 @@ def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=TILE, sharded=F
     check_same_shape(image_embeds, text_embeds)
     pairs = logit_scale.exp() * (image_embeds * text_embeds).sum(dim=1)
     of_rows, over_columns = row_and_column_terms(image_embeds, text_embeds, logit_scale, tile, sharded)
-    return share_of_mean(of_rows / 2 - pairs, len(over_columns)) + over_columns.mean() / 2
+    # The mean of ((log-sum-exp of the row - pair) + (log-sum-exp of the column - pair)) / 2.
+    return share_of_mean(of_rows / 2 - pairs, len(over_columns), sharded) + over_columns.mean() / 2
 
 
 def tiled_multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group_ids, tile=TILE, sharded=False):
@@ -1547,7 +1578,7 @@ def tiled_multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group
     logit_scale                ()      natural log of the inverse temperature
     group_ids                  (B,)    integers; rows with equal ids describe each other
     tile, sharded              as in tiled_clip_loss
-    returns                    ()      mean divergence from the shared answer, in nats
+    returns                    ()      mean KL divergence from the shared answer, in nats
     raises                     ValueError if the batches differ in shape or group_ids is not (B,)
     """
     check_same_shape(image_embeds, text_embeds)
@@ -1560,14 +1591,14 @@ def tiled_multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group
     mean_texts = all_texts.new_zeros(len(ids), all_texts.shape[1]).index_add(0, group_of, all_texts) / sizes[:, None]
     pairs = logit_scale.exp() * (image_embeds * mean_texts[torch.searchsorted(ids, group_ids)]).sum(dim=1)
     best_value = sizes[group_of].to(pairs.dtype).log().mean()
-    return share_of_mean(of_rows / 2 - pairs, len(over_columns)) + over_columns.mean() / 2 - best_value
+    return share_of_mean(of_rows / 2 - pairs, len(over_columns), sharded) + over_columns.mean() / 2 - best_value
 
 
 def tiled_siglip_loss(image_embeds, text_embeds, logit_scale, logit_bias, tile=TILE, sharded=False):
     """siglip_loss in tiles: no cell needs another one, so each tile is visited once.
 
     image_embeds, text_embeds  (B, E)  unit-norm rows; row i describes picture i
-    logit_scale, logit_bias    ()      the published start is ln(10) and -10
+    logit_scale, logit_bias    ()      the paper starts from ln(10) and -10
     tile, sharded              as in tiled_clip_loss
     returns                    ()      binary cross-entropy in nats, summed over the matrix, divided by B
     raises                     ValueError if the two batches differ in shape
@@ -1577,12 +1608,12 @@ def tiled_siglip_loss(image_embeds, text_embeds, logit_scale, logit_bias, tile=T
     pairs = logit_scale.exp() * (image_embeds * text_embeds).sum(dim=1) + logit_bias
     # As if no cell were a pair; a cell that is one costs its logit less.
     no_pairs = TiledSoftplus.apply(image_embeds, all_texts, logit_scale, logit_bias, tile)
-    return share_of_mean(no_pairs - pairs, len(all_texts))
+    return share_of_mean(no_pairs - pairs, len(all_texts), sharded)
 
 
-def share_of_mean(values, count):
-    """This process's part of the mean over `count` rows, times the number of processes: results are averaged later."""
-    return values.sum() * process_count() / count if len(values) != count else values.mean()
+def share_of_mean(values, count, sharded):
+    """The mean of all rows' values, or this process's part of it times the process count: the parts are averaged."""
+    return values.sum() * process_count() / count if sharded else values.mean()
 
 
 def row_and_column_terms(image_embeds, text_embeds, logit_scale, tile, sharded):
@@ -1621,6 +1652,7 @@ class TiledLogSumExp(torch.autograd.Function):
         grad_images, grad_texts = torch.zeros_like(image_embeds), torch.zeros_like(text_embeds)
         tiles = score_tiles(image_embeds, text_embeds, logit_scale.exp(), ctx.tile, ctx.kept)
         for rows, columns, scaled, scores in tiles:
+            # The slope of a row's log-sum-exp is its softmax: exp(score - log-sum-exp). A column's likewise.
             grad = (scores - of_rows[rows, None]).exp_().mul_(grad_rows[rows, None])
             grad += scores.sub_(of_columns[columns]).exp_().mul_(grad_columns[columns])
             grad_images[rows].addmm_(grad, text_embeds[columns])
@@ -1663,7 +1695,7 @@ class TiledSoftplus(torch.autograd.Function):
 
 
 def sum_of_products(a, b):
-    """The sum of a * b, both (B, E), without a third matrix of that size.
+    """The sum of a * b, both (B, E), without a third matrix of that size: einsum multiplies and adds at once.
 
     If a loss L sees y = exp(s) * x, then dy/ds = y, and dL/ds is the sum of dL/dx * x.
     """
@@ -1673,8 +1705,8 @@ def sum_of_products(a, b):
 def score_tiles(image_embeds, text_embeds, scale=1.0, tile=TILE, kept=None, keep=0):
     """Yields (row slice, column slice, scale * image_embeds[rows], their scores with text_embeds[columns]).
 
-    kept  {place: scores}: what is in it is taken out and not computed again
-    keep  scores, in all, that may stay in it for the next time; these must only be read
+    kept  {(top, left): scores of that tile}: what is in it is taken out and not computed again
+    keep  how many scores may be put into it for the next pass; until then nobody may change them in place
     """
     kept = {} if kept is None else kept
     for top in range(0, len(image_embeds), tile):
@@ -1723,10 +1755,12 @@ def cached_backward(embed, pieces, loss_of, loss_weights=()):
     done = 0
     for number, (piece, seed) in enumerate(zip(pieces, seeds), start=1):
         last = number == len(pieces)
+        # A DistributedDataParallel module adds gradients up inside no_sync, and averages them outside of it.
         with nullcontext() if last else getattr(embed, "no_sync", nullcontext)():
             torch.manual_seed(seed)
             images, texts = embed(piece)
-            part = slice(done, done := done + len(images))
+            part = slice(done, done + len(images))
+            done = part.stop
             # A scalar whose gradient is the cached one.
             proxy = (images * grad_images[part]).sum() + (texts * grad_texts[part]).sum()
             if last:  # once, and by way of backward, so that DistributedDataParallel averages these too
@@ -1751,7 +1785,8 @@ def recompute_activations(model):
     """From now on a DualEncoder's layers keep only their input for the backward pass, which computes the rest again.
 
     Same gradients in less memory, for about a third more time; dropout draws the same again. A locked tower keeps
-    nothing anyway and is left alone. Of a ViT that pools its first token the last block keeps all, which is little.
+    nothing anyway and is left alone. The last block of a ViT that pools its first token handles that token alone, and
+    keeps all.
 
     raises  ValueError for a vision tower that timm cannot do this for
     source  Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"
@@ -1841,7 +1876,7 @@ def together():
 def process_group():
     """Inside, the processes that torchrun started know each other, and all but the first are silent.
 
-    There is no farewell after an error: the others may be waiting for this process, and torchrun ends them.
+    After an error the group is not taken down, which could wait for the others for ever: torchrun ends them.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or torch.distributed.is_initialized():
         yield
@@ -1897,9 +1932,7 @@ class GatherRows(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        grad = grad.contiguous()
-        torch.distributed.all_reduce(grad)
-        return grad[ctx.mine]
+        return sum_over_processes(grad.contiguous())[ctx.mine]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1909,7 +1942,7 @@ class GatherRows(torch.autograd.Function):
 MODEL_TYPE = "dualenc"  # config.json names its writer in model_type, as transformers' files do
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
 PICTURES_FILE = "preprocessor_config.json"
-SMALL = 100_000  # a number in a config that needs no explanation: it cannot fill the memory
+SMALL = 100_000  # larger numbers in a config must be the side of some weight, or a lie could fill the memory
 PICKLE_FILE = "pytorch_model.bin"  # where transformers kept weights before safetensors
 
 
@@ -1964,7 +1997,7 @@ def save_dual_encoder(model, folder, format):
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / CONFIG_FILE, json.dumps(config, indent=2))
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    metadata = {"format": "pt", "crc32": checksum(weights)}
+    metadata = {"format": "pt", "crc32": checksum(weights)}  # "pt": PyTorch; transformers wants to know
     write_file(folder / WEIGHTS_FILE, safetensors.torch.save(weights, metadata=metadata))
     if model.processor is not None:
         model.processor.save_pretrained(folder, format)
@@ -1984,11 +2017,11 @@ def load_dual_encoder(cls, folder_or_hub_id):
             f"{config_path} has model_type {values.get('model_type')!r}, expected {MODEL_TYPE!r} or "
             f"{PUBLISHED_TYPE!r}; towers of other models are read by DualEncoder.from_vision_text_pretrained"
         )
-    # Ours has both, or neither; of a published folder without an image processor the model can be used all the same.
+    # Ours has tokenizer and image processor, or neither. A published folder may lack one: the model loads all the same.
     if find_tokenizer(folder) and (values["model_type"] == MODEL_TYPE or find_image_processor(folder)):
         model.processor = Processor.from_pretrained(folder)
         model.processor.limit_length(model.text_model.max_tokens)
-        if values["model_type"] == MODEL_TYPE:  # some published vocabularies have words that were never trained
+        if values["model_type"] == MODEL_TYPE:  # some published tokenizers know more words than their tower's table
             check_token_ids(model.processor.tokenizer, model.config.text.vocab_size, find_tokenizer(folder))
     return model.eval()
 
@@ -2070,7 +2103,7 @@ def build_without_memory(cls, config, weights):
 
 
 def check_weights(wanted, weights, source):
-    """Raise ValueError naming the first five weights that are missing, unexpected, misshapen or of the wrong type."""
+    """Raise ValueError naming the first five weights of each kind: missing, unexpected, misshapen, no (or a) float."""
     both = [(name, weights[name], wanted[name]) for name in wanted if name in weights]
     faults = {
         "missing": [name for name in wanted if name not in weights],
@@ -2106,6 +2139,7 @@ def find_folder(folder_or_hub_id):
     folder = Path(folder_or_hub_id)
     if folder.is_dir():
         return folder
+    # name or owner/name, then perhaps @revision
     name = re.fullmatch(r"(?P<id>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?", str(folder_or_hub_id))
     if not name:
         raise ValueError(f"no folder {folder_or_hub_id}")
@@ -2167,7 +2201,9 @@ def lock_file(file, wait=False):
 #
 # Reading and writing go through the same tables. A family's `names` says what our tensors are called in its files, N
 # being the layer. {a,b,c} on one side means that several tensors stand for one on the other: laid end to end along
-# their first dimension, both sides are the same numbers. What a table does not list has the same name on both sides.
+# their first dimension, both sides are the same numbers. So timm's one attn.qkv.weight is query.weight, key.weight and
+# value.weight in the files. A module's entry serves its weight and its bias; of several entries that fit, the longest
+# counts. What a table does not list has the same name on both sides.
 
 PUBLISHED_TYPE = "vision-text-dual-encoder"
 POOLER = "pooler.dense.weight"  # ViT's and DeiT's, which published checkpoints often lack
@@ -2197,8 +2233,8 @@ _VIT_NAMES = {
     "cls_token": "embeddings.cls_token",
     "dist_token": "embeddings.distillation_token",
     "mask_token": "embeddings.mask_token",
-    "reg_token": "embeddings.register_tokens",
-    "norm_pre.tokens": "embeddings.register_tokens",
+    "reg_token": "embeddings.register_tokens",  # of timm's own models
+    "norm_pre.tokens": "embeddings.register_tokens",  # of ours: Registers
     "pos_embed": "embeddings.position_embeddings",
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "rel_pos_bias": "encoder.relative_position_bias",
@@ -2216,7 +2252,7 @@ _VIT_NAMES = {
     "blocks.N.gamma_1": "encoder.layer.N.lambda_1",
     "blocks.N.gamma_2": "encoder.layer.N.lambda_2",
     "norm": "layernorm",
-    "fc_norm": "pooler.layernorm",
+    "fc_norm": "pooler.layernorm",  # BEiT's files call the norm after its mean pooling a pooler
 }
 _DINO_NAMES = _VIT_NAMES | {
     "blocks.N.norm1": "encoder.layer.N.norm1",
@@ -2241,7 +2277,7 @@ _CLIP_NAMES = {
     "blocks.N.attn.qkv": "encoder.layers.N.self_attn.{q_proj,k_proj,v_proj}",
     "blocks.N.attn.proj": "encoder.layers.N.self_attn.out_proj",
     "blocks.N.mlp": "encoder.layers.N.mlp",
-    "norm": "post_layernorm",
+    "norm": "post_layernorm",  # timm's models have one of these two: before pooling, or after it
     "fc_norm": "post_layernorm",
     "attn_pool.latent": "head.probe",
     "attn_pool.{q,kv}.weight": "head.attention.in_proj_weight",
@@ -2431,7 +2467,11 @@ def spell_out(pattern):
 
 @torch.no_grad()
 def published_views(tower, names):
-    """{name in a published file: [pieces]}: views of the tower's own tensors that, end to end, are that tensor."""
+    """{name in a published file: [pieces]}: views of the tower's own tensors that, end to end, are that tensor.
+
+    They share the tower's memory, so copying into a piece loads it. The pieces of one tensor come in the tower's order,
+    which is also the file's.
+    """
     views = {}
     for name, tensor in tower.state_dict().items():
         theirs = translate(name.removeprefix("trunk."), names)
@@ -2469,16 +2509,17 @@ def build_filled(cls, config, weights, source):
 
     raises  ValueError unless the weights fit exactly
     """
-    module = build_without_memory(cls, config, weights)
+    with blamed_on(source, "cannot build the model of"):
+        module = build_without_memory(cls, config, weights)
     check_weights({name: join(pieces) for name, pieces in views_of(module).items()}, weights, source)
-    module.to_empty(device="cpu")
-    for part in module.modules():  # what no file holds would stay empty
-        if hasattr(part, "init_non_persistent_buffers"):
+    module.to_empty(device="cpu")  # from no memory to memory with anything in it
+    for part in module.modules():
+        if hasattr(part, "init_non_persistent_buffers"):  # timm's: tables that are computed, and in no file
             part.init_non_persistent_buffers()
     for name, pieces in views_of(module).items():
         parts = weights[name].split([len(piece) for piece in pieces]) if len(pieces) > 1 else [weights[name]]
         for piece, part in zip(pieces, parts):
-            piece.copy_(part)
+            piece.copy_(part)  # into the module, whose memory the pieces share
     return module
 
 
@@ -2491,16 +2532,19 @@ def read_published_weights(folder):
 
     The oldest names of LayerNorm tensors are brought up to date, and tables that can be computed are left out.
     """
-    for name in (WEIGHTS_FILE, PICKLE_FILE):
+    shards = []
+    for name in (PICKLE_FILE, WEIGHTS_FILE):  # the latter counts if there are both
         index = folder / f"{name}.index.json"
-        shards = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [name]
-        if index.is_file() or (folder / name).is_file():
-            break
-    else:
+        if index.is_file():
+            shards = sorted(set(read_json(index)["weight_map"].values()))  # {tensor's name: its shard}
+        elif (folder / name).is_file():
+            shards = [name]
+    if not shards:
         expected = f"expected {WEIGHTS_FILE} or {PICKLE_FILE}"
         raise ValueError(f"no weights in {folder}: {expected}, it holds {listing(folder)}")
     weights = {key: tensor for shard in shards for key, tensor in read_shard(checkpoint_file(folder, shard)).items()}
-    old, computed = {".gamma": ".weight", ".beta": ".bias"}, (".position_ids", ".token_type_ids", "_position_index")
+    old = {".gamma": ".weight", ".beta": ".bias"}
+    computed = (".position_ids", ".token_type_ids", "_position_index")
     weights = {re.sub(r"\.(gamma|beta)$", lambda end: old[end[0]], key): tensor for key, tensor in weights.items()}
     return {key: tensor for key, tensor in weights.items() if not key.endswith(computed)}
 
@@ -2523,22 +2567,23 @@ def load_published_dual_encoder(cls, folder, values):
         re.sub(r"^vision_model\.vision_model\.", "vision_model.", name): tensor
         for name, tensor in read_published_weights(folder).items()
     }
-    # In transformers a dual encoder's towers always have a pooler: where it is missing, the file is not whole.
+    # In transformers a dual encoder's towers always have a pooler. Taken for granted here, it is reported if missing.
     of_vision = {name.removeprefix("vision_model.") for name in weights} | {POOLER}
-    vision = read_vision_config(values.get("vision_config") or {}, of_vision)
-    config = DualEncoderConfig(
-        vision=vision,
-        text=read_text_config(values.get("text_config") or {}, {"pooling": "pooler"}),
-        projection_dim=values.get("projection_dim", DualEncoderConfig.projection_dim),
-        logit_scale_init=float(values.get("logit_scale_init_value", LOGIT_SCALE_INIT)),
-    )
+    with blamed_on(folder / CONFIG_FILE, "cannot build the model of"):
+        config = DualEncoderConfig(
+            vision=read_vision_config(values.get("vision_config") or {}, of_vision),
+            text=read_text_config(values.get("text_config") or {}, {"pooling": "pooler"}),
+            projection_dim=values.get("projection_dim", DualEncoderConfig.projection_dim),
+            logit_scale_init=float(values.get("logit_scale_init_value", LOGIT_SCALE_INIT)),
+        )
     return build_filled(cls, config, weights, folder)
 
 
-def read_vision_config(values, tensors=(), overrides=()):
+def read_vision_config(values, tensors=(), overrides=None):
     """A VisionConfig from the config.json of a vision tower, or of a model that contains one (CLIP, SigLIP).
 
-    tensors    names of those that the checkpoint has: they decide on what no config.json tells
+    raises     ValueError for another model, and for pictures that transformers cannot compute in a square of positions
+    tensors    names of those that the checkpoint has: no config.json tells of a mask token or a pooler
     overrides  fields of VisionConfig
     """
     if values.get("model_type") in ("clip", "siglip"):
@@ -2551,22 +2596,22 @@ def read_vision_config(values, tensors=(), overrides=()):
     args = {key: float(value) if isinstance(defaults[key], float) else value for key, value in args.items()}
     one_of("activation", args["hidden_act"], ACTIVATIONS)
     channels, height_width = args.pop("num_channels"), as_pair(args.pop("image_size"))
-    tables = [key for key, value in args.items() if "position" in key and value]
-    if height_width[0] != height_width[1] and (name not in ("vit", "deit", "beit") or tables):
-        because = f" with {', '.join(tables)}" if tables else ""
+    of_positions = [key for key, value in args.items() if "position" in key and value]  # BEiT's use_..._position_...
+    if height_width[0] != height_width[1] and (name not in ("vit", "deit", "beit") or of_positions):
+        because = f" with {', '.join(of_positions)}" if of_positions else ""
         raise ValueError(
             f"a {name} tower{because} for pictures of {height_width[0]} x {height_width[1]} pixels: transformers lays "
             f"its positions out as a square, so there is nothing to reproduce; only square pictures are supported"
         )
     if "embeddings.mask_token" in tensors:
         args["use_mask_token"] = True
-    found = {"name": name, "image_size": height_width, "channels": channels, **dict(overrides)}
+    found = {"name": name, "image_size": height_width, "channels": channels, **(overrides or {})}
     if "pooler_act" in args:
         found.setdefault("pooling", "pooler" if POOLER in tensors else "token")
     return build(VisionConfig, {**found, "args": args | found.get("args", {})})
 
 
-def read_text_config(values, overrides=()):
+def read_text_config(values, overrides):
     """A TextConfig from the config.json of a text tower; raises ValueError for models that compute something else."""
     family = values.get("model_type")
     one_of("text model_type", family, PUBLISHED_TEXT)
@@ -2580,14 +2625,15 @@ def read_text_config(values, overrides=()):
         if values.get(key) not in accepted:
             raise ValueError(f"this {family} has {key} = {values[key]!r}; only {accepted[0]!r} is supported")
     found = {name: values[key] for name, key in published.keys.items() if values.get(key) is not None}
-    return build(TextConfig, {"family": family, **published.defaults, **found, **dict(overrides)})
+    return build(TextConfig, {"family": family, **published.defaults, **found, **overrides})
 
 
 def load_text_encoder(cls, folder, overrides):
     """See TextEncoder.from_pretrained."""
     values = read_json(folder / CONFIG_FILE)
-    one_of("text model_type", values.get("model_type"), PUBLISHED_TEXT)
-    weights, left_out = tower_weights(folder, PUBLISHED_TEXT[values["model_type"]].prefix)
+    with blamed_on(folder / CONFIG_FILE, "cannot build the model of"):
+        family = read_text_config(values, {}).family
+    weights, left_out = tower_weights(folder, PUBLISHED_TEXT[family].prefix)
     has_pooler = any(name.startswith("pooler.") for name in weights)
     config = read_text_config(values, {"pooling": "pooler" if has_pooler else "cls", **overrides})
     return load_tower(cls, config, weights, left_out, folder)
@@ -2596,8 +2642,12 @@ def load_text_encoder(cls, folder, overrides):
 def load_vision_encoder(folder, overrides):
     """A VisionEncoder from a transformers folder; see DualEncoder.from_vision_text_pretrained."""
     values = read_json(folder / CONFIG_FILE)
+    if "architecture" in values:
+        raise ValueError(f"{folder} holds a timm model: write hf-hub: before its hub id, or name the timm model")
     image_size = overrides.pop("image_size", None)
-    weights, left_out = tower_weights(folder, PUBLISHED_VISION[read_vision_config(values).name].prefix)
+    with blamed_on(folder / CONFIG_FILE, "cannot build the model of"):
+        family = read_vision_config(values).name
+    weights, left_out = tower_weights(folder, PUBLISHED_VISION[family].prefix)
     config = read_vision_config(values, weights, overrides)
     tower = load_tower(VisionEncoder, config, weights, left_out, folder)
     own_transform = read_image_transform(folder) if find_image_processor(folder) else None
@@ -2630,7 +2680,7 @@ def load_tower(cls, config, weights, left_out, folder):
     if left_out:
         shown = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
         message = f"{folder}: {len(left_out)} tensors are no part of the tower and were left out: {shown}"
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, stacklevel=4)
     return build_filled(cls, config, weights, folder)
 
 
@@ -2666,7 +2716,8 @@ def publish_dual_encoder(model):
     }
     views = dual_encoder_views(model, vision_views)
     if PUBLISHED_VISION[vision_config["model_type"]].prefix == "vision_model.":
-        # Nested once more: all versions of transformers read this, and only the newest the other form.
+        # CLIP and SigLIP: their vision_model.vision_model.* is a model in a model. All versions of transformers read
+        # this, and only the newest ones a single prefix.
         views = {("vision_model." if n.startswith("vision_model.") else "") + n: pieces for n, pieces in views.items()}
     return config, {name: join(pieces) for name, pieces in views.items()}
 
@@ -2674,31 +2725,40 @@ def publish_dual_encoder(model):
 def publish_vision_tower(tower):
     """(vision_config, views) of a vision tower; raises ValueError for towers that transformers has no form for."""
     config = tower.config
-    if config.name in ("vit", "deit") and config.pooling != "pooler" or config.name not in PUBLISHED_VISION:
+    without_pooler = config.name in ("vit", "deit") and config.pooling != "pooler"
+    if without_pooler or config.name not in PUBLISHED_VISION:  # transformers' ViT and DeiT always use their pooler
         return publish_timm_tower(tower)
     values = {"use_mask_token": False, **config.args, "image_size": config.image_size, "num_channels": config.channels}
     return {"model_type": config.name, **values}, views_of(tower)
 
 
 def publish_timm_tower(tower):
-    """publish_vision_tower for a timm ViT: the published family that computes the same, proven by trying it."""
+    """publish_vision_tower for a timm ViT: its weights under the names of a family that computes the same.
+
+    transformers' own ViT and DeiT pool by a dense layer and tanh, which timm's lack. What a ViT pools decides instead:
+        first token  DINOv2, its layer scales all 1; with registers; or CLIP where a norm precedes the blocks
+        mean         BEiT
+        attention    SigLIP
+    A twin loaded from what would be written must give the same features for random pictures.
+    """
     trunk, reason = tower.trunk, f"transformers has no form of {tower.config.name} (pooling {tower.config.pooling!r})"
-    if not isinstance(trunk, (timm.models.VisionTransformer, timm.models.Beit)):
+    is_vit = isinstance(trunk, (timm.models.VisionTransformer, timm.models.Beit))
+    if not is_vit or not hasattr(trunk.blocks[0], "mlp"):  # ViTs with parallel blocks have none
         raise ValueError(f"{reason}; plain ViTs can be written, convolutions and other shapes cannot")
     values = describe_timm_vit(trunk)
     family = values["model_type"]
     try:
-        always_there = {"embeddings.mask_token"} if family == "dinov2_with_registers" else ()
-        config = read_vision_config(values, always_there)
-        with torch.device("meta"):
-            wanted = {name: join(pieces).shape for name, pieces in views_of(VisionEncoder(config)).items()}
+        # transformers' DINOv2 with registers has a mask token in any case.
+        config = read_vision_config(values, {"embeddings.mask_token"} if family == "dinov2_with_registers" else ())
+        with torch.device("meta"):  # an empty tower of the family, for the shapes in its file
+            shapes = {name: join(pieces).shape for name, pieces in views_of(VisionEncoder(config)).items()}
         views = published_views(tower, PUBLISHED_VISION[family].names)
-        positions = wanted.get("embeddings.position_embeddings")
+        positions = shapes.get("embeddings.position_embeddings")
         if positions and trunk.pos_embed is not None and trunk.pos_embed.shape[1] == positions[1] - 1:
-            # The class token has no position here.
+            # This ViT gives its class token no position, which is one of zeros.
             views["embeddings.position_embeddings"] = [F.pad(trunk.pos_embed.detach(), (0, 0, 1, 0))]
-        for name, shape in wanted.items():
-            # What the family has and a plain ViT lacks: ones that multiply, zeros that are added.
+        for name, shape in shapes.items():
+            # What the family has and a plain ViT lacks: ones that multiply (layer scales), zeros that are added.
             if "lambda" in name:
                 views.setdefault(name, [torch.ones(shape)])
             elif name.endswith(("query.bias", "value.bias", "mask_token")):
@@ -2706,7 +2766,7 @@ def publish_timm_tower(tower):
         if family == "beit":  # has no key bias: it adds the same to a row's scores, which softmax ignores
             views = {name: pieces for name, pieces in views.items() if not name.endswith("key.bias")}
         joined = {name: join(pieces) for name, pieces in views.items()}
-        twin = build_filled(VisionEncoder, config, joined, tower.config.name).eval()
+        twin = build_filled(VisionEncoder, config, joined, f"the nearest one, {family},").eval()
     except ValueError as error:
         raise ValueError(f"{reason}: {error}") from error
     if not computes_the_same(tower, twin):
@@ -2715,7 +2775,7 @@ def publish_timm_tower(tower):
 
 
 def describe_timm_vit(trunk):
-    """The config.json of the published family that is nearest to a timm ViT."""
+    """The config.json of the published family that is nearest to a timm ViT; see publish_timm_tower."""
     block = trunk.blocks[0]
     width, mlp_width, points = trunk.embed_dim, block.mlp.fc1.out_features, torch.linspace(-4, 4, 99)
     values = {
@@ -2723,12 +2783,12 @@ def describe_timm_vit(trunk):
         "num_hidden_layers": len(trunk.blocks),
         "num_attention_heads": block.attn.num_heads,
         "intermediate_size": mlp_width,
-        "hidden_act": next(
+        "hidden_act": next(  # timm's modules have no published name: values are compared
             (n for n, f in ACTIVATIONS.items() if torch.allclose(f(points), block.mlp.act(points), atol=1e-6)),
             "unknown",
         ),
         "layer_norm_eps": block.norm1.eps,
-        "image_size": VisionConfig(image_size=trunk.patch_embed.img_size).image_size,
+        "image_size": as_size(*trunk.patch_embed.img_size),
         "patch_size": trunk.patch_embed.patch_size[0],
         "num_channels": trunk.patch_embed.proj.in_channels,
         "qkv_bias": block.attn.qkv.bias is not None,
@@ -2741,7 +2801,7 @@ def describe_timm_vit(trunk):
             "use_absolute_position_embeddings": trunk.pos_embed is not None,
             "use_relative_position_bias": getattr(block.attn, "relative_position_bias_table", None) is not None,
             "use_shared_relative_position_bias": getattr(trunk, "rel_pos_bias", None) is not None,
-            "layer_scale_init_value": float(getattr(block, "gamma_1", None) is not None),
+            "layer_scale_init_value": float(getattr(block, "gamma_1", None) is not None),  # above 0: there is one
             "use_mean_pooling": trunk.global_pool == "avg",
             **values,
         }
@@ -2754,7 +2814,7 @@ def describe_timm_vit(trunk):
 
 @torch.no_grad()
 def computes_the_same(tower, twin):
-    """Whether two vision towers pool random pictures to the same features."""
+    """Whether two vision towers pool random pictures to the same features, up to the rounding of two ways to sum."""
     weight, was_training = next(tower.parameters()), tower.training
     own = torch.Generator().manual_seed(0)  # saving must not change what a training run draws next
     pictures = torch.randn(2, tower.config.channels, *as_pair(tower.image_size), generator=own)
@@ -2787,9 +2847,11 @@ def read_image_transform(folder):
 
 
 def published_transform(family, image_size, channels):
-    """The ImageTransform of a family's image processor with the class's own settings, for pictures of image_size."""
+    """The ImageTransform of a family's image processor with the class's own settings, its sizes made for image_size."""
     transform = ImageTransform.from_dict({"image_processor_type": _PROCESSOR_OF.get(family, "Bit")})
-    resize = min(as_pair(image_size)) if isinstance(transform.resize, int) else as_pair(image_size)
+    resized, cropped = as_pair(transform.resize), transform.crop or as_pair(transform.resize)
+    resize = tuple(side * new // old for side, new, old in zip(as_pair(image_size), resized, cropped))
+    resize = min(resize) if isinstance(transform.resize, int) else resize
     mean, std = (channel_values(values, channels) for values in (transform.mean, transform.std))
     crop = transform.crop and as_pair(image_size)
     return dataclasses.replace(transform, resize=resize, crop=crop, mean=mean, std=std)
@@ -2831,6 +2893,8 @@ def read_tokenizer(folder):
     if path.name == "tokenizer.json" and not settings:  # ours: the file itself says how to pad and where to cut
         return read_tokenizer_file(checkpoint_file(folder, path.name)), False
     kind = tokenizer_kind(folder, settings)
+    if kind == "camembert" and path.suffix == ".model":
+        raise ValueError(f"{path}: CamemBERT's tokenizer is read from tokenizer.json; save it with transformers once")
     defaults = zip(SPECIAL_NAMES, SPECIAL_TOKENS.get(kind, SPECIAL_TOKENS["bert"]).split())
     special = {name: settings.get(name) or default for name, default in defaults}
     words = {name: token["content"] if isinstance(token, dict) else token for name, token in special.items()}
@@ -2868,7 +2932,7 @@ def update_tokenizer(tokenizer, kind, settings):
 
 
 def tokenizer_kind(folder, settings):
-    """A tokenizer's class without its end, or else the kind of model it belongs to: a row of SPECIAL_TOKENS, or not."""
+    """A tokenizer's class without its end, or else the kind of model it belongs to: perhaps a row of SPECIAL_TOKENS."""
     name = settings.get("tokenizer_class")
     if name is None and (folder / CONFIG_FILE).is_file():
         values = read_json(folder / CONFIG_FILE)
@@ -2886,6 +2950,7 @@ def bert_normalizer(settings):
 
 def added_token(token):
     """A special token as the tokenizers library has it; files may say more than its word."""
+    # RoBERTa's mask takes the space before it along.
     details = token if isinstance(token, dict) else {"content": token, "lstrip": token == "<mask>"}
     known = {k: details[k] for k in ("content", "single_word", "lstrip", "rstrip", "normalized") if k in details}
     return tokenizers.AddedToken(**{"normalized": False, **known}, special=True)
@@ -2942,9 +3007,12 @@ def read_sentencepiece(path):
 
 
 def protobuf_fields(data):
-    """(field number, value) of each field of a protobuf message: bytes, or an int for those of variable length."""
+    """(field number, value) of each field of a protobuf message: an int for a varint, bytes for all else.
 
-    def variable_int(at):
+    source  protobuf.dev, "Encoding"
+    """
+
+    def varint(at):
         value, shift = 0, 0
         while True:
             value, shift, at = value | (data[at] & 127) << shift, shift + 7, at + 1
@@ -2953,11 +3021,11 @@ def protobuf_fields(data):
 
     at = 0
     while at < len(data):
-        key, at = variable_int(at)
+        key, at = varint(at)  # field number * 8 + kind: 0 varint, 1 eight bytes, 2 with its length before it, 5 four
         if key & 7 == 0:
-            value, at = variable_int(at)
+            value, at = varint(at)
         else:
-            length, at = variable_int(at) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], at)
+            length, at = varint(at) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], at)
             value, at = data[at : at + length], at + length
         yield key >> 3, value
 
@@ -3028,10 +3096,11 @@ class Pairs(torch.utils.data.Dataset):
     names     I strings, one a picture: they decide the split and name the picture in messages
     pictures  indexable by picture number, gives a PIL image
     captions  I lists of captions
-    labels    I class numbers, and classes, the K class names; None when captions are not made from classes
+    labels    I class numbers; None when captions are not made from classes
+    classes   the K class names, or None
     """
 
-    neighbours = 1  # pictures in a row that training should see in one batch, as each other's hard negatives
+    neighbours = 1  # pictures in a row that training should see in one batch: wrong, but almost right for each other
 
     def __init__(self, names, pictures, captions, labels=None, classes=None):
         self.names, self.pictures, self.captions = names, pictures, captions
@@ -3110,7 +3179,7 @@ def sized_for(transform, pictures, smallest_share=1.0):
     return pictures
 
 
-class Readable(torch.utils.data.Dataset):
+class Unreadable(torch.utils.data.Dataset):
     """For each picture of pairs why it cannot be read, or an empty string."""
 
     def __init__(self, pairs):
@@ -3130,7 +3199,7 @@ class Readable(torch.utils.data.Dataset):
 def drop_unreadable(pairs, workers=0):
     """(the pairs whose pictures can be read, {name: reason} of the others); every picture is read once."""
     loader = torch.utils.data.DataLoader(
-        Readable(pairs),
+        Unreadable(pairs),
         batch_size=64,
         num_workers=workers,
         collate_fn=list,
@@ -3159,18 +3228,22 @@ def load_pairs(
                   with .txt files of the same name; a .csv, .tsv or .jsonl caption file; "coco:captions.json" or
                   "flickr:captions.txt"; tar shards, as in "shards-{0000..0099}.tar"
     split         "train", "val" or "test". The data's own where it has one (its test part serves as val if it has no
-                  val part, and in folders the other way round); else val and test are the pictures whose names hash
+                  val part; in folders val serves as test, too); else val and test are the pictures whose names hash
                   below val_fraction of the range, so about that share of them, and train is the rest
-    data_root     where torchvision's sets lie, or go with download=True
+    data_root     where torchvision's sets lie
+    val_fraction  0 to 1
     images        the picture folder of coco: and flickr:, unless it is the caption file's own
     templates     what class names become: strings with {} in them
     seed          draws the shapes
+    download      whether torchvision may fetch a set that is not in data_root
     allow_outside lets a caption file name pictures by relative paths that climb out of its folder
     returns       Pairs
-    raises        ValueError for an unknown spec (listing what there is), and for pictures or captions that are missing,
-                  naming file and line
+    raises        ValueError for an unknown spec (listing what there is), for a val_fraction beyond 0 and 1, and for
+                  pictures or captions that are missing, naming file and line
     """
     one_of("split", split, SPLITS)
+    if not 0 <= val_fraction <= 1:
+        raise ValueError(f"val_fraction is {val_fraction}, expected a share from 0 to 1")
     spec = str(spec)
     kind, _, rest = spec.partition(":")
     path = Path(spec)
@@ -3655,9 +3728,9 @@ class ShapesPairs(Pairs):
     def __init__(self, split="train", seed=0, count=None, side=64):
         one_of("split", split, SPLITS)
         if split == "train":
-            scenes = training_scenes(random.Random(f"shapes train {seed}"), count or 10_000)
+            scenes = training_scenes(random.Random(f"shapes train {seed}"), 10_000 if count is None else count)
         else:
-            scenes = held_out_scenes(random.Random(f"shapes held out {seed}"), count or 512)
+            scenes = held_out_scenes(random.Random(f"shapes held out {seed}"), 512 if count is None else count)
         names = [f"shapes/{seed}/{'train' if split == 'train' else 'held-out'}/{i}" for i in range(len(scenes))]
         # A generator of its own: with the picture's, the background would give the wording away.
         self.told = [as_told(*scene, random.Random(f"{name} told")) for name, scene in zip(names, scenes)]
@@ -3666,7 +3739,8 @@ class ShapesPairs(Pairs):
     def hard_negatives(self, i):
         """Wrong captions of picture i, each a small change to its own: {kind: caption}.
 
-        "attributes"  the two colours exchanged; not there if the objects have one colour
+        "attributes"  the two colours exchanged; not there if the objects have one colour, and the same as "order" if
+                      they have one size and shape
         "relation"    left for right, above for below
         "order"       the two objects exchanged
         "replaced"    a control that needs no binding: one object in a colour that the picture does not show
@@ -3823,6 +3897,7 @@ def build(config_class, values):
     hints = typing.get_type_hints(config_class)
     for name, value in values.items():
         one_of(f"field of {config_class.__name__}", name, hints)
+        # "int | None" is [int, NoneType]. A whole float may be written as an int, and json has lists for tuples.
         kinds = [typing.get_origin(kind) or kind for kind in typing.get_args(hints[name]) or (hints[name],)]
         kinds += [int] * (float in kinds) + [list] * (tuple in kinds)
         if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds):
@@ -3866,8 +3941,10 @@ def flag_parser(config_class, description):
             options.update(type=kind, choices=metadata["choices"])
             if not metadata["choices"]:
                 options["metavar"] = kind.__name__.upper()
-        group = groups.setdefault(metadata["group"], parser.add_argument_group(metadata["group"]))
-        group.add_argument(flag, **options)
+        title = metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        groups[title].add_argument(flag, **options)
     return parser
 
 
@@ -3899,7 +3976,7 @@ def pick_device(name):
         raise ValueError(f"unknown device {name!r}: {error}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count() or "no"
-        raise ValueError(f"device {name} was asked for, but torch sees {count} CUDA device; use --device cpu")
+        raise ValueError(f"device {name} was asked for, but torch sees {count} CUDA device(s); use --device cpu")
     return device
 
 

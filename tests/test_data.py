@@ -132,6 +132,8 @@ def test_unknown_data_is_refused_with_what_there_is(spec, message):
         dualenc.load_pairs(spec)
     with pytest.raises(ValueError, match="unknown split 'valid'; expected train, val, test"):
         dualenc.load_pairs("shapes", "valid")
+    with pytest.raises(ValueError, match="val_fraction is 5, expected a share from 0 to 1"):
+        dualenc.load_pairs("shapes", val_fraction=5)
 
 
 # ---- Folders --------------------------------------------------------------------------------------------------------

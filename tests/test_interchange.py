@@ -388,6 +388,19 @@ def test_a_resampled_tower_keeps_mean_and_std_of_its_folder(tmp_path):
     assert resampled == dataclasses.replace(as_published, resize=(32, 32)) and resampled.mean == (0.1, 0.2, 0.3)
 
 
+def test_a_folder_without_an_image_processor_has_its_class_settings_in_proportion():
+    """DeiT's class resizes to 256 and crops 224; CLIP's takes the shorter side; others squash."""
+    for family, size, resize, crop in (
+        ("deit", 224, (256, 256), (224, 224)),
+        ("deit", 448, (512, 512), (448, 448)),
+        ("vit", 32, (32, 32), None),
+        ("clip_vision_model", 336, 336, (336, 336)),
+        ("vit", (24, 16), (24, 16), None),
+    ):
+        transform = dualenc.published_transform(family, size, 3)
+        assert (transform.resize, transform.crop) == (resize, crop), family
+
+
 # ---- The two scripts ------------------------------------------------------------------------------------------------
 
 
@@ -609,6 +622,14 @@ BROKEN = {
     "extra": (None, lambda weights: weights | {"visual_bias": torch.zeros(2)}, "1 unexpected: visual_bias$"),
     "projection": (None, shorter(PROJECTION), r"1 misshapen: visual_projection.weight \(11, 24\), expected \(12, 24\)"),
     "words": (None, shorter(WORDS), r"1 misshapen: text_model.*word_embeddings.weight \(79, 24\), expected \(80, 24\)"),
+    "text": (set_in("vision", hidden_size="x"), None, "cannot build the model of .*: TypeError"),
+    "heads": (
+        set_in("vision", num_attention_heads=7),
+        None,
+        "cannot build the model of .*: AssertionError: dim should",
+    ),
+    "list": (lambda config: config.update(vision_config=[1]), None, "cannot build the model of .*: AttributeError"),
+    "words for sizes": (set_in("vision", image_size="224"), None, "cannot build the model of .*config.json: "),
     "many": (
         None,
         lambda weights: {},
@@ -658,6 +679,23 @@ def test_a_full_clip_is_no_dual_encoder_but_lends_its_vision_tower():
         dualenc.TextEncoder.from_pretrained(FIXTURES / "tower" / "clip")
 
 
+@pytest.mark.parametrize("side", ["vision", "text"])
+def test_a_tower_whose_config_makes_no_sense_is_refused_by_name(side, copy):
+    """Whatever timm or torch make of it: one ValueError that names the file."""
+    name = {"vision": "vit-classifier", "text": "bert-classifier"}[side]
+    folder = copy(f"tower/{name}", config=lambda config: config.update(hidden_size="wide"))
+    towers = {"vision": FIXTURES / "tower" / "vit-classifier", "text": FIXTURES / "tower" / "bert-classifier"}
+    towers[side] = folder
+    with pytest.raises(ValueError, match=f"cannot build the model of {folder}"):
+        two_towers(*towers.values())
+
+
+def test_a_folder_of_timm_is_told_from_one_of_transformers(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224", "num_features": 192}))
+    with pytest.raises(ValueError, match="holds a timm model: write hf-hub: before its hub id"):
+        two_towers(tmp_path, "bert-classifier")
+
+
 def test_a_folder_without_weights_says_what_it_holds(copy):
     folder = copy("dual/vit-bert")
     (folder / "model.safetensors").unlink()
@@ -688,6 +726,8 @@ def test_towers_that_transformers_has_no_form_for_are_not_written(make_model, tm
         make_model(text_pooling="pooler", logit_bias_init=-10.0).save_pretrained(tmp_path, format="hf")
     with pytest.raises(ValueError, match="unknown checkpoint format 'onnx'; expected dualenc, hf"):
         make_model().save_pretrained(tmp_path, format="onnx")
+    with pytest.raises(ValueError, match="plain ViTs can be written"):
+        make_model("vit_small_patch16_18x2_224", text_pooling="pooler").save_pretrained(tmp_path, format="hf")
     normed = make_model(vision_args={**TINY, "qk_norm": True}, text_pooling="pooler")
     with pytest.raises(ValueError, match="no form of vit_tiny_patch16_224 .*unexpected: .*q_norm"):
         normed.save_pretrained(tmp_path, format="hf")
@@ -722,6 +762,13 @@ def test_processor_files_that_are_not_understood_are_refused(tmp_path):
     shutil.copy(FIXTURES / "tokens" / "bert-saved" / "tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<pad>"}))
     with pytest.raises(ValueError, match="has no padding token '<pad>' in its vocabulary"):
+        dualenc.read_tokenizer(tmp_path)
+
+
+def test_camemberts_sentencepiece_file_whose_pieces_are_numbered_otherwise_is_refused(tmp_path):
+    shutil.copy(FIXTURES / "tokens" / "xlm-roberta-old" / "sentencepiece.bpe.model", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "camembert"}))
+    with pytest.raises(ValueError, match="sentencepiece.bpe.model: CamemBERT's tokenizer is read from tokenizer.json"):
         dualenc.read_tokenizer(tmp_path)
 
 

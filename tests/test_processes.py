@@ -128,6 +128,7 @@ CASES = {
     "bad pictures": {"batch": 8, "shares": [5, 1, 2]},
     "bad pictures, pieces": {"batch": 8, "shares": [1, 6, 1], "micro_batch": 2},
     "no readable picture here": {"batch": 8, "shares": [5, 0, 3]},
+    "all readable pictures in one process, tiled": {"batch": 8, "shares": [8, 0], "tiled": True},
     "no readable picture here, pieces, tiled": {"batch": 8, "shares": [0, 6, 2], "micro_batch": 2, "tiled": True},
 }
 

@@ -291,7 +291,7 @@ def test_pixels_of_another_size_or_channel_count_are_refused():
             tower(torch.randn(shape))
     convnet, _ = make_tower("resnet")
     assert convnet(torch.randn(1, 3, 48, 64)).pooler_output.shape == (1, 96), "convnets take any size"
-    with pytest.raises(ValueError, match=r"expected \(B, 3, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"expected \(B, 3, h, w\)"):
         convnet(torch.randn(1, 1, 32, 32))
 
 
