@@ -714,6 +714,8 @@ TEMPLATE_SETS = {"plain": ("a photo of a {}.",), "clip7": CLIP7, "clip80": CLIP8
 def class_embeds(model, classes, templates, precision="fp32", batch_size=EVAL_BATCH):
     """One direction a class: its captions in all templates, embedded, averaged, normalised again; (K, E).
 
+    classes     K names
+    templates   strings in which every {} stands for the name
     source      Radford et al. 2021, section 3.1.4 (ensembling over the embedding space)
     Exercise 8  easy, 20 minutes: a classifier made of captions, run `pytest -k exercise_8`
     """

@@ -479,8 +479,9 @@ def make_optimizer(model, config):
 def learning_rate(step, steps, warmup, peak):
     """The learning rate of a step counted from 0: a line up to peak, then half a cosine towards 0.
 
-    warmup  share of the steps in which it rises; the first step gets a part of peak, never 0
-    peak    the largest rate
+    warmup  share of the steps in which it rises, rounded to whole steps, at least one; the first step gets its part of
+            peak, never 0, and the last of them peak
+    peak    the largest rate, also that of the first step after the rise
     Exercise 6  easy, 15 minutes: warm-up and cosine, run `pytest -k exercise_6`
     """
     rising = max(1, round(warmup * steps))

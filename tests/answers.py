@@ -145,12 +145,14 @@ class TiledLogSumExp(torch.autograd.Function):
     10: """
 def cached_backward(embed, pieces, loss_of, loss_weights=()):
     states, images, texts = [], [], []
+    restore = remember_buffers(embed)
     for piece in pieces:
         states.append(torch.get_rng_state())
         with torch.no_grad():
             image, text = embed(piece)
         images.append(image)
         texts.append(text)
+    restore()
     all_images, all_texts = torch.cat(images).requires_grad_(), torch.cat(texts).requires_grad_()
     loss = loss_of(all_images, all_texts)
     grad_images, grad_texts, *grads = torch.autograd.grad(loss, [all_images, all_texts, *loss_weights])
@@ -211,6 +213,20 @@ class DualEncoder(nn.Module):
 
 WRONG = {
     1: {
+        "a mean over the whole matrix, not over its diagonal": (
+            "diagonal().mean()",
+            "diagonal().sum() / logits.numel()",
+        ),
+        "exp was taken twice": ("torch.exp(logit_scale)", "logit_scale.exp().exp()"),
+        "take log_softmax or logsumexp": (
+            ("logits.log_softmax(dim=1)", "logits.softmax(dim=1).log()"),
+            ("logits.log_softmax(dim=0)", "logits.softmax(dim=0).log()"),
+        ),
+        "clamped: train.py does that": ("torch.exp(logit_scale)", "torch.exp(logit_scale).clamp(max=100)"),
+        "it runs on the CPU only": (
+            "-logits.log_softmax(dim=1).diagonal().mean()",
+            "nn.functional.cross_entropy(logits, torch.arange(len(logits)))",
+        ),
         "one direction only": ("0.5 * (by_image + by_text)", "by_image"),
         "one direction only, text to image": ("0.5 * (by_image + by_text)", "by_text"),
         "no transpose for the second direction": ("log_softmax(dim=0)", "log_softmax(dim=1)"),
@@ -232,6 +248,17 @@ WRONG = {
         "DID NOT RAISE": ('raise ValueError(f"shapes', 'print(f"shapes'),
     },
     2: {
+        "image_embeds .* the first token of last_hidden_state": (
+            "vision.pooler_output",
+            "vision.last_hidden_state[:, 0]",
+        ),
+        "image_embeds .* divided by the square of the norm": (".clamp(min=1e-12)", ".clamp(min=1e-12).square()"),
+        "the norm was detached": ("features.norm(", "features.detach().norm("),
+        "a locked tower got gradients: run towers by _run_tower": ('self._run_tower("text", ', "self.text_model("),
+        "a tower ran 2 times": (
+            "image_embeds = self._norm",
+            'self._run_tower("vision", pixel_values, **flags)\n            image_embeds = self._norm',
+        ),
         "logits_per_image .* logit_scale used without exp": ("torch.exp(self.logit_scale)", "self.logit_scale"),
         "logits_per_image .* divided by exp": ("T * torch.exp", "T / torch.exp"),
         "logits_per_image .* no temperature": (" * torch.exp(self.logit_scale)", ""),
@@ -251,6 +278,14 @@ WRONG = {
         "no gradient reaches logit_scale": ("torch.exp(self.logit_scale)", "torch.exp(self.logit_scale).item()"),
     },
     3: {
+        "divided by the root of the number of heads": ("query.shape[-1] **", "query.shape[1] **"),
+        "divided by the root of the number of tokens": ("query.shape[-1] **", "key.shape[2] **"),
+        "the share to keep was taken for the share to drop": (
+            "nn.functional.dropout(weights, dropout)",
+            "nn.functional.dropout(weights, 1 - dropout) if dropout else weights",
+        ),
+        "were they detached": ("scores + mask", "scores + mask.detach()"),
+        "mask was changed in place": ("torch.where(mask, scores", "torch.where(~mask.logical_not_(), scores"),
         "the mask is not used": ("if mask is not None:", "if False:"),
         "inverted mask": ("torch.where(mask,", "torch.where(~mask,"),
         "not divided by the root of the head size": (" / query.shape[-1] ** 0.5", ""),
@@ -283,6 +318,7 @@ WRONG = {
         "dropout does nothing": ("weights = nn.functional.dropout(weights, dropout)", "pass"),
     },
     4: {
+        "the axis of the batch is gone": ("total / count", "(total / count).squeeze()"),
         "mean over padding too": ("return total / count", "return hidden.mean(1)"),
         "padding left out of the sum, but counted": ("count = mask.sum(1)", "count = hidden.shape[1]"),
         "sum, not mean": ("total / count", "total"),
@@ -295,6 +331,7 @@ WRONG = {
         "inputs were changed": ("(hidden * mask).sum(1)", "hidden.mul_(mask).sum(1)"),
     },
     5: {
+        "counted in int8": (("torch.cumsum(mask, dim=1)", "torch.cumsum(mask, dim=1, dtype=torch.int8)"),),
         "shifted by one, too low": ("+ pad_token_id", "+ pad_token_id - 1"),
         "shifted by one, too high": ("+ pad_token_id", "+ pad_token_id + 1"),
         "columns counted, padding too": (
@@ -331,6 +368,16 @@ WRONG = {
         "ZeroDivisionError": ("max(steps - n, 1)", "(steps - n)"),
     },
     7: {
+        "wrong answers were scored 0, not lowest": ("way.masked_fill(~correct, -torch.inf)", "(way * correct)"),
+        "near scores taken for ties": ("(way < best)", "(way < best - 1e-3)"),
+        "nan counts as the lowest score": (
+            "image_embeds @ text_embeds.T",
+            "(image_embeds @ text_embeds.T).nan_to_num(-9)",
+        ),
+        "of 80 pictures and 159 captions": (
+            "image_embeds @",
+            "image_embeds / image_embeds.norm(dim=1, keepdim=True) @",
+        ),
         "counted from 0": ("1 + rivals.sum", "rivals.sum"),
         "only a picture's first caption counts": (
             "    found = []\n",
@@ -361,6 +408,19 @@ WRONG = {
         "embed_captions got other options": ("texts, precision, batch_size", "texts"),
     },
     9: {
+        "every tile kept": (
+            ("ctx.tile = tile", "ctx.tile, ctx.kept = tile, kept"),
+            ("        rows = image", "        kept = []\n        rows = image"),
+            (
+                "                rows[i : i + tile] = torch",
+                "                kept.append(scores)\n                rows[i : i + tile] = torch",
+            ),
+        ),
+        "sums start at 0, not at minus infinity": ("-torch.inf", "0.0"),
+        "the incoming gradients were changed in place": (
+            "        return grad_images",
+            "        grad_rows.zero_()\n        return grad_images",
+        ),
         "the last tile only": ("torch.logaddexp(rows[i : i + tile], scores.logsumexp(1))", "scores.logsumexp(1)"),
         "sums of tiles added after the logarithm": (
             ("torch.logaddexp(rows[i : i + tile], scores.logsumexp(1))", "rows[i : i + tile] + scores.logsumexp(1)"),
@@ -389,6 +449,20 @@ WRONG = {
         "not tiled": (("scale, tile = logit_scale.exp(), ctx.tile", "scale, tile = logit_scale.exp(), len(rows)"),),
     },
     10: {
+        "pictures count twice": ("    restore()\n", ""),
+        "all graphs are kept: run backward for a piece": (
+            ("after = torch.get_rng_state()", "after, everything = torch.get_rng_state(), []"),
+            ("torch.autograd.backward(*zip(*learned))", "everything += learned"),
+            (
+                "    torch.set_rng_state(after)",
+                "    torch.autograd.backward(*zip(*everything))\n    torch.set_rng_state(after)",
+            ),
+        ),
+        "the scale got a gradient after": (
+            "outputs += loss_weights\n                gradients += grads",
+            "for weight, grad in zip(loss_weights, grads):\n                    weight.grad = grad",
+        ),
+        "the model was left in another mode": ("    sizes = [", '    getattr(embed, "train", dict)()\n    sizes = ['),
         "naive accumulation": (
             "states, images, texts = [], [], []",
             "losses = [loss_of(*embed(piece)) for piece in pieces]\n    sum(losses).backward()\n"
@@ -418,6 +492,7 @@ WRONG = {
         ),
     },
     11: {
+        "the incoming gradient was changed in place": ("grad = grad.clone()", "grad = grad.contiguous()"),
         "own rows only": ("return torch.cat(parts)", "return rows.clone()"),
         "ranks in the wrong order": ("torch.cat(parts)", "torch.cat(parts[::-1])"),
         "own rows first, whatever the rank": ("torch.cat(parts)", "torch.cat([parts[rank], parts[1 - rank]])"),
@@ -439,6 +514,10 @@ WRONG = {
         ),
     },
     12: {
+        "has unlocked the weights": (
+            "nn.Module.train(self, mode)",
+            "nn.Module.train(self, mode)\n        self.requires_grad_(True)",
+        ),
         "batch-norm statistics are weights too": (
             "if name in self.locked:\n                self._tower(name).train(False)",
             "pass",

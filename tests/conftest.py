@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scores import pytest_addoption, pytest_configure, pytest_terminal_summary  # noqa: F401  pytest finds them here
+from scores import (  # noqa: F401  pytest finds them here
+    pytest_addoption,
+    pytest_collection_finish,
+    pytest_configure,
+    pytest_terminal_summary,
+)
 
 import dualenc
 

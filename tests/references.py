@@ -1,6 +1,7 @@
 """Slow versions and stand-ins that several test files share."""
 
 import math
+import weakref
 
 import numpy as np
 import torch
@@ -53,27 +54,58 @@ def slow_gradient(function, arrays, step=1e-5):
 
 
 class FixedTower(nn.Module):
-    """A tower that answers with the features (B, W) it was given, and notes what it was called with."""
+    """A tower that answers with the features (B, W) it was given, and notes what it was called with, and how often."""
+
+    calls = 0
 
     def __init__(self, features):
         super().__init__()
         self.width = features.shape[1]
         self.features = nn.Parameter(torch.as_tensor(features))
 
-    def forward(self, *inputs, **extras):
-        self.inputs, self.extras = inputs, extras
-        features = self.features[: len(inputs[0])]
-        return dualenc.TowerOutput(features[:, None], features)
+    def answer(self, rows, **got):
+        self.got, self.calls = got, self.calls + 1
+        features = self.features[: len(rows)]
+        return dualenc.TowerOutput(-features[:, None], features)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Notes the most numbers that any operation inside puts into one tensor."""
+class VisionTower(FixedTower):
+    def forward(self, pixel_values, output_hidden_states=False, output_attentions=False, pooled_only=False):
+        asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        return self.answer(pixel_values, pixel_values=pixel_values, **asked)
 
-    numbers = 0
+
+class TextTower(FixedTower):
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        token_type_ids=None,
+        position_ids=None,
+        output_hidden_states=False,
+        output_attentions=False,
+        pooled_only=False,
+    ):
+        asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self.answer(input_ids, **inputs, token_type_ids=token_type_ids, position_ids=position_ids, **asked)
+
+
+class Memory(TorchDispatchMode):
+    """Notes the most numbers that any operation inside puts into one tensor, and the most that are alive at a time."""
+
+    largest = alive = most_alive = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         out = function(*arguments, **(options or {}))
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(tensor, torch.Tensor):
-                self.numbers = max(self.numbers, tensor.numel())
+                self.largest = max(self.largest, tensor.numel())
+                if tensor._base is None and not any(tensor is argument for argument in arguments):
+                    self.add(tensor.numel())
+                    weakref.finalize(tensor, self.add, -tensor.numel())
         return out
+
+    def add(self, numbers):
+        self.alive += numbers
+        self.most_alive = max(self.most_alive, self.alive)

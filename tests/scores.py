@@ -15,6 +15,8 @@ import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 SOURCES = ("dualenc.py", "train.py", "eval.py")
 POINTS = {"easy": 5, "medium": 10, "hard": 15}
 ROW = re.compile(r"Exercise (\d+) +(?:(\w+), (\d+) minutes: (.+), run `pytest -k exercise_\1`|with \w+)$", re.MULTILINE)
@@ -100,6 +102,9 @@ def score_lines(results):
 # ---- Hooks that conftest.py hands to pytest -------------------------------------------------------------------------
 
 
+COLLECTED = pytest.StashKey()  # names of the tests that were to run
+
+
 def pytest_addoption(parser):
     parser.addoption("--score-file", type=Path, help="write the score of `-m exercise` to this JSON file")
 
@@ -116,14 +121,20 @@ def message_of(report):
     return lines[-1] if lines[0].rstrip().endswith("ProcessRaisedException:") else lines[0]
 
 
+def pytest_collection_finish(session):
+    session.config.stash[COLLECTED] = [item.nodeid for item in session.items]
+
+
 def pytest_terminal_summary(terminalreporter, config):
-    """A table, if exercises were asked for."""
+    """A table, if exercises were asked for. What did not pass has failed: also a test that was skipped or never run."""
+    reports = [r for kind in ("passed", "failed", "error") for r in terminalreporter.stats.get(kind, ())]
+    messages = dict.fromkeys(config.stash.get(COLLECTED, ()), "it did not run to its end: did the code skip or leave?")
+    for report in reports:  # one that passes may still fail when it is taken down, and comes twice then
+        messages[report.nodeid] = None if report.passed else message_of(report)
     outcomes = {}
-    for report in (r for kind in ("passed", "failed", "error") for r in terminalreporter.stats.get(kind, ())):
-        named = re.search(r"::test_exercise_(\d+)_(.*)", report.nodeid)
-        if named:
-            of_exercise = outcomes.setdefault(int(named[1]), {})
-            of_exercise[named[2]] = of_exercise.get(named[2]) if report.passed else message_of(report)
+    for test, message in messages.items():
+        if named := re.search(r"::test_exercise_(\d+)_(.*)", test):
+            outcomes.setdefault(int(named[1]), {})[named[2]] = message
     asked = "exercise" in config.option.markexpr + config.option.keyword or config.option.score_file
     if not (asked and outcomes):
         return

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import fails_like, in_processes
-from references import LargestTensor
+from references import Memory
 
 import dualenc
 
@@ -79,9 +79,9 @@ def test_tiled_losses_never_hold_the_matrix(name):
     textbook, tiled = LOSSES[name]
     B, tile = 256, 32
     for loss, options, largest in ((textbook, {}, B * B), (tiled, {"tile": tile}, max(B * 16, tile * tile))):
-        with LargestTensor() as seen:
+        with Memory() as seen:
             value_and_gradients(loss, loss_inputs(name, B), **options)
-        assert seen.numbers == largest
+        assert seen.largest == largest
 
 
 def test_kept_scores_stay_within_their_limit_and_are_taken_out_once():

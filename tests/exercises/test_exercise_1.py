@@ -28,6 +28,8 @@ def test_exercise_1_the_loss_is_the_mean_cross_entropy_of_both_directions():
         "both directions added, not averaged": 2 * right,
         "sum over the batch, not mean": n * right,
         "the sign is the other way round": -right,
+        "a mean over the whole matrix, not over its diagonal": right / n,
+        "exp was taken twice": slow_clip_loss(images, texts, math.exp(1.3)),
         "one softmax over the whole matrix, not over each row": math.log(np.exp(math.exp(1.3) * cosines).sum()) - pairs,
     }
     fails_like(dualenc.clip_loss(*tensors(images, texts, 1.3)).detach(), right, mistakes, "clip_loss", 1e-10)
@@ -54,6 +56,32 @@ def test_exercise_1_the_loss_is_ln_of_the_batch_when_nothing_is_learned_and_0_wh
     fails_like(loss, 0.0, {}, "the loss of perfect rows", 1e-6)
 
 
+def test_exercise_1_a_pair_that_scores_lowest_costs_what_its_scores_differ_by():
+    """Scores of -100 on the diagonal, of 100 beside it: a pair has probability 0 in float32, but a finite logarithm."""
+    images = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], requires_grad=True)
+    loss = dualenc.clip_loss(images, -images.detach(), torch.tensor(math.log(100.0)))
+    assert loss.isfinite(), "the logarithm of a softmax that is 0 in float32: take log_softmax or logsumexp"
+    fails_like(loss.detach(), 200.0, {}, "the loss of the worst rows", 1e-5)
+    loss.backward()
+    assert images.grad.isfinite().all(), "the gradient of the worst rows overflows"
+
+
+def test_exercise_1_any_scale_is_taken_as_it_is():
+    images, texts = unit_rows(5, 8, 0), unit_rows(5, 8, 1)
+    mistakes = {"clamped: train.py does that, after each step": slow_clip_loss(images, texts, math.log(100))}
+    got = dualenc.clip_loss(*tensors(images, texts, 5.0)).detach()
+    fails_like(got, slow_clip_loss(images, texts, 5.0), mistakes, "clip_loss at a scale of 148", 1e-10)
+
+
+def test_exercise_1_everything_is_made_where_the_embeddings_are():
+    """On torch's meta device, whose tensors have no numbers: like a GPU, it takes none from the CPU."""
+    rows = torch.empty(3, 4, device="meta")
+    try:
+        assert dualenc.clip_loss(rows, rows, torch.empty((), device="meta")).device.type == "meta"
+    except RuntimeError as error:
+        pytest.fail(f"it runs on the CPU only: are the labels made with device=...? {error}")
+
+
 def test_exercise_1_the_loss_sees_which_row_belongs_to_which():
     """Shuffling one side must cost: a loss that pairs rows wrongly cannot tell."""
     apart = torch.eye(6)
@@ -74,5 +102,6 @@ def test_exercise_1_the_loss_is_one_number_of_its_inputs_type():
 
 def test_exercise_1_sides_of_different_shape_are_refused():
     dualenc.clip_loss(torch.eye(3), torch.eye(3), torch.tensor(0.0))
-    with pytest.raises(ValueError, match=r"\(3, 4\).*\(2, 4\)"):
-        dualenc.clip_loss(torch.ones(3, 4), torch.ones(2, 4), torch.tensor(0.0))
+    for shape in ((2, 4), (3, 5)):
+        with pytest.raises(ValueError):
+            dualenc.clip_loss(torch.ones(3, 4), torch.ones(shape), torch.tensor(0.0))

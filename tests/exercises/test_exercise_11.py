@@ -10,7 +10,7 @@ import dualenc
 
 pytestmark = pytest.mark.exercise
 
-COUNTS = ((2, 2), (3, 1))  # rows of process 0 and of process 1: equal shares, uneven ones
+COUNTS = ((2, 2), (3, 1), (1, 3), (3, 0))  # rows of process 0 and of process 1
 
 
 def all_rows(counts):
@@ -23,7 +23,7 @@ def loss_weights(rank, n):
 
 
 def gather_in_one_process(rank):
-    """For each share: (the gathered rows, the gradient of this process's own rows); and gathered ids."""
+    """For each share: (the gathered rows, the gradient of this process's own rows); gathered ids; and other shapes."""
     results = []
     for counts in COUNTS:
         start = sum(counts[:rank])
@@ -35,7 +35,15 @@ def gather_in_one_process(rank):
             gradient = own.grad.tolist()
         results.append((gathered.tolist(), gradient))
     ids = dualenc.gather_embeds(torch.tensor([7, 8]) + 10 * rank)
-    return results, ids.tolist(), str(ids.dtype)
+    rows = torch.arange(6.0).view(3, 2)
+    others = {"transposed": dualenc.gather_embeds((rows + 10 * rank).T).tolist()}
+    others["deep"] = tuple(dualenc.gather_embeds(torch.zeros(2 - rank, 2, 3)).shape)
+    own, given = rows.clone().requires_grad_(), torch.ones(6, 2)
+    dualenc.gather_embeds(own).backward(given)
+    others["given"] = given.tolist()
+    dualenc.gather_embeds(own).sum().backward()  # whose gradient is one number, seen as if it were many
+    others["gradient"] = own.grad.tolist()
+    return results, ids.tolist(), str(ids.dtype), others
 
 
 @functools.cache
@@ -45,9 +53,10 @@ def gathered():
 
 
 def test_exercise_11_every_process_gets_all_rows_in_the_order_of_ranks():
-    for rank, (results, _, _) in enumerate(gathered()):
+    for rank, (results, *_) in enumerate(gathered()):
         for counts, (got, _) in zip(COUNTS, results):
             right = all_rows(counts)
+            filling = torch.zeros(2 * max(counts) - sum(counts), 2)
             own = right[: counts[0]] if rank == 0 else right[counts[0] :]
             other = right[counts[0] :] if rank == 0 else right[: counts[0]]
             mistakes = {
@@ -55,13 +64,15 @@ def test_exercise_11_every_process_gets_all_rows_in_the_order_of_ranks():
                 "own rows first, whatever the rank": torch.cat([own, other]),
                 "ranks in the wrong order": torch.cat([right[counts[0] :], right[: counts[0]]]),
                 "own rows twice": torch.cat([own, own]),
-                "rows that only fill up a short share are left in": torch.cat([right, torch.zeros(2, 2)]),
+                "rows that only fill up a short share are left in": torch.cat(
+                    [right[: counts[0]], filling, right[counts[0] :]] if counts[0] < counts[1] else [right, filling]
+                ),
             }
             fails_like(torch.tensor(got), right, mistakes, f"rows of shares {counts} in process {rank}", 0)
 
 
 def test_exercise_11_a_rows_gradient_is_the_sum_of_what_all_processes_make_of_it():
-    for rank, (results, _, _) in enumerate(gathered()):
+    for rank, (results, *_) in enumerate(gathered()):
         for counts, (_, got) in zip(COUNTS, results):
             assert got is not None, "gathered rows have no gradient: it looks like: gathered without autograd"
             n = sum(counts)
@@ -77,9 +88,22 @@ def test_exercise_11_a_rows_gradient_is_the_sum_of_what_all_processes_make_of_it
                 "the gradient of all rows, not of its own": right,
             }
             what = f"the gradient of process {rank}'s rows, shares {counts},"
-            fails_like(torch.tensor(got), right[mine], mistakes, what, 1e-6)
+            fails_like(torch.tensor(got).view(-1, 2), right[mine], mistakes, what, 1e-6)
 
 
 def test_exercise_11_numbers_that_have_no_gradient_are_gathered_too():
-    for _, ids, dtype in gathered():
+    for _, ids, dtype, _ in gathered():
         assert ids == [7, 8, 17, 18] and dtype == "torch.int64", f"group ids come back as {ids} of {dtype}"
+
+
+def test_exercise_11_rows_may_have_any_shape_and_layout():
+    for _, _, _, others in gathered():
+        assert others["deep"] == (3, 2, 3), f"rows of shape (2, 3) come back as {others['deep']}, expected (3, 2, 3)"
+        right = [[0, 2, 4], [1, 3, 5], [10, 12, 14], [11, 13, 15]]
+        fails_like(others["transposed"], right, {}, "gathered rows of a transposed matrix", 0)
+
+
+def test_exercise_11_a_gradient_may_have_any_layout_and_is_left_as_it_was():
+    for _, _, _, others in gathered():
+        fails_like(others["gradient"], [[4.0, 4.0]] * 3, {}, "the gradient of two plain sums in two processes", 1e-6)
+        assert others["given"] == [[1.0, 1.0]] * 6, "the incoming gradient was changed in place"

@@ -51,6 +51,8 @@ def mistaken(query, key, value):
         "scores are not divided by the root of the head size": slow_attention(query, key, value, IS_REAL, 1.0)[0],
         "divided by the head size, not by its root": slow_attention(query, key, value, IS_REAL, 1 / query.shape[-1])[0],
         "divided by the root of the whole width": slow_attention(query, key, value, IS_REAL, 8**-0.5)[0],
+        "divided by the root of the number of heads": slow_attention(query, key, value, IS_REAL, 2**-0.5)[0],
+        "divided by the root of the number of tokens": slow_attention(query, key, value, IS_REAL, 5**-0.5)[0],
         "no softmax": np.where(masked > -1e29, scores, 0) @ value,
         "weights set to 0 after the softmax, no longer adding up to 1": full * real @ value,
         "the mask added as 1 and 0": plus_one / plus_one.sum(-1, keepdims=True) @ value,
@@ -105,6 +107,24 @@ def test_exercise_3_a_mask_of_numbers_is_added_to_the_scores(return_weights):
     fails_like(got, right, mistakes, "the mixed values under a mask of numbers", 1e-10)
 
 
+def test_exercise_3_numbers_in_the_mask_may_be_learned():
+    query, key, value = map(torch.tensor, inputs())
+    bias = torch.zeros(1, 2, 5, 5, dtype=torch.float64, requires_grad=True)
+    got, _ = dualenc.masked_attention(query, key, value, bias)
+    assert got.requires_grad, "no gradient reaches the mask's numbers: were they detached?"
+    got.square().sum().backward()
+    assert bias.grad.any(), "the gradient of the mask's numbers is 0"
+
+
+@pytest.mark.parametrize("return_weights", [False, True])
+def test_exercise_3_the_inputs_are_left_as_they_were(return_weights):
+    given = [*map(torch.tensor, inputs()), torch.tensor(IS_REAL)[:, None, None, :]]
+    before = [tensor.clone() for tensor in given]
+    dualenc.masked_attention(*given, 0.0, return_weights)
+    for name, old, now in zip(("query", "key", "value", "mask"), before, given):
+        assert torch.equal(old, now), f"{name} was changed in place"
+
+
 def test_exercise_3_the_gradients_are_those_of_the_definition():
     arrays = inputs(B=1, T=5, D=2)
     query, key, value = (torch.tensor(array, requires_grad=True) for array in arrays)
@@ -147,3 +167,16 @@ def test_exercise_3_dropout_drops_weights_and_rescales_the_rest():
         "half of the weights are dropped and the other half doubled, after the softmax"
     )
     assert torch.allclose(weights @ value, got), "the weights that are returned are not those that were used"
+
+
+@pytest.mark.parametrize("return_weights", [False, True])
+def test_exercise_3_dropout_is_the_share_that_is_dropped(return_weights):
+    """A quarter goes and the rest grows by 4/3: equal weights, seen through values that are an identity."""
+    torch.manual_seed(0)
+    query = torch.zeros(8, 4, 16, 4)
+    got, _ = dualenc.masked_attention(query, query, torch.eye(16).expand(8, 4, 16, 16), None, 0.25, return_weights)
+    dropped = got == 0
+    share = dropped.float().mean().item()
+    hint = "the share to keep was taken for the share to drop" if share > 0.5 else "dropout does nothing" * (share == 0)
+    assert 0.2 < share < 0.3, f"dropout of 0.25 dropped {share:.2f} of the weights; {hint}"
+    fails_like(got[~dropped].mean(), 1 / 16 / 0.75, {}, "a weight that is not dropped", 1e-4)

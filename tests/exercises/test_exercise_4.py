@@ -49,6 +49,13 @@ def test_exercise_4_the_result_has_the_type_of_the_hidden_states():
             fails_like(got, slow_mean(), {}, f"masked_mean under a {mask_type} mask", tolerance)
 
 
+def test_exercise_4_one_caption_keeps_its_axis():
+    got = dualenc.masked_mean(torch.tensor(HIDDEN[:1]), torch.tensor(MASK[:1]))
+    fails_like(
+        got, slow_mean()[:1], {"the axis of the batch is gone": slow_mean()[0]}, "the mean of one caption", 1e-12
+    )
+
+
 def test_exercise_4_each_real_token_gets_its_share_of_the_gradient():
     hidden = torch.tensor(HIDDEN, requires_grad=True)
     dualenc.masked_mean(hidden, torch.tensor(MASK)).sum().backward()

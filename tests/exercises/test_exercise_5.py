@@ -62,6 +62,12 @@ def test_exercise_5_positions_are_whole_numbers_of_the_same_shape():
     assert dualenc.positions_after_pad(ids[:, :0], 1).shape == (5, 0), "no tokens, no positions"
 
 
+def test_exercise_5_long_captions_are_counted_to_the_end():
+    got = dualenc.positions_after_pad(torch.full((1, 600), 7), 1)
+    mistakes = {"counted in int8, which ends at 127": [[(k + 128) % 256 - 127 for k in range(1, 601)]]}
+    fails_like(got, [list(range(2, 602))], mistakes, "the positions of 600 tokens", 0)
+
+
 def test_exercise_5_a_caption_counts_the_same_alone_and_in_a_batch():
     batch = dualenc.positions_after_pad(torch.tensor(IDS), 1)
     for row, ids in enumerate(IDS):

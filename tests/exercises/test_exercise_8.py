@@ -1,6 +1,7 @@
 """Exercise 8, class_embeds: captions lie on a circle, where the mean of directions is seen with the eye."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ CLASSES, TEMPLATES = ["cat", "dog"], ("a {}", "the {}", "my {}, {}")
 ANGLES = {"a cat": 10, "the cat": 30, "my cat, cat": 50, "a dog": 60, "the dog": 160, "my dog, dog": 110}
 
 
+MODEL = SimpleNamespace(logit_scale=torch.tensor(0.0))  # what a model is asked for: where its weights are
+
+
 def direction(degrees):
     return [math.cos(math.radians(degrees)), math.sin(math.radians(degrees))]
 
@@ -22,17 +26,17 @@ def direction(degrees):
 @pytest.fixture
 def asked(monkeypatch):
     """Every caption that is embedded, and with what options; ANGLES says where it goes."""
-    captions, options = [], []
+    embedded, options = [], []
 
-    def embed_captions(model, texts, precision="fp32", batch_size=0):
-        unknown = [text for text in texts if text not in ANGLES]
+    def embed_captions(model, captions, precision="fp32", batch_size=0):
+        unknown = [caption for caption in captions if caption not in ANGLES]
         assert not unknown, f"templates are filled in wrongly: {unknown[0]!r}"
-        captions.extend(texts)
+        embedded.extend(captions)
         options.append((model, precision, batch_size))
-        return torch.tensor([direction(ANGLES[text]) for text in texts])
+        return torch.tensor([direction(ANGLES[caption]) for caption in captions])
 
     monkeypatch.setattr(evaluation, "embed_captions", embed_captions)
-    return captions, options
+    return embedded, options
 
 
 def mean(*angles):
@@ -45,7 +49,7 @@ def unit(row):
 
 
 def test_exercise_8_a_class_is_the_mean_direction_of_its_captions(asked):
-    got = evaluation.class_embeds("model", CLASSES, TEMPLATES)
+    got = evaluation.class_embeds(MODEL, CLASSES, TEMPLATES)
     mixed = [unit(mean(10, 50, 160)), unit(mean(30, 60, 110))]
     mistakes = {
         "not normalised after the mean": [mean(10, 30, 50), mean(60, 160, 110)],
@@ -64,22 +68,22 @@ def test_exercise_8_a_class_is_the_mean_direction_of_its_captions(asked):
 
 
 def test_exercise_8_rows_have_unit_norm_and_the_type_of_the_embeddings(asked):
-    got = evaluation.class_embeds("model", CLASSES, TEMPLATES)
+    got = evaluation.class_embeds(MODEL, CLASSES, TEMPLATES)
     assert got.shape == (2, 2) and got.dtype == torch.float32
     norms = got.norm(dim=1).tolist()
     assert norms == pytest.approx([1, 1], abs=1e-6), f"norms are {norms}: not normalised after the mean"
 
 
 def test_exercise_8_one_class_and_one_template_are_enough(asked):
-    got = evaluation.class_embeds("model", ["cat"], ["the {}"])
+    got = evaluation.class_embeds(MODEL, ["cat"], ["the {}"])
     fails_like(got, [direction(30)], {}, "class_embeds of one caption", 1e-6)
-    got = evaluation.class_embeds("model", ["dog", "cat"], ["a {}"])
+    got = evaluation.class_embeds(MODEL, ["dog", "cat"], ["a {}"])
     fails_like(
         got, [direction(60), direction(10)], {"classes in another order": [direction(10), direction(60)]}, "rows"
     )
 
 
 def test_exercise_8_model_precision_and_batch_size_are_handed_on(asked):
-    evaluation.class_embeds("model", CLASSES, TEMPLATES, "bf16", 7)
+    evaluation.class_embeds(MODEL, CLASSES, TEMPLATES, "bf16", 7)
     for model, precision, batch_size in asked[1]:
-        assert (model, precision, batch_size) == ("model", "bf16", 7), "embed_captions got other options"
+        assert model is MODEL and (precision, batch_size) == ("bf16", 7), "embed_captions got other options"

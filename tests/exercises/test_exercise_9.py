@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import fails_like
-from references import LargestTensor, slow_clip_loss, slow_gradient, tensors, unit_rows
+from references import Memory, slow_clip_loss, slow_gradient, tensors, unit_rows
 
 import dualenc
 
@@ -101,14 +101,32 @@ def test_exercise_9_large_scores_do_not_overflow():
     assert all(tensor.grad.isfinite().all() for tensor in inputs), "a gradient overflows"
 
 
+def test_exercise_9_scores_that_are_all_very_low_are_no_zeros():
+    ones = torch.ones(6, 1)
+    for side in dualenc.TiledLogSumExp.apply(ones, -ones, torch.tensor(math.log(100.0)), 4):
+        fails_like(
+            side, [math.log(6) - 100] * 6, {"sums start at 0, not at minus infinity": [0.0] * 6}, "scores of -100"
+        )
+
+
+def test_exercise_9_the_gradients_that_come_in_are_left_as_they_were():
+    sums = dualenc.TiledLogSumExp.apply(*tensors(unit_rows(5, 3, 2), unit_rows(4, 3, 3), 0.7), 2)
+    given = [torch.ones_like(side) for side in sums]
+    torch.autograd.backward(sums, given)
+    assert all((gradient == 1).all() for gradient in given), "the incoming gradients were changed in place"
+
+
 def test_exercise_9_the_whole_matrix_is_never_in_memory(monkeypatch):
     """A row of tiles at a time is fine; all of them are what this exercise is about."""
     monkeypatch.setattr(dualenc, "KEPT_SCORES", 0)
-    B, tile = 128, 16
+    B, tile = 256, 8
     rows = [torch.tensor(unit_rows(B, 4, seed), requires_grad=True) for seed in (7, 8)]
-    with LargestTensor() as seen:
+    with Memory() as seen:
         sums = dualenc.TiledLogSumExp.apply(*rows, torch.tensor(1.0, dtype=torch.float64, requires_grad=True), tile)
         sum(side.sum() for side in sums).backward()
-    assert seen.numbers <= B * tile, (
-        f"a tensor of {seen.numbers:,} numbers was made, the whole matrix has {B * B:,}: it looks like: not tiled"
+    assert seen.largest <= B * tile, (
+        f"a tensor of {seen.largest:,} numbers was made, the whole matrix has {B * B:,}: it looks like: not tiled"
+    )
+    assert seen.most_alive <= B * B // 2, (
+        f"{seen.most_alive:,} numbers at a time, the whole matrix has {B * B:,}: it looks like: every tile kept"
     )
