@@ -433,7 +433,7 @@ class DualEncoder(nn.Module):
             return self._tower(name)(*inputs, **extras)
 
     def _normalize(self, features):
-        """Features to unit norm.
+        """Features to unit norm, in the precision of the weights.
 
         Exercise 2  with forward
         """
@@ -529,7 +529,8 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
     mask               (B, 1, 1, T) bool: True where a key may be attended to; None: everywhere
                        or (B or 1, H, Q, T) float: added to the scores, hugely negative where a key is padding
     dropout            share of the weights dropped
-    returns            (B, H, Q, W/H), and the weights (B, H, Q, T) or None; of a caption without real tokens, anything
+    returns            (B, H, Q, W/H), and the weights after dropout (B, H, Q, T) or None; of a caption without real
+                       tokens, anything
     source             Vaswani et al. 2017, equation 1
     Exercise 3         medium, 40 minutes: attention that never looks at padding, run `pytest -k exercise_3`
     """

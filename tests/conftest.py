@@ -83,10 +83,16 @@ def fails_like(got, right, mistakes, what, tolerance=1e-5):
     got, right = (torch.as_tensor(value, dtype=torch.float64) for value in (got, right))
     if got.shape == right.shape and torch.allclose(got, right, rtol=tolerance, atol=tolerance):
         return
-    mistakes = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in mistakes.items()}
-    looks = [
-        name for name, value in mistakes.items() if got.shape == value.shape and torch.allclose(got, value, atol=1e-4)
-    ]
+    looks = []
+    for name, value in mistakes.items():
+        value = torch.as_tensor(value, dtype=torch.float64)
+        tells = value.shape != right.shape or not torch.allclose(value, right, atol=1e-3)  # from a right answer
+        if tells and got.shape == value.shape and torch.allclose(got, value, atol=1e-4):
+            looks.append(name)
+    if got.shape == right.shape and torch.allclose(got, right, rtol=1e-5, atol=1e-5):
+        looks.append("right to a few digits: computed in float32, or with a small number added where none belongs")
+    if got.isnan().any() and not right.isnan().any():
+        looks.append("nan, as from 0 times infinity or 0 divided by 0")
     hint = f"it looks like: {', '.join(looks)}" if looks else "it matches no well-known mistake"
     assert got.shape == right.shape, f"{what} has shape {tuple(got.shape)}, expected {tuple(right.shape)}; {hint}"
     pytest.fail(f"{what} is off by up to {(got - right).abs().max():.2g}; {hint}")

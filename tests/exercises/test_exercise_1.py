@@ -13,6 +13,13 @@ import dualenc
 pytestmark = pytest.mark.exercise
 
 
+def slow_loss_without_the_pair(images, texts, log_scale):
+    """Each pair's score against those of the wrong answers alone, in both directions."""
+    scores = math.exp(log_scale) * images @ texts.T
+    wrong = np.exp(scores) * (1 - np.eye(len(images)))
+    return float(np.mean(np.log(wrong.sum(0)) + np.log(wrong.sum(1))) / 2 - np.diagonal(scores).mean())
+
+
 def test_exercise_1_the_loss_is_the_mean_cross_entropy_of_both_directions():
     images, texts = unit_rows(5, 8, 0), unit_rows(5, 8, 1)
     n, right = len(images), slow_clip_loss(images, texts, 1.3)
@@ -28,6 +35,7 @@ def test_exercise_1_the_loss_is_the_mean_cross_entropy_of_both_directions():
         "both directions added, not averaged": 2 * right,
         "sum over the batch, not mean": n * right,
         "the sign is the other way round": -right,
+        "the right answer is left out of the denominator": slow_loss_without_the_pair(images, texts, 1.3),
         "a mean over the whole matrix, not over its diagonal": right / n,
         "exp was taken twice": slow_clip_loss(images, texts, math.exp(1.3)),
         "one softmax over the whole matrix, not over each row": math.log(np.exp(math.exp(1.3) * cosines).sum()) - pairs,

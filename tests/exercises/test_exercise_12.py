@@ -118,7 +118,7 @@ def test_exercise_12_lock_and_train_return_the_model():
 def test_exercise_12_other_towers_are_refused():
     model = make_model()
     model.lock("text")
-    for name in ("visual", "vis"):
+    for name in ("visual", "vis", ""):
         with pytest.raises(ValueError):
             model.lock(name)
     assert model.locked == {"text"}, "a refused name must not be remembered as locked"

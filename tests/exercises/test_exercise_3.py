@@ -53,6 +53,7 @@ def mistaken(query, key, value):
         "divided by the root of the whole width": slow_attention(query, key, value, IS_REAL, 8**-0.5)[0],
         "divided by the root of the number of heads": slow_attention(query, key, value, IS_REAL, 2**-0.5)[0],
         "divided by the root of the number of tokens": slow_attention(query, key, value, IS_REAL, 5**-0.5)[0],
+        "key and value exchanged": slow_attention(query, value, key, IS_REAL)[0],
         "no softmax": np.where(masked > -1e29, scores, 0) @ value,
         "weights set to 0 after the softmax, no longer adding up to 1": full * real @ value,
         "the mask added as 1 and 0": plus_one / plus_one.sum(-1, keepdims=True) @ value,
@@ -102,6 +103,10 @@ def test_exercise_3_a_mask_of_numbers_is_added_to_the_scores(return_weights):
     got, _ = dualenc.masked_attention(*map(torch.tensor, (query, key, value)), mask, 0.0, return_weights)
     mistakes = {
         "numbers used as yes and no": slow_attention(query, key, value, np.ones_like(IS_REAL))[0],
+        "the numbers divided by the root of the head size, too": slow_attention(
+            query, key, value, IS_REAL, bias=bias / math.sqrt(query.shape[-1])
+        )[0],
+        "the numbers subtracted, not added": slow_attention(query, key, value, IS_REAL, bias=-bias)[0],
         "only whether a key may be seen is used, not the number": slow_attention(query, key, value, IS_REAL)[0],
     }
     fails_like(got, right, mistakes, "the mixed values under a mask of numbers", 1e-10)
@@ -133,6 +138,7 @@ def test_exercise_3_the_gradients_are_those_of_the_definition():
     (got * torch.tensor(mix)).sum().backward()
     slow = slow_gradient(lambda q, k, v: float((slow_attention(q, k, v, IS_REAL[:1])[0] * mix).sum()), arrays)
     for name, tensor, right in zip(("query", "key", "value"), (query, key, value), slow):
+        assert tensor.grad is not None, f"no gradient reaches {name}: was it detached?"
         fails_like(tensor.grad, right, {"no gradient": 0 * right}, f"the gradient of {name}", 1e-7)
 
 
@@ -162,6 +168,7 @@ def test_exercise_3_dropout_drops_weights_and_rescales_the_rest():
     torch.manual_seed(0)
     got, weights = dualenc.masked_attention(query, key, value, dropout=0.5, return_weights=True)
     assert not torch.allclose(got, plain), "dropout does nothing"
+    assert not torch.equal(weights, plain_weights), "the weights that are returned are those before dropout"
     dropped = weights == 0
     assert 0.2 < dropped.double().mean() < 0.8 and torch.allclose(weights[~dropped], 2 * plain_weights[~dropped]), (
         "half of the weights are dropped and the other half doubled, after the softmax"

@@ -26,6 +26,9 @@ def test_exercise_4_padding_does_not_count():
         "sum, not mean": weighted.sum(1),
         "divided by the real tokens of the whole batch": weighted.sum(1) / MASK.sum(),
         "first token, not mean": HIDDEN[:, 0],
+        "the largest value, not mean": np.where(MASK[:, :, None], HIDDEN, -np.inf).max(1),
+        "padding in the sum, real tokens counted": HIDDEN.sum(1) / MASK.sum(1)[:, None],
+        "padding taken to be on the right": np.stack([row[:n].mean(0) for row, n in zip(HIDDEN, MASK.sum(1))]),
         "inverted mask": (HIDDEN * (1 - MASK)[:, :, None]).sum(1) / (1 - MASK).sum(1)[:, None],
         "all captions together, not each alone": np.tile(weighted.sum((0, 1)) / MASK.sum(), (3, 1)),
         "mean over the wrong axis": weighted.sum(2) / MASK.sum(1)[:, None],
@@ -36,7 +39,9 @@ def test_exercise_4_padding_does_not_count():
 
 def test_exercise_4_without_a_mask_every_token_counts():
     got = dualenc.masked_mean(torch.tensor(HIDDEN))
-    fails_like(got, sum(HIDDEN.swapaxes(0, 1)) / 4, {}, "masked_mean without a mask", 1e-12)
+    fails_like(
+        got, sum(HIDDEN.swapaxes(0, 1)) / 4, {"sum, not mean": HIDDEN.sum(1)}, "masked_mean without a mask", 1e-12
+    )
 
 
 def test_exercise_4_the_result_has_the_type_of_the_hidden_states():

@@ -19,8 +19,9 @@ def shifted(by):
 
 def test_exercise_5_real_tokens_count_up_from_pad_plus_1():
     mistakes = {
-        "shifted by one, too low": shifted(-1),
+        "shifted by one, too low, or pad_token_id was not added": shifted(-1),
         "shifted by one, too high": shifted(1),
+        "real tokens start at pad_token_id, not after it": [[max(p - 1, 1) for p in row] for row in POSITIONS],
         "columns counted, padding too": [[0, 1, 2, 3, 4]] * 5,
         "columns counted from pad_token_id + 1, padding too": [[2, 3, 4, 5, 6]] * 5,
         "padding goes on counting": [[2, 3, 4, 4, 4], [1, 1, 2, 3, 4], [2, 2, 3, 3, 4], POSITIONS[3], POSITIONS[4]],

@@ -1,5 +1,7 @@
 """Exercise 6, learning_rate: values from a table of cosines."""
 
+import math
+
 import pytest
 from conftest import fails_like
 
@@ -23,6 +25,10 @@ MISTAKES = {
     + [0.85355, 0.77779, 0.69134, 0.59755, 0.5, 0.40245, 0.30866, 0.22221, 0.14645, 0.08427, 0.03806, 0.00961],
     "the cosine is as long as the whole run": RISE
     + [1.0, 0.99039, 0.96194, 0.91573, 0.85355, 0.77779, 0.69134, 0.59755, 0.5, 0.40245, 0.30866, 0.22221],
+    "the cosine ends a step early, at 0": RISE + [(1 + math.cos(math.pi * k / 11)) / 2 for k in range(12)],
+    "the cosine starts a step early": RISE + [(1 + math.cos(math.pi * k / 12)) / 2 for k in range(1, 13)],
+    "the cosine the other way round": RISE + [1 - value for value in FALL],
+    "the rise ends a step late": [value * 4 / 5 for value in RISE] + FALL,
     "no warm-up": [1.0, 0.99039, 0.96194, 0.91573, 0.85355, 0.77779, 0.69134, 0.59755]
     + [0.5, 0.40245, 0.30866, 0.22221, 0.14645, 0.08427, 0.03806, 0.00961],
     "warm-up taken as a number of steps, not as a share": [1.0, 1.0, 0.98907, 0.95677, 0.90451, 0.83457, 0.75, 0.65451]
@@ -43,6 +49,12 @@ def test_exercise_6_a_line_up_and_half_a_cosine_down():
 def test_exercise_6_the_values_are_exact_where_cosines_are():
     got = rates(16, 0.25, 1.0)
     assert [got[4], got[8], got[10], got[12]] == pytest.approx([1.0, 0.75, 0.5, 0.25], abs=1e-12)
+
+
+def test_exercise_6_the_fall_ends_near_0():
+    assert train.learning_rate(999, 1000, 0.1, 1.0) < 1e-5, (
+        "the last of many steps gets almost nothing: there is no floor"
+    )
 
 
 def test_exercise_6_without_warm_up_the_first_step_gets_the_peak():

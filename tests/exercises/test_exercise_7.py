@@ -27,6 +27,7 @@ def ranks(scores, image_groups, text_groups):
 def test_exercise_7_a_rank_is_that_of_the_best_right_answer():
     image_ranks, text_ranks = ranks(SCORES, IMAGE_GROUPS, TEXT_GROUPS)
     mistakes = {
+        "the two results exchanged": [3, 1, 1, 3, 1],
         "counted from 0": [0, 2, 3],
         "only a picture's first caption counts as right": [5, 3, 4],
         "the worst right answer, not the best": [4, 4, 4],

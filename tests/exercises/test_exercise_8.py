@@ -14,6 +14,7 @@ pytestmark = pytest.mark.exercise
 CLASSES, TEMPLATES = ["cat", "dog"], ("a {}", "the {}", "my {}, {}")
 # Degrees; the three captions of a class lie evenly around the class: at 30 and at 110.
 ANGLES = {"a cat": 10, "the cat": 30, "my cat, cat": 50, "a dog": 60, "the dog": 160, "my dog, dog": 110}
+ODD = {"a Hot_Dog 2": 70}  # a name is taken as it is
 
 
 MODEL = SimpleNamespace(logit_scale=torch.tensor(0.0))  # what a model is asked for: where its weights are
@@ -29,11 +30,11 @@ def asked(monkeypatch):
     embedded, options = [], []
 
     def embed_captions(model, captions, precision="fp32", batch_size=0):
-        unknown = [caption for caption in captions if caption not in ANGLES]
+        unknown = [caption for caption in captions if caption not in ANGLES | ODD]
         assert not unknown, f"templates are filled in wrongly: {unknown[0]!r}"
         embedded.extend(captions)
         options.append((model, precision, batch_size))
-        return torch.tensor([direction(ANGLES[caption]) for caption in captions])
+        return torch.tensor([direction((ANGLES | ODD)[caption]) for caption in captions])
 
     monkeypatch.setattr(evaluation, "embed_captions", embed_captions)
     return embedded, options
@@ -77,6 +78,8 @@ def test_exercise_8_rows_have_unit_norm_and_the_type_of_the_embeddings(asked):
 def test_exercise_8_one_class_and_one_template_are_enough(asked):
     got = evaluation.class_embeds(MODEL, ["cat"], ["the {}"])
     fails_like(got, [direction(30)], {}, "class_embeds of one caption", 1e-6)
+    got = evaluation.class_embeds(MODEL, ["Hot_Dog 2"], ["a {}"])
+    fails_like(got, [direction(70)], {}, "class_embeds of an odd name", 1e-6)
     got = evaluation.class_embeds(MODEL, ["dog", "cat"], ["a {}"])
     fails_like(
         got, [direction(60), direction(10)], {"classes in another order": [direction(10), direction(60)]}, "rows"
