@@ -993,6 +993,9 @@ BINDING_KINDS = {
 }
 
 
+ROUNDING = 1e-6  # a sum of the same numbers in another order differs by less: cosines as near as this are a tie
+
+
 def binding_task(subject):
     """Is a picture nearer to its caption than to the same words bound wrongly? On shapes; ties count as wrong.
 
@@ -1010,7 +1013,7 @@ def binding_task(subject):
     numbers, all_right = {}, torch.ones(len(pairs), dtype=torch.bool)
     for kind in BINDING_KINDS:
         pictures = [i for i, captions in enumerate(wrong) if kind in captions]
-        won = right_score[pictures] > paired_cosines(subject, pictures, [wrong[i][kind] for i in pictures])
+        won = right_score[pictures] > paired_cosines(subject, pictures, [wrong[i][kind] for i in pictures]) + ROUNDING
         all_right[pictures] &= won
         numbers.update(mean_with_interval(f"binding_{kind}", won))
         numbers[f"n_{kind}"] = len(pictures)
