@@ -555,7 +555,7 @@ def fused_kernel_is_slow(tensor):
 def masked_mean(hidden, attention_mask=None):
     """The mean over real tokens: hidden (B, T, W), attention_mask (B, T) with 1 on real tokens, returns (B, W).
 
-    Every row needs a real token.
+    attention_mask may be of whole numbers, bools or floats; the mean has hidden's type. Every row needs a real token.
 
     Exercise 4  easy, 10 minutes: the mean over real tokens only, run `pytest -k exercise_4`
     """
@@ -1563,7 +1563,7 @@ def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=TILE, sharded=F
                                process only, and only text_embeds and the columns' sums are gathered
     returns                    ()      mean loss in nats
     raises                     ValueError if the two batches differ in shape
-    source                     Cheng et al. 2024, "Breaking the Memory Barrier" (Inf-CL), section 3.2
+    source                     Cheng et al. 2024, "Breaking the Memory Barrier" (Inf-CL), section 3.1
     """
     check_same_shape(image_embeds, text_embeds)
     pairs = logit_scale.exp() * (image_embeds * text_embeds).sum(dim=1)
@@ -1626,8 +1626,9 @@ def row_and_column_terms(image_embeds, text_embeds, logit_scale, tile, sharded):
 
 
 class TiledLogSumExp(torch.autograd.Function):
-    """Log-sum-exp of every row and every column of exp(logit_scale) * image_embeds @ text_embeds.T.
+    """Log-sum-exp of every row (I,) and every column (N,) of exp(logit_scale) * image_embeds @ text_embeds.T.
 
+    image_embeds (I, E), text_embeds (N, E), logit_scale (), tile as in score_tiles, which goes through the matrix.
     The gradient is made of the softmax of rows and of columns, which need the finished sums: the backward pass visits
     all tiles again, with scores kept from the forward pass as far as KEPT_SCORES reaches.
 
@@ -1737,8 +1738,8 @@ def cached_backward(embed, pieces, loss_of, loss_weights=()):
     pieces        a sequence of what embed takes
     loss_of       function of image_embeds (B, E) and text_embeds (B, E): the loss () of the whole batch
     loss_weights  what the loss learns beside the embeddings: logit_scale, logit_bias
-    returns       the loss and all embeddings, without graph; gradients are added to .grad of every weight, and torch's
-                  random generators are seeded anew
+    returns       the loss (), image_embeds (B, E) and text_embeds (B, E), without graph. Gradients are added to .grad
+                  of every weight, and torch's random generators are seeded anew
     source        Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", section 3
     Exercise 10   hard, 90 minutes: a large batch's gradient in two passes, run `pytest -k exercise_10`
     """

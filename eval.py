@@ -522,7 +522,8 @@ def ranks(image_embeds, text_embeds, image_groups, text_groups, tile=1024):
     image_embeds, text_embeds  (I, E) and (N, E)  unit-norm rows
     image_groups, text_groups  (I,) and (N,)      integers; a caption fits a picture if their groups are equal
     tile                       rows and columns at a time, a multiple of 64: never more than tile x tile scores at once
-    returns                    (I,) and (N,)      integers from 1, on the CPU; computed where the embeddings are
+                               (for the exercise, all scores at once will do)
+    returns                    (I,) and (N,)      int64 from 1, on the CPU; computed where the embeddings are
     raises                     ValueError if a picture has no caption that fits, or a caption no picture
     Exercise 7                 medium, 45 minutes: ranks with several captions, run `pytest -k exercise_7`
     """
@@ -712,7 +713,7 @@ TEMPLATE_SETS = {"plain": ("a photo of a {}.",), "clip7": CLIP7, "clip80": CLIP8
 
 
 def class_embeds(model, classes, templates, precision="fp32", batch_size=EVAL_BATCH):
-    """One direction a class: its captions in all templates, embedded, averaged, normalised again; (K, E).
+    """One direction a class, (K, E): its captions in all templates, through embed_captions, averaged, normalised again.
 
     classes     K names
     templates   strings in which every {} stands for the name

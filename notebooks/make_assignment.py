@@ -55,14 +55,18 @@ the score, and everything is red: `Exercise 1: ...` is what a function says that
 {table}
 | | | | | {points} | {minutes} |
 
-Minutes are for somebody who has read the source that comes before and the paper that the docstring names.
+Minutes are for somebody who has read the source that comes before, and the paper if the docstring names one.
 
 1. Read the docstring of the function: shapes, what it returns, what it raises.
-2. Run its tests, say `pytest -k exercise_{first}`, and read them: they hold a slow version in loops.
+2. Run its tests, say `pytest -k exercise_{first}`, and read them: they hold a slow version in loops, or a table.
 3. Write the body. Run the tests again; when an answer is wrong in a well-known way, the message says which.
-4. An exercise has its points when all of its tests pass. `--score-file score.json` writes the table to a file.
+4. An exercise has its points when all of its tests pass. `--score-file=score.json` writes the table to a file.
 
-Exercises do not need each other, so any order will do. `python train.py` needs all of them.
+Exercises do not need each other, so any order will do; whole models, as in the notebooks, only run once those of yours
+that are in `DualEncoder` are written. `python train.py` needs most of them, and says which one it misses.
+`notebooks/07_assignment.ipynb` has a question to think about before each; the other notebooks are lessons:
+`pip install -r notebooks/requirements.txt && jupyter lab notebooks`. What you see in them is from a run of the whole
+library.
 
 ## Rules
 
@@ -127,6 +131,34 @@ def copy_tests(folder, exercises):
     for file in (*FILES, *(f"tests/exercises/test_exercise_{number}.py" for number in exercises)):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / file, folder / file)
+
+
+def student_notebook(notebook, exercises, with_solutions=False):
+    """A notebook as it is handed out: of the assignment the chosen exercises, and no cell that shows an answer.
+
+    Tags of its cells say which are which: "exercise 3" belongs to that exercise, "answer 3" shows what to write there.
+    """
+    cells = []
+    for cell in notebook["cells"]:
+        tagged = [tag.split() for tag in cell["metadata"].get("tags", ())]
+        belongs, shows = ({int(number) for word, number in tagged if word == kind} for kind in ("exercise", "answer"))
+        if belongs and not belongs & set(exercises):
+            continue
+        told = shows & set(exercises)
+        if told and not with_solutions:
+            cell = cell | {"source": [f"# left out: it looks like the answer of Exercise {min(told)}"]}
+        if cell["cell_type"] == "code" and (belongs or told) and not with_solutions:
+            cell = cell | {"outputs": [], "execution_count": None}
+        cells.append(cell)
+    return notebook | {"cells": cells}
+
+
+def copy_notebooks(folder, exercises, with_solutions=False):
+    ignored = shutil.ignore_patterns(*FOR_STAFF, "__pycache__", ".ipynb_checkpoints", "runs")
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=ignored)
+    for path in (folder / "notebooks").glob("*.ipynb"):
+        notebook = student_notebook(json.loads(path.read_text()), exercises, with_solutions)
+        path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_readme(folder, exercises, with_solutions=False, seconds=120, memory=4):
@@ -212,8 +244,7 @@ def check_secrecy(folder, exercises):
 def build(folder, exercises, with_solutions=False):
     """Fill an empty folder and check it."""
     copy_tests(folder, exercises)
-    ignored = shutil.ignore_patterns(*FOR_STAFF, "__pycache__", ".ipynb_checkpoints")
-    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=ignored)
+    copy_notebooks(folder, exercises, with_solutions)
     write_readme(folder, exercises, with_solutions)
     write_sources(folder, exercises, with_solutions=True)
     check_colour(run_exercises(folder), exercises, green=True)

@@ -80,6 +80,7 @@ def pictures():
 
 def fails_like(got, right, mistakes, what, tolerance=1e-5):
     """Assert that got equals right; if not, the message names the well-known mistake whose value it has."""
+    __tracebackhide__ = True  # the message says it all
     got, right = (torch.as_tensor(value, dtype=torch.float64) for value in (got, right))
     if got.shape == right.shape and torch.allclose(got, right, rtol=tolerance, atol=tolerance):
         return
@@ -93,7 +94,7 @@ def fails_like(got, right, mistakes, what, tolerance=1e-5):
         looks.append("right to a few digits: computed in float32, or with a small number added where none belongs")
     if got.isnan().any() and not right.isnan().any():
         looks.append("nan, as from 0 times infinity or 0 divided by 0")
-    hint = f"it looks like: {', '.join(looks)}" if looks else "it matches no well-known mistake"
+    hint = f"it looks like: {', or '.join(looks)}" if looks else "it matches no well-known mistake"
     assert got.shape == right.shape, f"{what} has shape {tuple(got.shape)}, expected {tuple(right.shape)}; {hint}"
     pytest.fail(f"{what} is off by up to {(got - right).abs().max():.2g}; {hint}")
 
@@ -102,9 +103,12 @@ def in_processes(count, function, *arguments):
     """function(rank, *arguments) in so many gloo processes; what each returned, in the order of ranks."""
     multiprocessing.set_forkserver_preload(["torch", "timm", "dualenc"])  # imported once, not in every process
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(
-            _in_one_process, (count, Path(folder), function, arguments), count, start_method="forkserver"
-        )
+        try:
+            torch.multiprocessing.start_processes(
+                _in_one_process, (count, Path(folder), function, arguments), count, start_method="forkserver"
+            )
+        except torch.multiprocessing.ProcessExitedException as error:
+            pytest.fail(f"a process died, as when they send each other tensors of different shapes: {error}")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(count)]
 
 

@@ -153,6 +153,36 @@ def test_a_handout_of_some_exercises_leaves_the_others_in(tmp_path):
     assert "| | | | | 10 | 40 |" in readme and "Honour code" in readme and "{" not in readme
 
 
+def test_the_notebooks_handed_out_hold_the_chosen_exercises_and_no_answer():
+    def cell(source, *tags):
+        outputs = {"outputs": [{"text": ["6/6"]}], "execution_count": 3}
+        return {"cell_type": "code", "metadata": {"tags": [*tags]}, "source": [source], **outputs}
+
+    heading = {"cell_type": "markdown", "metadata": {"tags": ["exercise 3", "exercise 4"]}, "source": ["## Text"]}
+    notebook = {
+        "cells": [heading, cell("test(3)", "exercise 3"), cell("test(4)", "exercise 4"), cell("by hand", "answer 4")]
+    }
+    notebook = {**notebook, "nbformat": 4}
+    got = make_assignment.student_notebook(notebook, [4, 7])
+    assert [c["source"][0] for c in got["cells"]] == [
+        "## Text",
+        "test(4)",
+        "# left out: it looks like the answer of Exercise 4",
+    ]
+    assert all(c["outputs"] == [] and c["execution_count"] is None for c in got["cells"][1:]) and got["nbformat"] == 4
+    others = make_assignment.student_notebook(notebook, [7])
+    assert [(c["source"][0], c["outputs"][0]["text"]) for c in others["cells"]] == [("by hand", ["6/6"])]
+    staff = make_assignment.student_notebook(notebook, [3, 4], with_solutions=True)
+    assert [c["source"][0] for c in staff["cells"]] == ["## Text", "test(3)", "test(4)", "by hand"]
+    assert notebook["cells"][1]["outputs"], "what is handed out is a copy"
+
+
+def test_the_notebook_of_the_assignment_tests_every_exercise_in_a_cell_of_its_own():
+    cells = json.loads((ROOT / "notebooks" / "07_assignment.ipynb").read_text())["cells"]
+    tests = {tuple(c["metadata"].get("tags", ())): "".join(c["source"]) for c in cells if c["cell_type"] == "code"}
+    assert {tags: test for tags, test in tests.items() if tags} == {(f"exercise {n}",): f"test({n})" for n in EXERCISES}
+
+
 def test_an_answer_anywhere_in_the_handout_is_noticed(tmp_path):
     make_assignment.write_sources(tmp_path, EXERCISES)
     make_assignment.check_secrecy(tmp_path, EXERCISES)

@@ -49,7 +49,7 @@ def test_the_readmes_python_compiles_and_names_what_exists():
 
 
 def test_the_tests_that_the_reliability_table_names_exist():
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     for name in re.findall(r"`(test_\w+)`", README):
         assert f"def {name}(" in tests, name
 

@@ -71,7 +71,7 @@ def failures(number, answer, monkeypatch):
         monkeypatch.setattr(
             tests, "in_processes", lambda count, *call: in_processes(count, with_answer, answer, number, *call)
         )
-        tests.gathered.cache_clear()
+        tests.outcome.cache_clear()
     said = {}
     for name, test in inspect.getmembers(tests, inspect.isfunction):
         if name.startswith("test_"):

@@ -70,6 +70,7 @@ def test_exercise_3_padding_gets_no_weight(return_weights):
     if not return_weights:
         assert weights is None, "weights only on request"
         return
+    assert weights is not None, "weights were asked for"
     fails_like(weights, right_weights, {}, "the weights", 1e-10)
     assert (weights.numpy()[~np.broadcast_to(IS_REAL[:, None, None], weights.shape)] == 0).all(), "exactly 0 on padding"
 

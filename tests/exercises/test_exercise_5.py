@@ -23,7 +23,10 @@ def test_exercise_5_real_tokens_count_up_from_pad_plus_1():
         "shifted by one, too high": shifted(1),
         "real tokens start at pad_token_id, not after it": [[max(p - 1, 1) for p in row] for row in POSITIONS],
         "columns counted, padding too": [[0, 1, 2, 3, 4]] * 5,
-        "columns counted from pad_token_id + 1, padding too": [[2, 3, 4, 5, 6]] * 5,
+        "columns counted from pad_token_id + 1, padding too, or padding is looked for under another id": [
+            [2, 3, 4, 5, 6]
+        ]
+        * 5,
         "padding goes on counting": [[2, 3, 4, 4, 4], [1, 1, 2, 3, 4], [2, 2, 3, 3, 4], POSITIONS[3], POSITIONS[4]],
         "padding at 0, not at pad_token_id": [[2, 3, 4, 0, 0], [0, 0, 2, 3, 4], [2, 0, 3, 0, 4], POSITIONS[3], [0] * 5],
         "columns counted, on real tokens": [[2, 3, 4, 1, 1], [1, 1, 4, 5, 6], [2, 1, 4, 1, 6], POSITIONS[3], [1] * 5],

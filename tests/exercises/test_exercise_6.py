@@ -67,8 +67,12 @@ def test_exercise_6_the_warm_up_is_a_share_rounded_to_whole_steps():
     """0.3 of 12 steps are 4, 0.2 of them are 2, and one step is the least."""
     for warmup, rising in ((0.3, 4), (0.2, 2), (0.01, 1)):
         got = rates(12, warmup, 1.0)[:rising]
+        mistakes = {
+            f"the share is rounded {way}": [min(1, (i + 1) / n) for i in range(rising)]
+            for way, n in (("down", max(rising - 1, 1)), ("up", rising + 1))
+        }
         message = f"the rise over {rising} steps"
-        fails_like(got, [(i + 1) / rising for i in range(rising)], {}, message, 1e-9)
+        fails_like(got, [(i + 1) / rising for i in range(rising)], mistakes, message, 1e-9)
 
 
 def test_exercise_6_runs_of_a_step_or_of_warm_up_alone_do_not_divide_by_0():

@@ -1,7 +1,7 @@
 """Exercise 7, ranks: recall with several captions a picture. A plain matrix of all scores is answer enough.
 
 The pictures' embeddings are the scores themselves, the captions' are the columns of an identity: each test can show the
-whole matrix. (The tests in tests/test_evaluation.py also ask for tiles, so that the matrix need not fit into memory.)
+whole matrix. (The library itself works in tiles, so that the matrix need not fit into memory.)
 """
 
 import pytest
