@@ -276,6 +276,11 @@ def test_right_and_wrong_answers_are_told_apart_and_written_down(submit, tmp_pat
     assert "5 of 10" in capsys.readouterr().out.splitlines()[-1]
 
 
+def but_first(leave):
+    """A right answer to exercise 5 that leaves one of its tests early: all that run pass."""
+    return f"import pytest\nif pad_token_id == 9:\n    {leave}\n" + body_of(5)["positions_after_pad"]
+
+
 @SLOW
 def test_a_solution_that_hangs_is_stopped_with_what_it_started(submit, tmp_path):
     marker = f"sleep 98{id(tmp_path) % 1000}"
@@ -289,6 +294,9 @@ def test_a_solution_that_hangs_is_stopped_with_what_it_started(submit, tmp_path)
 @pytest.mark.parametrize(
     ("body", "message"),
     [
+        pytest.param(but_first("pytest.skip()"), "did not run to its end", id="skips"),
+        pytest.param(but_first("pytest.exit('', 0)"), "did not run to its end", id="ends", marks=SLOW),
+        pytest.param(but_first("pytest.xfail()"), "did not run to its end", id="xfails", marks=SLOW),
         pytest.param("import os\nos._exit(0)", "ended without a result, exit status 0, in real_tokens", id="leaves"),
         pytest.param("hog = []\nwhile True:\n    hog.append(bytearray(10**8))", "MemoryError", id="memory", marks=SLOW),
         pytest.param("import sys\nsys.exit(0)", "SystemExit: 0", id="exits", marks=SLOW),
