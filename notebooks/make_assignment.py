@@ -13,6 +13,7 @@ import argparse
 import ast
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,20 +25,23 @@ sys.path.insert(0, str(ROOT / "tests"))
 import scores
 
 FILES = ("LICENSE", "requirements.txt", "pyproject.toml", "tests/conftest.py", "tests/references.py", "tests/scores.py")
-FOR_STAFF = ("make_assignment.py", "grade.py")
+NOTEBOOK_FILES = ("[0-9][0-9]_*.ipynb", "requirements.txt", "run.py", "retrieved.*")  # nothing else that lies there
+SECONDS, MEMORY = 120, 4.0  # limits of an exercise when it is graded; GiB
 
 # Functions that are no exercise, but so like one that they would show its answer: {exercise: (file, name)}.
 LOOK_ALIKES = {
     1: [("dualenc.py", "multi_positive_clip_loss")],
     9: [("dualenc.py", "TiledSoftplus.forward"), ("dualenc.py", "TiledSoftplus.backward")],
 }
+# Functions that would answer an exercise in one call: the grader takes them away while it grades that exercise.
+SHORTCUTS = {1: [("dualenc.py", "tiled_clip_loss"), ("dualenc.py", "tiled_multi_positive_clip_loss")]}
 SHORTEST_TELLING_LINE = 25  # characters: below, a line such as `return self` tells nothing
 
 README = """\
 # {title}
 
 Two towers, one for pictures and one for captions, learn to meet in one space: the module docstring of `dualenc.py`
-shows the whole of it. The sources here are complete but for {count} exercises, each the body of a function. {where}
+shows the whole of it. The sources here are complete but for the exercises ({count}), bodies of functions. {where}
 
 ## Set up (about 5 minutes)
 
@@ -71,7 +75,8 @@ library.
 ## Rules
 
 * Write inside the marked functions: only their bodies are graded, with fresh copies of everything else. A helper
-  function or an import goes inside the body. Changes elsewhere, in the tests too, are ignored and reported.
+  function or an import goes inside the body. Changes elsewhere, of arguments and tests too, are ignored and reported.
+* An answer works by itself: one that calls another of the library's functions for the same thing has no points.
 * Each exercise has {seconds} seconds and {memory} GiB of memory when it is graded, on a CPU.
 * Hand in `dualenc.py`, `train.py` and `eval.py`.
 
@@ -154,14 +159,15 @@ def student_notebook(notebook, exercises, with_solutions=False):
 
 
 def copy_notebooks(folder, exercises, with_solutions=False):
-    ignored = shutil.ignore_patterns(*FOR_STAFF, "__pycache__", ".ipynb_checkpoints", "runs")
-    shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=ignored)
+    (folder / "notebooks").mkdir()
+    for path in (path for pattern in NOTEBOOK_FILES for path in (ROOT / "notebooks").glob(pattern)):
+        shutil.copy(path, folder / "notebooks")
     for path in (folder / "notebooks").glob("*.ipynb"):
         notebook = student_notebook(json.loads(path.read_text()), exercises, with_solutions)
         path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
 
 
-def write_readme(folder, exercises, with_solutions=False, seconds=120, memory=4):
+def write_readme(folder, exercises, with_solutions=False):
     rows, chosen = [], exercises.values()
     for exercise in chosen:
         where = ", ".join(f"`{name}` in `{file}`" for file, name in exercise.places)
@@ -169,9 +175,8 @@ def write_readme(folder, exercises, with_solutions=False, seconds=120, memory=4)
             f"| {exercise.number} | {exercise.task} | {where} | {exercise.difficulty} | {exercise.points} "
             f"| {exercise.minutes} |"
         )
-    where = (
-        "This copy holds the solutions." if with_solutions else "A few functions that are too like them are gone too."
-    )
+    where = "A few functions that are too like them are gone too." if set(LOOK_ALIKES) & set(exercises) else ""
+    where = "This copy holds the solutions." if with_solutions else where
     text = README.format(
         title="Contrastive learning of pictures and captions: the assignment",
         count=len(exercises),
@@ -180,8 +185,8 @@ def write_readme(folder, exercises, with_solutions=False, seconds=120, memory=4)
         points=sum(exercise.points for exercise in chosen),
         minutes=sum(exercise.minutes for exercise in chosen),
         first=next(iter(exercises)),
-        seconds=seconds,
-        memory=memory,
+        seconds=SECONDS,
+        memory=f"{MEMORY:g}",
     )
     (folder / "README.md").write_text(text)
 
@@ -264,12 +269,20 @@ def choose(words):
         raise ValueError(f"--exercises is {words!r}, expected numbers out of 1 to {max(exercises)}: 1,2,5") from None
 
 
+def leave_when_told_to():
+    """From now on SIGTERM and SIGHUP end the program as Ctrl-C does, with its scratch folder and processes."""
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("dest", type=Path, help="the folder to write: new, or empty")
     parser.add_argument("--exercises", default="", help="numbers such as 1,2,5 (default: all)")
     parser.add_argument("--with-solutions", action="store_true", help="leave the answers in: a copy for staff")
     args = parser.parse_args(argv)
+    leave_when_told_to()
+    args.dest = args.dest.expanduser().resolve()
     try:
         exercises = choose(args.exercises)
         if args.dest.exists() and (not args.dest.is_dir() or any(args.dest.iterdir())):
@@ -282,7 +295,7 @@ def main(argv=None):
             if args.dest.exists():
                 args.dest.rmdir()
             folder.rename(args.dest)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     state = "with their answers, all green" if args.with_solutions else "all red here, all green with their answers"
     print(f"{args.dest}: {len(exercises)} exercises, {sum(e.points for e in exercises.values())} points; {state}")

@@ -78,6 +78,7 @@ def score(exercise, outcomes):
         "tests": len(outcomes),
         "points": exercise.points if outcomes and not failures else 0,
         "out_of": exercise.points,
+        "names": list(outcomes),
         "failures": failures,
     }
 
@@ -102,6 +103,7 @@ def score_lines(results):
 # ---- Hooks that conftest.py hands to pytest -------------------------------------------------------------------------
 
 
+LONGEST_MESSAGE = 1000  # characters
 COLLECTED = pytest.StashKey()  # names of the tests that were to run
 
 
@@ -118,7 +120,7 @@ def message_of(report):
     """The line of a failure that says most: the first, or the last where another process's traceback follows it."""
     crash = getattr(report.longrepr, "reprcrash", None)
     lines = (crash.message if crash else str(report.longrepr)).strip().splitlines()
-    return lines[-1] if lines[0].rstrip().endswith("ProcessRaisedException:") else lines[0]
+    return (lines[-1] if lines[0].rstrip().endswith("ProcessRaisedException:") else lines[0])[:LONGEST_MESSAGE]
 
 
 def pytest_collection_finish(session):

@@ -3,9 +3,14 @@
 import ast
 import importlib
 import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import textwrap
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -183,6 +188,16 @@ def test_the_notebook_of_the_assignment_tests_every_exercise_in_a_cell_of_its_ow
     assert {tags: test for tags, test in tests.items() if tags} == {(f"exercise {n}",): f"test({n})" for n in EXERCISES}
 
 
+def test_only_the_lessons_are_handed_out_and_nothing_else_that_lies_there(tmp_path, monkeypatch):
+    for name in ("01_lesson.ipynb", "exam.ipynb", "ada.json", "grade.py", "requirements.txt"):
+        (tmp_path / "notebooks").mkdir(exist_ok=True)
+        (tmp_path / "notebooks" / name).write_text('{"cells": []}')
+    monkeypatch.setattr(make_assignment, "ROOT", tmp_path)
+    (tmp_path / "out").mkdir()
+    make_assignment.copy_notebooks(tmp_path / "out", [1])
+    assert {p.name for p in (tmp_path / "out" / "notebooks").iterdir()} == {"01_lesson.ipynb", "requirements.txt"}
+
+
 def test_an_answer_anywhere_in_the_handout_is_noticed(tmp_path):
     make_assignment.write_sources(tmp_path, EXERCISES)
     make_assignment.check_secrecy(tmp_path, EXERCISES)
@@ -270,6 +285,7 @@ def test_right_and_wrong_answers_are_told_apart_and_written_down(submit, tmp_pat
     results = json.loads(file.read_text())
     rows = {row["exercise"]: row for row in results["exercises"]}
     assert (results["points"], results["out_of"]) == (5, 10) and results["ignored"] == []
+    assert results["exercises"][0]["names"][0] == "padding_does_not_count"
     assert rows[5]["points"] == 5 and rows[5]["passed"] == rows[5]["tests"] >= 4 and rows[5]["stopped"] is None
     assert rows[4]["points"] == 0 < rows[4]["passed"] < rows[4]["tests"]
     assert any("left out of the sum, but counted in the number" in said for said in rows[4]["failures"].values())
@@ -298,6 +314,11 @@ def test_a_solution_that_hangs_is_stopped_with_what_it_started(submit, tmp_path)
         pytest.param(but_first("pytest.exit('', 0)"), "did not run to its end", id="ends", marks=SLOW),
         pytest.param(but_first("pytest.xfail()"), "did not run to its end", id="xfails", marks=SLOW),
         pytest.param("import os\nos._exit(0)", "ended without a result, exit status 0, in real_tokens", id="leaves"),
+        pytest.param("import os\nos.kill(os.getpid(), 9)", "without a result, by SIGKILL", id="kills", marks=SLOW),
+        pytest.param(
+            "import os\nopen('score.json', 'w').write('[]')\nos._exit(0)", "without a result", id="forges", marks=SLOW
+        ),
+        pytest.param("import os, shutil\nshutil.rmtree(os.getcwd())", "without a result|Error", id="wipes", marks=SLOW),
         pytest.param("hog = []\nwhile True:\n    hog.append(bytearray(10**8))", "MemoryError", id="memory", marks=SLOW),
         pytest.param("import sys\nsys.exit(0)", "SystemExit: 0", id="exits", marks=SLOW),
         pytest.param("while True:\n    print('spam' * 10**6)", "too large|without a result", id="disk", marks=SLOW),
@@ -317,20 +338,139 @@ def test_a_solution_that_eats_memory_or_disk_or_leaves_is_reported(submit, body,
             "no positions_after_pad",
         ),
         (lambda text: text.replace("def positions_after_pad(", "def positions_after_pad(("), "is no Python: "),
-        (lambda text: "\0" * 8 + "\udcff" + text, "cannot be read"),
+        (
+            lambda text: text.replace("def positions_after_pad(", "async def positions_after_pad("),
+            "must be a plain def",
+        ),
+        (lambda text: text + "\nX = 0x" + "f" * 5000 + "\ndef (", None),
+        (lambda text: text.replace("    count = torch.cumsum", "```\n    count = torch.cumsum"), "is no Python"),
     ],
 )
 def test_what_is_no_python_costs_its_own_exercise_only(submit, edit, message):
     folder = submit({4: body_of(4), 5: body_of(5)})
-    text = edit((folder / "dualenc.py").read_text())
-    (folder / "dualenc.py").write_text(text, encoding="utf-8", errors="surrogateescape")
+    (folder / "dualenc.py").write_text(edit((folder / "dualenc.py").read_text()))
+    sources = grade.student_sources(folder, EXERCISES[4])
+    assert body_of(4)["masked_mean"].splitlines()[-1].strip() in sources["dualenc.py"]
+    if message is None:  # a fault that is nobody's
+        assert "torch.cumsum" in grade.student_sources(folder, EXERCISES[5])["dualenc.py"]
+        assert "dualenc.py does not parse" in grade.ignored_edits(folder)[0]
+        return
     with pytest.raises(grade.Unusable, match=message):
         grade.student_sources(folder, EXERCISES[5])
-    if "read" not in message:
-        sources = grade.student_sources(folder, EXERCISES[4])
-        assert body_of(4)["masked_mean"].splitlines()[-1].strip() in sources["dualenc.py"]
     _, rows = graded(folder, 5)
     assert rows[5]["points"] == 0 and re.search(message, rows[5]["stopped"])
+
+
+def in_latin_1(text):
+    return ("# -*- coding: latin-1 -*-\n# café\n" + text).encode("latin-1", "replace")
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        pytest.param(lambda text: text.encode("utf-8-sig"), id="byte-order mark"),
+        pytest.param(lambda text: text.replace("    ", "\t").encode("utf-8-sig"), id="mark and tabs"),
+        pytest.param(lambda text: (text + "\nno Python").replace("    ", "\t").encode(), id="tabs, does not parse"),
+        pytest.param(lambda text: text.replace("\n", "\r\n").encode(), id="Windows"),
+        pytest.param(in_latin_1, id="latin-1 that says so"),
+        pytest.param(lambda text: b"# caf\xe9\n" + text.encode(), id="latin-1 that does not"),
+        pytest.param(lambda text: b"\0" + text.encode(), id="zeros"),
+        pytest.param(
+            lambda text: re.sub(r"(def positions_after_pad.*?:\n)", r"\1    pass\n\1", text).encode(), id="twice"
+        ),
+        pytest.param(
+            lambda text: text.replace("def forward(", "<<<<<<< HEAD\n    def forward(", 1).encode(), id="marker"
+        ),
+    ],
+)
+def test_files_are_read_as_students_save_them(submit, written):
+    folder = submit({5: body_of(5), 12: body_of(12)})
+    text = (folder / "dualenc.py").read_text()
+    (folder / "dualenc.py").write_bytes(written(text))
+    assert "torch.cumsum(mask" in grade.student_sources(folder, EXERCISES[5])["dualenc.py"]
+    assert "nn.Module.train(self, mode)" in grade.student_sources(folder, EXERCISES[12])["dualenc.py"]
+
+
+def test_a_file_that_is_missing_or_no_file_costs_its_own_exercises_only(submit):
+    folder = submit({6: body_of(6)})
+    (folder / "dualenc.py").unlink()
+    (folder / "dualenc.py").mkdir()
+    with pytest.raises(grade.Unusable, match="no dualenc.py in the folder"):
+        grade.student_sources(folder, EXERCISES[5])
+    grade.student_sources(folder, EXERCISES[6])
+    assert "no dualenc.py in the folder" in grade.ignored_edits(folder)[0]
+
+
+def test_what_would_answer_an_exercise_in_one_call_is_taken_away_while_it_is_graded(submit):
+    folder = submit({1: "return tiled_clip_loss(image_embeds, text_embeds, logit_scale)"})
+    for number, is_there in ((1, False), (9, True)):
+        source = grade.student_sources(folder, EXERCISES[number])["dualenc.py"]
+        assert ("return share_of_mean(of_rows / 2 - pairs" in source) == is_there
+        assert ("not to be called: it looks like the answer of Exercise 1" in source) != is_there
+
+
+def test_an_answer_that_is_ours_word_for_word_is_told(submit):
+    source = (ROOT / "dualenc.py").read_text()
+    first, last = make_assignment.body_lines(source, functions(ast.parse(source))["masked_mean"])
+    ours = textwrap.dedent("\n".join(source.splitlines()[first:last])) + "  # mine"
+    folder = submit({4: ours, 5: body_of(5)})
+    assert grade.same_as_ours(folder, EXERCISES[4]) and not grade.same_as_ours(folder, EXERCISES[5])
+
+
+def test_several_submissions_give_a_file_each_and_a_table(submit, tmp_path, monkeypatch, capsys):
+    ada = submit({5: body_of(5)})
+    shutil.copytree(ada, tmp_path / "bob")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-k nothing")  # what is set for us must not reach the students' tests
+    (tmp_path / "bob" / "dualenc.py").write_text((ROOT / "train.py").read_text())
+    out = tmp_path / "grades"
+    grade.main([str(ada), str(tmp_path / "bob"), "--exercises", "5", "--out", str(out)])
+    assert (out / "scores.csv").read_text().splitlines() == [
+        "submission,points,out_of,exercise 5,stopped",
+        "submission,5,5,5,0",
+        "bob,0,5,0,1",
+    ]
+    results = json.loads((out / "bob.json").read_text())
+    assert results["exercises"][0]["stopped"].startswith("dualenc.py: no positions_after_pad in it")
+    assert results["limits"] == {"seconds": grade.SECONDS, "memory": grade.MEMORY} and results["versions"]["torch"]
+    assert "5 of 5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seconds", "1"], "our own answer to Exercise 5 does not pass under these limits: stopped after 1 seconds"),
+        (["--seconds", "0"], "limits of 0 seconds and 4.0 GiB"),
+        (["--memory", "nan"], "limits of 120 seconds and nan GiB"),
+        (["--memory", "-1"], "limits of 120 seconds and -1.0 GiB"),
+        (["{}", "--out", "x.json"], "x.json is one file; for several submissions name a folder"),
+        (["--out", "{}/old"], "scores.csv is there already"),
+        (["{}/outer"], r"no dualenc.py in .*outer; there is one in .*outer/inner"),
+        (["{}/nowhere"], "no folder .*nowhere"),
+    ],
+)
+def test_a_grader_that_would_fail_everybody_stops_before_it_starts(submit, tmp_path, capsys, arguments, message):
+    folder = submit({5: body_of(5)})
+    (folder / "old").mkdir()
+    (folder / "old" / "scores.csv").touch()
+    (folder / "outer" / "inner").mkdir(parents=True)
+    shutil.copy(folder / "dualenc.py", folder / "outer" / "inner")
+    with pytest.raises(SystemExit) as stop:
+        grade.main([str(folder), *(argument.format(folder) for argument in arguments), "--exercises", "5"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and re.search(message, said) and said.count("\n") == 1
+
+
+def test_sigterm_ends_the_programs_as_ctrl_c_does():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)
+    try:
+        make_assignment.leave_when_told_to()
+        with pytest.raises(SystemExit) as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        assert stop.value.code == 143
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGHUP, before[1])
 
 
 def test_a_body_that_parses_but_does_not_compile_is_reported(submit):
@@ -392,12 +532,6 @@ def test_edits_outside_are_named_one_by_one(submit):
     ):
         assert said in edits, edits
     assert "positions_after_pad" not in edits and "multi_positive" not in edits and "eval.py" not in edits
-
-
-def test_the_grader_refuses_what_is_no_folder(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        grade.main([str(tmp_path / "nowhere")])
-    assert "error: no folder" in capsys.readouterr().err
 
 
 @SLOW
