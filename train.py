@@ -741,7 +741,6 @@ def check_recipe(config, pairs, held_out):
         raise ValueError(
             f"batch_size is {config.batch_size}, less than a pair for each of {dualenc.process_count()} processes"
         )
-    dualenc.below_one("--val-fraction", config.val_fraction)
     if not 0 < config.crop_scale <= 1:
         raise ValueError(f"--crop-scale is {config.crop_scale}, expected a share above 0, and 1 for no cropping")
     if len(pairs) < 2:

@@ -277,19 +277,28 @@ def test_a_handout_goes_into_an_empty_folder_once_its_colours_are_seen(tmp_path,
 # ---- The grader -----------------------------------------------------------------------------------------------------
 
 
-def test_right_and_wrong_answers_are_told_apart_and_written_down(submit, tmp_path, capsys):
+def test_right_and_wrong_answers_of_a_class_are_told_apart_and_written_down(submit, tmp_path, monkeypatch, capsys):
     wrong = body_of(4)["masked_mean"].replace("mask.sum(1)", "hidden.shape[1]")
-    folder = submit({5: body_of(5), 4: wrong})
-    file = tmp_path / "results.json"
-    grade.main([str(folder), "--exercises", "4,5", "--out", str(file)])
-    results = json.loads(file.read_text())
+    ada, bob, out = submit({5: body_of(5), 4: wrong}), tmp_path / "bob", tmp_path / "grades"
+    bob.mkdir()
+    (bob / "dualenc.py").write_text("an empty file, nearly")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-k nothing")  # what is set for us must not reach the students' tests
+    grade.main([str(ada), str(bob), "--exercises", "4,5", "--out", str(out)])
+    assert (out / "scores.csv").read_text().splitlines() == [
+        "submission,points,out_of,exercise 4,exercise 5,stopped",
+        "submission,5,10,0,5,0",
+        "bob,0,10,0,0,2",
+    ]
+    results = json.loads((out / "submission.json").read_text())
     rows = {row["exercise"]: row for row in results["exercises"]}
     assert (results["points"], results["out_of"]) == (5, 10) and results["ignored"] == []
-    assert results["exercises"][0]["names"][0] == "padding_does_not_count"
     assert rows[5]["points"] == 5 and rows[5]["passed"] == rows[5]["tests"] >= 4 and rows[5]["stopped"] is None
-    assert rows[4]["points"] == 0 < rows[4]["passed"] < rows[4]["tests"]
+    assert rows[4]["points"] == 0 < rows[4]["passed"] < rows[4]["tests"] == len(rows[4]["names"])
     assert any("left out of the sum, but counted in the number" in said for said in rows[4]["failures"].values())
-    assert "5 of 10" in capsys.readouterr().out.splitlines()[-1]
+    assert results["limits"] == {"seconds": grade.SECONDS, "memory": grade.MEMORY} and results["versions"]["torch"]
+    stopped = [row["stopped"] for row in json.loads((out / "bob.json").read_text())["exercises"]]
+    assert [reason.partition(":")[0] for reason in stopped] == ["dualenc.py", "dualenc.py"]
+    assert "no masked_mean in it" in stopped[0] and "5 of 10" in capsys.readouterr().out
 
 
 def but_first(leave):
@@ -310,7 +319,7 @@ def test_a_solution_that_hangs_is_stopped_with_what_it_started(submit, tmp_path)
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        pytest.param(but_first("pytest.skip()"), "did not run to its end", id="skips"),
+        pytest.param(but_first("pytest.skip()"), "did not run to its end", id="skips", marks=SLOW),
         pytest.param(but_first("pytest.exit('', 0)"), "did not run to its end", id="ends", marks=SLOW),
         pytest.param(but_first("pytest.xfail()"), "did not run to its end", id="xfails", marks=SLOW),
         pytest.param("import os\nos._exit(0)", "ended without a result, exit status 0, in real_tokens", id="leaves"),
@@ -415,24 +424,6 @@ def test_an_answer_that_is_ours_word_for_word_is_told(submit):
     ours = textwrap.dedent("\n".join(source.splitlines()[first:last])) + "  # mine"
     folder = submit({4: ours, 5: body_of(5)})
     assert grade.same_as_ours(folder, EXERCISES[4]) and not grade.same_as_ours(folder, EXERCISES[5])
-
-
-def test_several_submissions_give_a_file_each_and_a_table(submit, tmp_path, monkeypatch, capsys):
-    ada = submit({5: body_of(5)})
-    shutil.copytree(ada, tmp_path / "bob")
-    monkeypatch.setenv("PYTEST_ADDOPTS", "-k nothing")  # what is set for us must not reach the students' tests
-    (tmp_path / "bob" / "dualenc.py").write_text((ROOT / "train.py").read_text())
-    out = tmp_path / "grades"
-    grade.main([str(ada), str(tmp_path / "bob"), "--exercises", "5", "--out", str(out)])
-    assert (out / "scores.csv").read_text().splitlines() == [
-        "submission,points,out_of,exercise 5,stopped",
-        "submission,5,5,5,0",
-        "bob,0,5,0,1",
-    ]
-    results = json.loads((out / "bob.json").read_text())
-    assert results["exercises"][0]["stopped"].startswith("dualenc.py: no positions_after_pad in it")
-    assert results["limits"] == {"seconds": grade.SECONDS, "memory": grade.MEMORY} and results["versions"]["torch"]
-    assert "5 of 5" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -146,20 +146,20 @@ def test_a_long_strip_shows_the_same_middle_as_if_it_were_resized_whole(size):
     picture = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     transform = dualenc.ImageTransform(resize=12, crop=(12, 12))
     whole = [side * 12 // min(size) for side in size]
-    expected = dualenc.centre_crop(dualenc.pixels.resize(picture, whole, dualenc.InterpolationMode.BICUBIC), (12, 12))
+    expected = dualenc.centre_crop(dualenc.TF.resize(picture, whole, dualenc.InterpolationMode.BICUBIC), (12, 12))
     assert torch.equal(transform.resize_and_crop(picture), expected)
 
 
 @pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])
 def test_a_very_long_strip_does_not_fill_the_memory(size, monkeypatch):
     """Resized whole, it would be 224 x 13,440,000 pixels."""
-    original = dualenc.pixels.resize
+    original = dualenc.TF.resize
 
     def resize(image, size, *arguments, **more):
         assert max(size) < 10_000
         return original(image, size, *arguments, **more)
 
-    monkeypatch.setattr(dualenc.pixels, "resize", resize)
+    monkeypatch.setattr(dualenc.TF, "resize", resize)
     transform = dualenc.ImageTransform(resize=224, crop=(224, 224))
     assert transform.resize_and_crop(torch.zeros(3, *size, dtype=torch.uint8)).shape == (3, 224, 224)
 
