@@ -12,6 +12,7 @@ appears, every test in it has been seen red as it stands, and green with the ans
 import argparse
 import ast
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -145,8 +146,11 @@ def student_notebook(notebook, exercises, with_solutions=False):
     """
     cells = []
     for cell in notebook["cells"]:
-        tagged = [tag.split() for tag in cell["metadata"].get("tags", ())]
-        belongs, shows = ({int(number) for word, number in tagged if word == kind} for kind in ("exercise", "answer"))
+        tags = "\n".join(cell["metadata"].get("tags", ()))
+        belongs, shows = (
+            {int(number) for number in re.findall(rf"^{kind} (\d+)$", tags, re.MULTILINE)}
+            for kind in ("exercise", "answer")
+        )
         if belongs and not belongs & set(exercises):
             continue
         told = shows & set(exercises)

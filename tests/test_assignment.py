@@ -165,7 +165,12 @@ def test_the_notebooks_handed_out_hold_the_chosen_exercises_and_no_answer():
 
     heading = {"cell_type": "markdown", "metadata": {"tags": ["exercise 3", "exercise 4"]}, "source": ["## Text"]}
     notebook = {
-        "cells": [heading, cell("test(3)", "exercise 3"), cell("test(4)", "exercise 4"), cell("by hand", "answer 4")]
+        "cells": [
+            heading,
+            cell("test(3)", "exercise 3"),
+            cell("test(4)", "exercise 4"),
+            cell("by hand", "hide-input", "answer 4"),
+        ]
     }
     notebook = {**notebook, "nbformat": 4}
     got = make_assignment.student_notebook(notebook, [4, 7])
