@@ -26,11 +26,11 @@ import tempfile
 import textwrap
 import time
 import tokenize
+from importlib import metadata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import make_assignment
-import torch
 from make_assignment import ROOT, scores
 
 SECONDS, MEMORY = make_assignment.SECONDS, make_assignment.MEMORY
@@ -235,7 +235,7 @@ def grade(folder, exercises, seconds=SECONDS, memory=MEMORY, say=lambda line: No
         "ignored": ignored_edits(folder),
         "seconds": round(time.time() - start, 1),
         "limits": {"seconds": seconds, "memory": memory},
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "versions": {"python": sys.version.split()[0], "torch": metadata.version("torch")},
     }
 
 

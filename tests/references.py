@@ -1,5 +1,6 @@
 """Slow versions and stand-ins that several test files share."""
 
+import inspect
 import math
 import weakref
 
@@ -54,41 +55,26 @@ def slow_gradient(function, arrays, step=1e-5):
 
 
 class FixedTower(nn.Module):
-    """A tower that answers with the features (B, W) it was given, and notes what it was called with, and how often."""
+    """A tower that answers with the features (B, W) it was given, and notes what it was called with, and how often.
+
+    like  the class whose forward says what it may be called with
+    """
 
     calls = 0
 
-    def __init__(self, features):
+    def __init__(self, features, like):
         super().__init__()
         self.width = features.shape[1]
         self.features = nn.Parameter(torch.as_tensor(features))
+        self.signature = inspect.signature(like.forward)
 
-    def answer(self, rows, **got):
-        self.got, self.calls = got, self.calls + 1
+    def forward(self, *inputs, **extras):
+        got = self.signature.bind(self, *inputs, **extras)
+        rows = got.args[1]
+        got.apply_defaults()
+        self.got, self.calls = got.arguments, self.calls + 1
         features = self.features[: len(rows)]
         return dualenc.TowerOutput(-features[:, None], features)
-
-
-class VisionTower(FixedTower):
-    def forward(self, pixel_values, output_hidden_states=False, output_attentions=False, pooled_only=False):
-        asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        return self.answer(pixel_values, pixel_values=pixel_values, **asked)
-
-
-class TextTower(FixedTower):
-    def forward(
-        self,
-        input_ids,
-        attention_mask=None,
-        token_type_ids=None,
-        position_ids=None,
-        output_hidden_states=False,
-        output_attentions=False,
-        pooled_only=False,
-    ):
-        asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return self.answer(input_ids, **inputs, token_type_ids=token_type_ids, position_ids=position_ids, **asked)
 
 
 class Memory(TorchDispatchMode):
