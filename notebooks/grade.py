@@ -296,6 +296,12 @@ def check_arguments(args):
         if is_file and len(args.submissions) > 1:
             raise ValueError(f"--out {args.out} is one file; for several submissions name a folder")
         (args.out.parent if is_file else args.out).mkdir(parents=True, exist_ok=True)
+        names = [folder.resolve().name for folder in args.submissions]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"several submissions are called {twice[0]}: one file would overwrite another; rename them"
+            )
         if not is_file and (args.out / "scores.csv").exists():
             raise ValueError(f"{args.out / 'scores.csv'} is there already; name another folder")
         if is_file:

@@ -440,6 +440,7 @@ def test_an_answer_that_is_ours_word_for_word_is_told(submit):
         (["--memory", "-1"], "limits of 120 seconds and -1.0 GiB"),
         (["{}", "--out", "x.json"], "x.json is one file; for several submissions name a folder"),
         (["--out", "{}/old"], "scores.csv is there already"),
+        (["{}", "--out", "{}/new"], "several submissions are called submission: one file would overwrite another"),
         (["{}/outer"], r"no dualenc.py in .*outer; there is one in .*outer/inner"),
         (["{}/nowhere"], "no folder .*nowhere"),
     ],
