@@ -96,6 +96,85 @@ LOGIT_SCALE_INIT = 2.6592  # ln(1 / 0.07), cut as published configs cut it: cosi
 LOGIT_SCALE_MAX = math.log(100)  # CLIP, section 2.5: beyond this training is unstable; train.py clamps after each step
 MAX_SIDE = 8192  # pixels; a checkpoint that asks for larger pictures is broken or means harm
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2  Losses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def clip_loss(image_embeds, text_embeds, logit_scale):
+    """Symmetric contrastive loss over every pair in the batch.
+
+    image_embeds  (B, E)  unit-norm rows
+    text_embeds   (B, E)  unit-norm rows; row i describes picture i
+    logit_scale   ()      natural log of the inverse temperature
+    returns       ()      mean loss in nats: about ln(B) before training, towards 0 as pairs separate
+    raises        ValueError if the two batches differ in shape
+    source        Radford et al. 2021, Figure 3
+    Exercise 1    easy, 20 minutes: the loss of both directions, run `pytest -k exercise_1`
+    """
+    check_same_shape(image_embeds, text_embeds)
+    logits_per_image = logit_scale.exp() * image_embeds @ text_embeds.T
+    labels = torch.arange(len(logits_per_image), device=logits_per_image.device)
+    image_to_text = F.cross_entropy(logits_per_image, labels)
+    text_to_image = F.cross_entropy(logits_per_image.T, labels)
+    return (image_to_text + text_to_image) / 2
+
+
+def siglip_loss(image_embeds, text_embeds, logit_scale, logit_bias):
+    """Every cell of the B x B matrix is a yes-or-no question of its own: are these two a pair?
+
+    image_embeds, text_embeds  (B, E)  unit-norm rows; row i describes picture i
+    logit_scale, logit_bias    ()      the paper starts from ln(10) and -10
+    returns                    ()      binary cross-entropy in nats, summed over the matrix, divided by B
+    raises                     ValueError if the two batches differ in shape
+    source                     Zhai et al. 2023, Algorithm 1 (equation 1 writes the bias with the other sign)
+    """
+    check_same_shape(image_embeds, text_embeds)
+    logits = logit_scale.exp() * image_embeds @ text_embeds.T + logit_bias
+    is_pair = torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
+    return F.binary_cross_entropy_with_logits(logits, is_pair, reduction="sum") / len(logits)
+
+
+def multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group_ids):
+    """clip_loss where several captions fit a picture: the right answer is shared evenly by the row's whole group.
+
+    clip_loss calls the caption of another dog picture wrong: where a group's rows are alike, its best value is
+    ln(group size), not 0. Here the entropy of the shared answer is taken off, so 0 stays the best value. Without
+    repeats it is clip_loss.
+
+    image_embeds, text_embeds  (B, E)  unit-norm rows; row i describes picture i
+    logit_scale                ()      natural log of the inverse temperature
+    group_ids                  (B,)    integers; rows with equal ids describe each other
+    returns                    ()      mean KL divergence from the shared answer, in nats
+    raises                     ValueError if the batches differ in shape or group_ids is not (B,)
+    source                     Yang et al. 2022, "Unified Contrastive Learning" (UniCL), equations 3 and 4
+    """
+    check_same_shape(image_embeds, text_embeds)
+    check_group_ids(group_ids, image_embeds)
+    logits_per_image = logit_scale.exp() * image_embeds @ text_embeds.T
+    same_group = (group_ids[:, None] == group_ids[None, :]).to(logits_per_image.dtype)
+    target = same_group / same_group.sum(dim=1, keepdim=True)  # symmetric: it serves both directions
+    best_value = same_group.sum(dim=1).log().mean()  # the entropy of target: ln(group size)
+    image_to_text = F.cross_entropy(logits_per_image, target)
+    text_to_image = F.cross_entropy(logits_per_image.T, target)
+    return (image_to_text + text_to_image) / 2 - best_value
+
+
+def check_same_shape(image_embeds, text_embeds):
+    if image_embeds.shape != text_embeds.shape:
+        raise ValueError(
+            f"image_embeds {tuple(image_embeds.shape)} and text_embeds {tuple(text_embeds.shape)} must have one shape: "
+            f"row i of one describes row i of the other"
+        )
+
+
+def check_group_ids(group_ids, image_embeds):
+    if group_ids.shape != image_embeds.shape[:1]:
+        raise ValueError(f"group_ids has shape {tuple(group_ids.shape)}, expected one id a row: ({len(image_embeds)},)")
+
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 1  Configurations
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,84 +278,6 @@ class DualEncoderConfig:
         values = {key: value for key, value in values.items() if key != "model_type"}
         vision, text = build(VisionConfig, values.pop("vision", {})), build(TextConfig, values.pop("text", {}))
         return build(cls, {"vision": vision, "text": text, **values})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 2  Losses
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def clip_loss(image_embeds, text_embeds, logit_scale):
-    """Symmetric contrastive loss over every pair in the batch.
-
-    image_embeds  (B, E)  unit-norm rows
-    text_embeds   (B, E)  unit-norm rows; row i describes picture i
-    logit_scale   ()      natural log of the inverse temperature
-    returns       ()      mean loss in nats: about ln(B) before training, towards 0 as pairs separate
-    raises        ValueError if the two batches differ in shape
-    source        Radford et al. 2021, Figure 3
-    Exercise 1    easy, 20 minutes: the loss of both directions, run `pytest -k exercise_1`
-    """
-    check_same_shape(image_embeds, text_embeds)
-    logits_per_image = logit_scale.exp() * image_embeds @ text_embeds.T
-    labels = torch.arange(len(logits_per_image), device=logits_per_image.device)
-    image_to_text = F.cross_entropy(logits_per_image, labels)
-    text_to_image = F.cross_entropy(logits_per_image.T, labels)
-    return (image_to_text + text_to_image) / 2
-
-
-def siglip_loss(image_embeds, text_embeds, logit_scale, logit_bias):
-    """Every cell of the B x B matrix is a yes-or-no question of its own: are these two a pair?
-
-    image_embeds, text_embeds  (B, E)  unit-norm rows; row i describes picture i
-    logit_scale, logit_bias    ()      the paper starts from ln(10) and -10
-    returns                    ()      binary cross-entropy in nats, summed over the matrix, divided by B
-    raises                     ValueError if the two batches differ in shape
-    source                     Zhai et al. 2023, Algorithm 1 (equation 1 writes the bias with the other sign)
-    """
-    check_same_shape(image_embeds, text_embeds)
-    logits = logit_scale.exp() * image_embeds @ text_embeds.T + logit_bias
-    is_pair = torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
-    return F.binary_cross_entropy_with_logits(logits, is_pair, reduction="sum") / len(logits)
-
-
-def multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group_ids):
-    """clip_loss where several captions fit a picture: the right answer is shared evenly by the row's whole group.
-
-    clip_loss calls the caption of another dog picture wrong: where a group's rows are alike, its best value is
-    ln(group size), not 0. Here the entropy of the shared answer is taken off, so 0 stays the best value. Without
-    repeats it is clip_loss.
-
-    image_embeds, text_embeds  (B, E)  unit-norm rows; row i describes picture i
-    logit_scale                ()      natural log of the inverse temperature
-    group_ids                  (B,)    integers; rows with equal ids describe each other
-    returns                    ()      mean KL divergence from the shared answer, in nats
-    raises                     ValueError if the batches differ in shape or group_ids is not (B,)
-    source                     Yang et al. 2022, "Unified Contrastive Learning" (UniCL), equations 3 and 4
-    """
-    check_same_shape(image_embeds, text_embeds)
-    check_group_ids(group_ids, image_embeds)
-    logits_per_image = logit_scale.exp() * image_embeds @ text_embeds.T
-    same_group = (group_ids[:, None] == group_ids[None, :]).to(logits_per_image.dtype)
-    target = same_group / same_group.sum(dim=1, keepdim=True)  # symmetric: it serves both directions
-    best_value = same_group.sum(dim=1).log().mean()  # the entropy of target: ln(group size)
-    image_to_text = F.cross_entropy(logits_per_image, target)
-    text_to_image = F.cross_entropy(logits_per_image.T, target)
-    return (image_to_text + text_to_image) / 2 - best_value
-
-
-def check_same_shape(image_embeds, text_embeds):
-    if image_embeds.shape != text_embeds.shape:
-        raise ValueError(
-            f"image_embeds {tuple(image_embeds.shape)} and text_embeds {tuple(text_embeds.shape)} must have one shape: "
-            f"row i of one describes row i of the other"
-        )
-
-
-def check_group_ids(group_ids, image_embeds):
-    if group_ids.shape != image_embeds.shape[:1]:
-        raise ValueError(f"group_ids has shape {tuple(group_ids.shape)}, expected one id a row: ({len(image_embeds)},)")
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3  DualEncoder
@@ -478,6 +479,7 @@ class DualEncoder(nn.Module):
                 this model computes
         """
         save_dual_encoder(self, folder, format)
+
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -754,6 +756,7 @@ class TextEncoder(nn.Module):
         if self.config.pooling == "pooler":
             return torch.tanh(self.pooler["dense"](hidden[:, 0]))
         return hidden[:, 0]
+
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1543,6 +1546,1076 @@ def train_tokenizer(captions, vocab_size, max_length=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# 10  Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+# What a class name becomes, for training captions and for zero-shot classification alike.
+TEMPLATES = (
+    "a photo of a {}.",
+    "a picture of a {}.",
+    "an image of a {}.",
+    "a small photo of a {}.",
+    "a blurry photo of a {}.",
+    "a close-up photo of a {}.",
+    "a photo of one {}.",
+)
+SPLITS = ("train", "val", "test")
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+CAPTION_SUFFIXES = {".csv", ".tsv", ".jsonl"}
+IMAGE_COLUMNS = ("image", "filepath", "path", "image_path", "filename", "file_name", "file")
+CAPTION_COLUMNS = ("caption", "captions", "text", "title")
+
+# torchvision's data sets: class, then the arguments of each split; where there is one dictionary, the set has no split
+# of its own.
+_BY_TRAIN = {"train": {"train": True}, "test": {"train": False}}
+_BY_SPLIT = {"train": {"split": "train"}, "test": {"split": "test"}}
+_BY_THREE = {**_BY_SPLIT, "val": {"split": "val"}}
+TORCHVISION_SETS = {
+    "mnist": ("MNIST", _BY_TRAIN),
+    "fashionmnist": ("FashionMNIST", _BY_TRAIN),
+    "cifar10": ("CIFAR10", _BY_TRAIN),
+    "cifar100": ("CIFAR100", _BY_TRAIN),
+    "stl10": ("STL10", _BY_SPLIT),
+    "food101": ("Food101", _BY_SPLIT),
+    "flowers102": ("Flowers102", _BY_THREE),
+    "pets": ("OxfordIIITPet", {"train": {"split": "trainval"}, "test": {"split": "test"}}),
+    "dtd": ("DTD", _BY_THREE),
+    "aircraft": ("FGVCAircraft", _BY_THREE),
+    "country211": ("Country211", {**_BY_SPLIT, "val": {"split": "valid"}}),
+    "eurosat": ("EuroSAT", {}),
+    "caltech101": ("Caltech101", {}),
+}
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Pictures, each with all of its captions.
+
+    names     I strings, one a picture: they decide the split and name the picture in messages
+    pictures  indexable by picture number, gives a PIL image
+    captions  I lists of captions
+    labels    I class numbers; None when captions are not made from classes
+    classes   the K class names, or None
+    """
+
+    neighbours = 1  # pictures in a row that training should see in one batch: wrong, but almost right for each other
+
+    def __init__(self, names, pictures, captions, labels=None, classes=None):
+        self.names, self.pictures, self.captions = names, pictures, captions
+        self.labels, self.classes = labels, classes
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        """Picture i and the list of its captions."""
+        return self.pictures[i], self.captions[i]
+
+    def select(self, indices):
+        """The pairs at these picture numbers, as plain Pairs: neighbours and hard_negatives do not come along."""
+        indices = list(indices)
+        return Pairs(
+            [self.names[i] for i in indices],
+            Selected(self.pictures, indices),
+            [self.captions[i] for i in indices],
+            self.labels and [self.labels[i] for i in indices],
+            self.classes,
+        )
+
+    def group_of(self, i):
+        """Pictures of one group share their captions: the class where there are classes, else the picture itself."""
+        return self.labels[i] if self.labels else i
+
+    def caption_table(self):
+        """Every caption once per group: (captions, the group of each caption, the group of each picture)."""
+        groups = [self.group_of(i) for i in range(len(self))]
+        table = {(caption, group): None for group, captions in zip(groups, self.captions) for caption in captions}
+        return [caption for caption, _ in table], [group for _, group in table], groups
+
+
+class Selected(Sequence):
+    """Some items of a sequence, fetched when asked for."""
+
+    def __init__(self, items, indices):
+        self.items, self.indices = items, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        return self.items[self.indices[i]]
+
+
+class PictureFiles(Sequence):
+    """Picture files, opened when asked for; rows and source say where each was named, for messages."""
+
+    scale_of = None  # see open_picture and sized_for
+
+    def __init__(self, paths, rows=None, source=""):
+        self.paths, self.rows, self.source = paths, rows, source
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        try:
+            return open_picture(self.paths[i], self.scale_of)
+        except ValueError as error:
+            raise ValueError(f"{self.source}{self.rows[i]}: {error}" if self.rows else str(error)) from error
+
+
+def sized_for(transform, pictures, smallest_share=1.0):
+    """The same pictures for this ImageTransform's use alone: large JPEGs decoded no larger than it takes.
+
+    smallest_share  of a picture's area that a crop before the transform keeps
+    """
+    if isinstance(pictures, Selected):
+        return Selected(sized_for(transform, pictures.items, smallest_share), pictures.indices)
+    if hasattr(pictures, "scale_of"):
+        pictures = copy.copy(pictures)
+        pictures.scale_of = functools.partial(transform.decode_scale, smallest_share=smallest_share)
+    return pictures
+
+
+class Unreadable(torch.utils.data.Dataset):
+    """For each picture of pairs why it cannot be read, or an empty string."""
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, i):
+        try:
+            to_pixels(self.pairs.pictures[i])
+        except ValueError as error:
+            return str(error)
+        return ""
+
+
+def drop_unreadable(pairs, workers=0):
+    """(the pairs whose pictures can be read, {name: reason} of the others); every picture is read once."""
+    loader = torch.utils.data.DataLoader(
+        Unreadable(pairs),
+        batch_size=64,
+        num_workers=workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # measuring leaves the global generator alone
+        worker_init_fn=start_worker,
+    )
+    reasons = [reason for batch in from_workers(loader) for reason in batch]
+    bad = {pairs.names[i]: reason for i, reason in enumerate(reasons) if reason}
+    return pairs.select(i for i, reason in enumerate(reasons) if not reason), bad
+
+
+def load_pairs(
+    spec,
+    split="train",
+    data_root="data",
+    images=None,
+    val_fraction=0.1,
+    templates=TEMPLATES,
+    seed=0,
+    download=False,
+    allow_outside=False,
+):
+    """Pictures with captions from a data spec.
+
+    spec          "shapes"; a torchvision set such as "cifar10"; a folder with a subfolder a class; a folder of pictures
+                  with .txt files of the same name; a .csv, .tsv or .jsonl caption file; "coco:captions.json" or
+                  "flickr:captions.txt"; tar shards, as in "shards-{0000..0099}.tar"
+    split         "train", "val" or "test". The data's own where it has one (its test part serves as val if it has no
+                  val part; in folders val serves as test, too); else val and test are the pictures whose names hash
+                  below val_fraction of the range, so about that share of them, and train is the rest
+    data_root     where torchvision's sets lie
+    val_fraction  0 to 1
+    images        the picture folder of coco: and flickr:, unless it is the caption file's own
+    templates     what class names become: strings with {} in them
+    seed          draws the shapes
+    download      whether torchvision may fetch a set that is not in data_root
+    allow_outside lets a caption file name pictures by relative paths that climb out of its folder
+    returns       Pairs
+    raises        ValueError for an unknown spec (listing what there is), for a val_fraction beyond 0 and 1, and for
+                  pictures or captions that are missing, naming file and line
+    """
+    one_of("split", split, SPLITS)
+    if not 0 <= val_fraction <= 1:
+        raise ValueError(f"val_fraction is {val_fraction}, expected a share from 0 to 1")
+    spec = str(spec)
+    kind, _, rest = spec.partition(":")
+    path = Path(spec)
+    if spec == "shapes":
+        return ShapesPairs(split, seed=seed)
+    if spec in TORCHVISION_SETS:
+        pairs, own = torchvision_pairs(spec, split, data_root, templates, download)
+    elif kind in ("coco", "flickr") and rest:
+        pairs, own = {"coco": coco_pairs, "flickr": flickr_pairs}[kind](Path(rest), split, images, allow_outside)
+    elif path.is_dir():
+        pairs, own = folder_pairs(path, split, templates)
+    elif path.suffix.lower() in CAPTION_SUFFIXES:
+        pairs, own = caption_file_pairs(path, allow_outside), False
+    elif path.suffix.lower() == ".tar" or re.match("(pipe|https?|s3|gs):", spec):
+        pairs, own = shard_pairs(spec), False
+    else:
+        raise ValueError(
+            f"unknown data {spec!r}: neither a folder or caption file ({', '.join(sorted(CAPTION_SUFFIXES))}) here, "
+            f"nor .tar shards, nor a data set; {nearest(spec, ['shapes', *TORCHVISION_SETS])}"
+        )
+    return pairs if own else pairs.select(hashed_split(pairs.names, split, val_fraction))
+
+
+def hashed_split(names, split, val_fraction):
+    """The numbers of a split's pictures. A name's hash decides, so new files never move old ones across."""
+    held_out = [
+        int(hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8], 16) < val_fraction * 2**32
+        for name in names
+    ]
+    return [i for i, out in enumerate(held_out) if out != (split == "train")]
+
+
+def readable_name(name):
+    """A class name as words: underscores and runs of white space become one space."""
+    return re.sub(r"[_\s]+", " ", name).strip()
+
+
+def class_captions(labels, classes, templates):
+    """The captions of each picture, its class name in every template; and the class names made readable.
+
+    raises  ValueError for a template without {}
+    """
+    for template in templates:
+        if "{}" not in template:
+            raise ValueError(f"template {template!r} has no {{}} for the class name")
+    readable = [readable_name(name) for name in classes]
+    by_class = [[template.replace("{}", name) for template in templates] for name in readable]
+    return [by_class[label] for label in labels], readable
+
+
+def torchvision_pairs(name, split, data_root, templates, download):
+    class_name, splits = TORCHVISION_SETS[name]
+    arguments = (splits.get(split) or splits["test"]) if splits else {}
+    try:
+        data = getattr(torchvision.datasets, class_name)(str(data_root), download=download, **arguments)
+    except RuntimeError as error:
+        raise ValueError(f"{name} is not below {data_root} ({error}); train.py's --download fetches it") from error
+    # torchvision has no one name for the labels; each of these saves decoding all pictures to read them.
+    labels = next(getattr(data, name) for name in ("targets", "labels", "_labels", "y") if hasattr(data, name))
+    labels = [int(label) for label in labels]
+    captions, classes = class_captions(labels, getattr(data, "classes", None) or data.categories, templates)
+    # A set without splits is split by the hash of these names, which must then be the same for each split.
+    prefix = f"{name}/{split}" if splits else name
+    names = [f"{prefix}/{i}" for i in range(len(data))]
+    return Pairs(names, FirstOfEach(data), captions, labels, classes), bool(splits)
+
+
+class FirstOfEach(Sequence):
+    """The pictures of a torchvision data set, whose items are (picture, label)."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        with blamed_on(f"{i} of {type(self.items).__name__}", "cannot read picture"):
+            return flatten_picture(self.items[i][0])
+
+
+def folder_pairs(folder, split, templates):
+    """A folder of class folders, or of pictures with captions in .txt files; with or without train/, val/, test/."""
+    own = (folder / "train").is_dir()
+    if own:
+        wanted = {"train": ("train",), "val": ("val", "test"), "test": ("test", "val")}[split]
+        present = [part for part in wanted if (folder / part).is_dir()]
+        if not present:
+            raise ValueError(f"{folder} has train/ but neither val/ nor test/; add one, or move train/'s content up")
+        folder = folder / present[0]
+    if any(pictures_below(path) for path in subfolders(folder)):
+        return class_folder_pairs(folder, templates), own
+    return text_file_pairs(folder), own
+
+
+def subfolders(folder):
+    """Its folders in order, but hidden ones, where programs keep things of their own."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def pictures_below(folder):
+    """The pictures of a folder and all folders in it that are not hidden, in order."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in PICTURE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts[:-1])
+    )
+
+
+def class_folder_pairs(folder, templates):
+    class_folders = subfolders(folder)
+    paths, labels = [], []
+    for label, class_folder in enumerate(class_folders):
+        found = pictures_below(class_folder)
+        if not found:
+            raise ValueError(f"class folder {class_folder} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
+        paths += found
+        labels += [label] * len(found)
+    captions, classes = class_captions(labels, [path.name for path in class_folders], templates)
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    return Pairs(names, PictureFiles(paths), captions, labels, classes)
+
+
+def text_file_pairs(folder):
+    paths = pictures_below(folder)
+    if not paths:
+        raise ValueError(f"{folder} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
+    rows = []
+    for path in paths:
+        text_path = path.with_suffix(".txt")
+        if not text_path.is_file():
+            raise ValueError(f"picture {path} has no caption file {text_path.name} beside it")
+        filled = [
+            (f"{text_path}, line {number}", str(path.relative_to(folder)), line)
+            for number, line in text_lines(text_path)
+            if line.strip()
+        ]
+        if not filled:
+            raise ValueError(f"caption file {text_path} is empty")
+        rows += filled
+    return pairs_from_rows(rows, folder)
+
+
+def caption_file_pairs(path, allow_outside):
+    """A table of pictures and captions, columns found by name, one row a caption."""
+    if not path.is_file():
+        raise ValueError(f"no caption file {path}")
+    return pairs_from_rows(caption_file_rows(path), path.parent, f"{path}, line ", allow_outside)
+
+
+def caption_file_rows(path):
+    """(line number, picture, caption) of each caption."""
+    columns = None
+    for line, row in jsonl_rows(path) if path.suffix.lower() == ".jsonl" else table_rows(path):
+        if columns is None:
+            image_column = find_column(row, IMAGE_COLUMNS, "picture", path)
+            columns = image_column, find_column(row, CAPTION_COLUMNS, "caption", path)
+        image, captions = (row.get(column) for column in columns)
+        for caption in captions if isinstance(captions, list) and captions else [captions]:
+            yield line, image, caption
+
+
+def text_lines(path):
+    """(number from 1, line with its end) of a text file: UTF-8, or UTF-16 if it starts with that byte-order mark."""
+    with open(path, "rb") as file:
+        encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    number = 0
+    try:
+        with open(path, encoding=encoding, newline="") as file:
+            for number, line in enumerate(file, 1):
+                yield number, line
+    except UnicodeError as error:
+        raise ValueError(f"{path} is not {encoding} text after line {number}: {error}; save it as UTF-8") from error
+
+
+def table_rows(path):
+    """(line number, {column: cell}) for each row of a csv or tsv file; the header tells the separator."""
+    lines = (line for _, line in text_lines(path))
+    header = next(lines, "")
+    separator = max("\t,;|", key=header.count)
+    # Strict: else a quote that is never closed would quietly swallow the rows below it.
+    settings = {"delimiter": separator, "skipinitialspace": True, "strict": True}
+    columns, number = None, 1
+    reader = csv.reader(itertools.chain([header], lines), **settings)
+    try:
+        for cells in reader:
+            if cells and columns is None:
+                columns = [cell.strip() for cell in cells]
+            elif cells:
+                if any(cell.strip() for cell in cells[len(columns) :]):
+                    raise ValueError(
+                        f"{path}, line {number} has {len(cells)} cells, but the header names {len(columns)} columns: "
+                        f"quote captions that hold the separator {separator!r}"
+                    )
+                yield number, dict(itertools.zip_longest(columns, cells[: len(columns)]))
+            number = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}, line {number}: {error}; a cell that starts with a quote must end with one, and quotes inside it "
+            f"are doubled"
+        ) from error
+
+
+def jsonl_rows(path):
+    for number, line in text_lines(path):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number} is not json: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number} is not a json object")
+            yield number, row
+
+
+def find_column(row, accepted, kind, path):
+    for name in accepted:
+        found = [column for column in row if column.strip().lower() == name]
+        if found:
+            return found[0]
+    there = ", ".join(str(column) for column in row)
+    raise ValueError(f"{path} has no {kind} column: it has {there}; expected one of {', '.join(accepted)}")
+
+
+def pairs_from_rows(rows, root, source="", allow_outside=False):
+    """Pairs from rows of (where, picture, caption); a picture's rows are brought together, equal rows count once.
+
+    where    a line number, say: source and where together begin every message
+    picture  its path from root; outside of root only if absolute, or with allow_outside
+    raises   ValueError for a caption or picture that is missing, or no text
+    """
+    captions_of, by_spelling, first_rows = {}, {}, []
+    for where, picture, caption in rows:
+        if not isinstance(picture, str) or not picture:
+            raise ValueError(f"{source}{where}: no picture named")
+        if not isinstance(caption, str) or not caption.strip():
+            got = "empty caption" if caption is None or isinstance(caption, str) else f"caption {caption!r}"
+            raise ValueError(f"{source}{where}: {got} for {picture}")
+        if not caption.isascii():  # json can hold half a character: "\ud83d"
+            with blamed_on(f"{source}{where}", "no text in"):
+                caption.encode()
+        if picture not in by_spelling:
+            path = locate_picture(picture, root, f"{source}{where}", allow_outside)
+            if path not in captions_of:
+                captions_of[path] = []
+                first_rows.append(where)
+            by_spelling[picture] = captions_of[path]
+        by_spelling[picture].append(caption.strip())
+    if not captions_of:
+        raise ValueError(f"no pairs below {root}")
+    names = [Path(os.path.relpath(path, root)).as_posix() for path in captions_of]
+    captions = [list(dict.fromkeys(several)) for several in captions_of.values()]
+    return Pairs(names, PictureFiles(list(captions_of), first_rows, source), captions)
+
+
+def locate_picture(picture, root, place, allow_outside):
+    """The path of a picture that a row names; see pairs_from_rows."""
+    climbs = not os.path.isabs(picture) and os.path.normpath(picture).split(os.sep)[0] == os.pardir
+    if climbs and not allow_outside:
+        raise ValueError(
+            f"{place}: picture {picture} lies outside {root}; name it by its absolute path, or --allow-outside"
+        )
+    path = os.path.normpath(os.path.join(root, picture))
+    if not os.path.isfile(path):
+        raise ValueError(f"{place}: missing picture {path}")
+    return path
+
+
+def coco_pairs(path, split, images, allow_outside):
+    """COCO's captions_*.json, or Karpathy's dataset_*.json, which has splits of its own."""
+    data, root = read_json(path), Path(images or path.parent)
+    with blamed_on(path):
+        entries = data.get("images", [])
+        own = bool(entries) and "sentences" in entries[0]
+        rows = karpathy_rows(entries, split) if own else coco_rows(data, entries)
+    return pairs_from_rows(rows, root, f"{path}, ", allow_outside), own
+
+
+def karpathy_rows(entries, split):
+    parts = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}[split]
+    return [
+        (f"picture {entry['filename']}", os.path.join(entry.get("filepath", ""), entry["filename"]), sentence["raw"])
+        for entry in entries
+        if entry["split"] in parts
+        for sentence in entry["sentences"]
+    ]
+
+
+def coco_rows(data, entries):
+    if "annotations" not in data:
+        raise ValueError(f"no COCO caption file: it has {', '.join(data)}; expected images and annotations")
+    files = {entry["id"]: entry["file_name"] for entry in entries}
+    notes = data["annotations"]
+    return [(f"annotation {note.get('id')}", files.get(note["image_id"]), note["caption"]) for note in notes]
+
+
+def flickr_pairs(path, split, images, allow_outside):
+    """Flickr8k's token file (picture.jpg#0, tab, caption), or the tables of both Flickr sets."""
+    if path.suffix.lower() == ".json":
+        return coco_pairs(path, split, images, allow_outside)
+    if not path.is_file():
+        raise ValueError(f"no caption file {path}")
+    return pairs_from_rows(flickr_rows(path), Path(images or path.parent), f"{path}, line ", allow_outside), False
+
+
+def flickr_rows(path):
+    for number, line in text_lines(path):
+        if not line.strip():
+            continue
+        separator = r"(?P<separator>#\d+\s*\t|\|\s*\w+\s*\||,|\t)"
+        match = re.match(rf"\s*(?P<image>[^#,|\t]+?)\s*{separator}\s*(?P<caption>.*?)\s*$", line)
+        if match is None:
+            raise ValueError(
+                f"{path}, line {number} is no Flickr caption: {line!r}; expected picture.jpg#0<tab>caption"
+            )
+        if number == 1 and Path(match["image"]).suffix.lower() not in PICTURE_SUFFIXES:
+            continue  # a header
+        caption = match["caption"]
+        if match["separator"] == "," and caption.startswith('"'):
+            caption = ",".join(next(csv.reader([caption])))
+        yield number, match["image"], caption
+
+
+def shard_pairs(spec):
+    """Tar shards in webdataset's layout: members key.jpg (or .png, ...) with key.txt, or key.json with a caption field.
+
+    Each shard is gone through once, for headers and captions; pictures are read later, one seek each. So shards behave
+    as files do: every picture is seen once an epoch in an order drawn anew, by however many workers and processes.
+
+    spec    paths with {0000..0099} or {a,b} in them
+    raises  ValueError naming shard and sample for shards that are missing, cut short or no tar files, for a sample
+            without picture or caption, and for a key that comes twice
+    """
+    if ":" in spec[2:]:  # past the drive letter that a path on Windows begins with
+        raise ValueError(f"shards are read from disk, so fetch {spec} first, and name the files")
+    paths = expand_braces(spec)
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(paths)} shards are missing: {', '.join(missing[:5])}")
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"{spec} names a shard twice")
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    names, captions, places = [], [], array.array("q")  # numbers only: millions of pictures are many
+    for number, path in enumerate(paths):
+        shard = Path(os.path.relpath(path, root)).as_posix()
+        for key, (offset, size, several) in shard_samples(path).items():
+            names.append(f"{shard}/{key}")
+            captions.append(several)
+            places.extend((number, offset, size))
+    if not names:
+        raise ValueError(f"{spec} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
+    return Pairs(names, ShardPictures(paths, np.array(places).reshape(-1, 3)), captions)
+
+
+def expand_braces(spec):
+    """Every spec that {first..last} and {one,other} stand for: "a{08..10}" is a08, a09 and a10."""
+    braces = re.search(r"\{([^{}]*)\}", spec)
+    if not braces:
+        return [spec]
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
+    words = braces[1].split(",")
+    if numbers:
+        words = [str(n).zfill(len(numbers[1])) for n in range(int(numbers[1]), int(numbers[2]) + 1)]
+    if not words or (len(words) == 1 and not numbers):
+        raise ValueError(f"{braces[0]} in {spec} names no shards; expected {{0000..0099}} or {{a,b}}")
+    return [path for word in words for path in expand_braces(spec[: braces.start()] + word + spec[braces.end() :])]
+
+
+def shard_samples(path):
+    """{key: (offset, size of its picture, captions)} of a tar shard, in the order of the pictures."""
+    pictures, captions, from_json = {}, {}, {}
+    with blamed_on(path), open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            tar.members = []  # or they would all be kept
+            folder, _, name = member.name.removeprefix("./").rpartition("/")
+            stem, _, extension = name.partition(".")
+            key, extension = f"{folder}/{stem}".removeprefix("/"), f".{extension.lower()}"
+            if not (member.isfile() and stem):
+                continue
+            found = pictures if extension in PICTURE_SUFFIXES else {".txt": captions, ".json": from_json}.get(extension)
+            if found is None:
+                continue
+            if key in found:
+                raise ValueError(f"sample {key} comes twice: {member.name}")
+            if found is pictures:
+                pictures[key] = (member.offset_data, member.size)
+            else:
+                file.seek(member.offset_data)  # tarfile's own way takes as long as all the rest
+                content = file.read(member.size)
+                with blamed_on(member.name):
+                    found[key] = member_captions(content, extension)
+        file.seek(tar.offset)  # a whole archive ends in a block of zeros
+        if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+            raise ValueError(f"cut short or damaged at byte {tar.offset:,}, after {len(pictures):,} pictures")
+        captions = {**from_json, **captions}
+        for key in {**pictures, **captions}:
+            if key not in pictures:
+                raise ValueError(f"sample {key} has no picture ({', '.join(sorted(PICTURE_SUFFIXES))})")
+            if not captions.get(key):
+                raise ValueError(
+                    f"sample {key} has no caption: neither lines in {key}.txt nor {', '.join(CAPTION_COLUMNS)} in "
+                    f"{key}.json"
+                )
+    return {key: (*place, captions[key]) for key, place in pictures.items()}
+
+
+def member_captions(content, extension):
+    """The captions in a .txt or .json member of a shard, each once."""
+    text = content.decode("utf-8-sig")
+    lines = re.split(r"[\r\n]+", text)
+    if extension == ".json":
+        values = json.loads(text)
+        lines = next((values[name] for name in CAPTION_COLUMNS if values.get(name)), [])
+        lines = [lines] if isinstance(lines, str) else lines
+        for line in lines:
+            line.encode()  # json can hold half a character, which is no text
+    return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+
+
+class ShardPictures(Sequence):
+    """Pictures inside tar shards, read when asked for.
+
+    paths   the shards
+    places  (I, 3): shard number, offset and size in bytes of each picture
+    """
+
+    scale_of = None  # see open_picture and sized_for
+
+    def __init__(self, paths, places):
+        self.paths, self.places = paths, places
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, i):
+        shard, offset, size = self.places[i].tolist()
+        # Opened for each picture, which takes microseconds: no handles to share between processes, or to run out of.
+        with blamed_on(f"{self.paths[shard]} at byte {offset:,}", "cannot read picture"):
+            with open(self.paths[shard], "rb") as file:
+                file.seek(offset)
+                content = file.read(size)
+            return decode_picture(io.BytesIO(content), self.scale_of)
+
+
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (40, 80, 220),
+    "yellow": (240, 210, 40),
+    "purple": (140, 60, 180),
+    "orange": (245, 140, 30),
+    "black": (20, 20, 20),
+    "gray": (140, 140, 140),
+}
+SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
+SIZES = {"small": 0.1, "large": 0.18}  # radius as a share of the picture's side
+RELATIONS = ("left of", "above")  # of the first object to the second, in a scene
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+HELD_OUT_OBJECTS = {("red", "star"), ("green", "cross"), ("blue", "triangle"), ("yellow", "circle")}
+MAX_HELD_OUT = 3184  # held-out pictures: twice as many as there are held-out scenes without one of these objects
+
+
+class ShapesPairs(Pairs):
+    """Drawn pictures such as "a small red circle left of a large blue star": data that needs no download.
+
+    Two objects, each with a size, a colour and a shape, beside or above each other: 18,240 scenes. Which adjective goes
+    with which noun, and their order, decide the picture. Held out are a tenth of the scenes, and all scenes with one of
+    HELD_OUT_OBJECTS, whose colour and shape are seen in training, but never together. Each picture has its mirror
+    beside it, the same objects having changed places: a bag of words cannot tell which of the two a caption belongs to.
+
+    split  "train", "val" or "test"; val and test are the same pictures
+    seed   draws scenes and pictures
+    count  pictures, 10,000 or, held out, 512 unless given; half of those held out show an object never seen, and each
+           has a caption of its own
+    side   pixels
+    raises ValueError for an odd number of held-out pictures, or for more than there are
+    """
+
+    neighbours = 2  # a scene and its mirror
+
+    def __init__(self, split="train", seed=0, count=None, side=64):
+        one_of("split", split, SPLITS)
+        if split == "train":
+            scenes = training_scenes(random.Random(f"shapes train {seed}"), 10_000 if count is None else count)
+        else:
+            scenes = held_out_scenes(random.Random(f"shapes held out {seed}"), 512 if count is None else count)
+        names = [f"shapes/{seed}/{'train' if split == 'train' else 'held-out'}/{i}" for i in range(len(scenes))]
+        # A generator of its own: with the picture's, the background would give the wording away.
+        self.told = [as_told(*scene, random.Random(f"{name} told")) for name, scene in zip(names, scenes)]
+        super().__init__(names, DrawnScenes(scenes, names, side), [[describe(*scene)] for scene in self.told])
+
+    def hard_negatives(self, i):
+        """Wrong captions of picture i, each a small change to its own: {kind: caption}.
+
+        "attributes"  the two colours exchanged; not there if the objects have one colour, and the same as "order" if
+                      they have one size and shape
+        "relation"    left for right, above for below
+        "order"       the two objects exchanged
+        "replaced"    a control that needs no binding: one object in a colour that the picture does not show
+        """
+        first, relation, second = self.told[i]
+        (size_1, colour_1, shape_1), (size_2, colour_2, shape_2) = first, second
+        absent = random.Random(self.names[i]).choice([c for c in COLOURS if c not in (colour_1, colour_2)])
+        wrong = {
+            "relation": describe(first, OPPOSITE[relation], second),
+            "order": describe(second, relation, first),
+            "replaced": describe((size_1, absent, shape_1), relation, second),
+        }
+        if colour_1 != colour_2:
+            wrong["attributes"] = describe((size_1, colour_2, shape_1), relation, (size_2, colour_1, shape_2))
+        return wrong
+
+
+class DrawnScenes(Sequence):
+    """Scenes, drawn when asked for; a picture's name decides its details, so it always looks the same."""
+
+    def __init__(self, scenes, names, side):
+        self.scenes, self.names, self.side = scenes, names, side
+
+    def __len__(self):
+        return len(self.scenes)
+
+    def __getitem__(self, i):
+        return draw_scene(*self.scenes[i], random.Random(self.names[i]), self.side)
+
+
+def random_object(rng):
+    return rng.choice(list(SIZES)), rng.choice(list(COLOURS)), rng.choice(SHAPES)
+
+
+def is_held_out(first, relation, second):
+    """A scene and its mirror are held out together."""
+    if first[1:] in HELD_OUT_OBJECTS or second[1:] in HELD_OUT_OBJECTS:
+        return True
+    key = f"{sorted([first, second])} {relation}"
+    return hashlib.sha256(key.encode()).digest()[0] < 26  # a tenth of 256
+
+
+def random_scenes(rng):
+    """Endless scenes (object, relation, other object); the relation is "left of" or "above"."""
+    while True:
+        first, relation, second = random_object(rng), rng.choice(RELATIONS), random_object(rng)
+        if first != second:
+            yield first, relation, second
+
+
+def training_scenes(rng, count):
+    """Scenes that are not held out, each followed by its mirror."""
+    scenes = (scene for scene in random_scenes(rng) if not is_held_out(*scene))
+    with_mirrors = (((a, relation, b), (b, relation, a)) for a, relation, b in scenes)
+    return list(itertools.islice(itertools.chain.from_iterable(with_mirrors), count))
+
+
+def held_out_scenes(rng, count):
+    """Half with an object that training never shows, half new compositions of known ones; mirrors side by side."""
+    if count % 2 or not 0 < count <= MAX_HELD_OUT:
+        raise ValueError(f"{count} held-out pictures; expected an even number up to {MAX_HELD_OUT:,}")
+    scenes = {}
+    candidates = random_scenes(rng)
+    for want_new_object in (True, False):
+        while len(scenes) < count // (2 if want_new_object else 1):
+            first, relation, second = next(candidates)
+            new_object = any(thing[1:] in HELD_OUT_OBJECTS for thing in (first, second))
+            if new_object == want_new_object and is_held_out(first, relation, second):
+                scenes[first, relation, second] = scenes[second, relation, first] = None
+    return list(scenes)
+
+
+def as_told(first, relation, second, rng):
+    """The scene in one of its two wordings: A left of B is also B right of A."""
+    return (second, OPPOSITE[relation], first) if rng.random() < 0.5 else (first, relation, second)
+
+
+def describe(first, relation, second):
+    """The caption that names two objects and their relation, in this order."""
+    return f"a {' '.join(first)} {relation} a {' '.join(second)}"
+
+
+def draw_scene(first, relation, second, rng, side):
+    """A PIL picture, side x side pixels; positions, sizes and colours vary a little with rng."""
+    background = tuple(rng.randint(225, 255) for _ in range(3))
+    picture = Image.new("RGB", (side, side), background)
+    draw = ImageDraw.Draw(picture)
+    for thing, along in ((first, 0.27), (second, 0.73)):
+        size, colour, shape = thing
+        along, across = along + rng.uniform(-0.04, 0.04), 0.5 + rng.uniform(-0.12, 0.12)
+        centre = (along, across) if relation == "left of" else (across, along)
+        fill = tuple(min(255, max(0, value + rng.randint(-15, 15))) for value in COLOURS[colour])
+        draw_shape(draw, shape, [side * c for c in centre], side * SIZES[size] * rng.uniform(0.9, 1.1), fill)
+    return picture
+
+
+def draw_shape(draw, shape, centre, radius, fill):
+    x, y = centre
+    if shape == "circle":
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+        return
+    if shape == "cross":
+        arm = radius / 3
+        draw.rectangle((x - arm, y - radius, x + arm, y + radius), fill=fill)
+        draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=fill)
+        return
+    # Corners around the centre, as distance (share of the radius) and angle (turns from straight up).
+    corners = {
+        "square": [(1.15, 0.125 + i / 4) for i in range(4)],
+        "diamond": [(1.1, i / 4) for i in range(4)],
+        "triangle": [(1.1, i / 3) for i in range(3)],
+        "star": [(1.2 if i % 2 == 0 else 0.5, i / 10) for i in range(10)],
+    }[shape]
+    turn = 2 * math.pi
+    draw.polygon([(x + d * radius * math.sin(a * turn), y - d * radius * math.cos(a * turn)) for d, a in corners], fill)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8  Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+MODEL_TYPE = "dualenc"  # config.json names its writer in model_type, as transformers' files do
+CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
+PICTURES_FILE = "preprocessor_config.json"
+SMALL = 100_000  # larger numbers in a config must be the side of some weight, or a lie could fill the memory
+PICKLE_FILE = "pytorch_model.bin"  # where transformers kept weights before safetensors
+
+
+def build_from_towers(cls, vision, text, projection_dim, pretrained, overrides):
+    """See DualEncoder.from_vision_text_pretrained."""
+    sides = {"vision": {}, "text": {}, "": {"projection_dim": projection_dim}}
+    for name, value in overrides.items():
+        side, _, rest = name.partition("_")
+        if side in ("vision", "text"):
+            sides[side][rest] = value
+        else:
+            sides[""][name] = value
+    vision_model = build_vision_tower(vision, pretrained, sides["vision"])
+    if text == "scratch":
+        text_model, tokenizer_and_types = TextEncoder(build(TextConfig, sides["text"])), None
+    else:
+        text = find_folder(text)
+        text_model = load_text_encoder(TextEncoder, text, sides["text"])
+        tokenizer_and_types = find_tokenizer(text) and read_tokenizer(text)
+    config = {"vision": vision_model.config, "text": text_model.config, **sides[""]}
+    model = cls(build(DualEncoderConfig, config), vision_model, text_model)
+    if tokenizer_and_types:
+        model.processor = Processor(vision_model.image_transform(), *tokenizer_and_types)
+        model.processor.limit_length(text_model.max_tokens)
+    return model
+
+
+def build_vision_tower(vision, pretrained, overrides):
+    """A VisionEncoder from a timm name, or from a transformers folder or hub id."""
+    vision = str(vision)
+    if not vision.startswith("hf-hub:") and ("/" in vision or Path(vision).is_dir()):
+        return load_vision_encoder(find_folder(vision), dict(overrides))
+    source = vision
+    if vision.startswith("hf-hub:"):
+        # The folder alone must rebuild the model: note the architecture, not the address it came from.
+        _, vision, arguments = timm.models.load_model_config_from_hf(vision.removeprefix("hf-hub:"))
+        overrides = {**overrides, "args": {**(arguments or {}), **overrides.get("args", {})}}
+    config = build(VisionConfig, {"name": vision, **overrides})
+    return VisionEncoder(config, pretrained_from=source if pretrained else None)
+
+
+def save_dual_encoder(model, folder, format):
+    """See DualEncoder.save_pretrained."""
+    one_of("checkpoint format", format, ("dualenc", "hf"))
+    for part in ("image_transform", "tokenizer") if model.processor else ():
+        model.processor.must_have(part)
+    if format == "hf":
+        config, weights = publish_dual_encoder(model)
+    else:
+        config, weights = model.config.to_dict(), model.state_dict()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / CONFIG_FILE, json.dumps(config, indent=2))
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    metadata = {"format": "pt", "crc32": checksum(weights)}  # "pt": PyTorch; transformers wants to know
+    write_file(folder / WEIGHTS_FILE, safetensors.torch.save(weights, metadata=metadata))
+    if model.processor is not None:
+        model.processor.save_pretrained(folder, format)
+
+
+def load_dual_encoder(cls, folder_or_hub_id):
+    """See DualEncoder.from_pretrained."""
+    folder = find_folder(folder_or_hub_id)
+    config_path = checkpoint_file(folder, CONFIG_FILE)
+    values = read_json(config_path)
+    if values.get("model_type") == PUBLISHED_TYPE:
+        model = load_published_dual_encoder(cls, folder, values)
+    elif values.get("model_type") == MODEL_TYPE:
+        model = load_own_dual_encoder(cls, folder, values)
+    else:
+        raise ValueError(
+            f"{config_path} has model_type {values.get('model_type')!r}, expected {MODEL_TYPE!r} or "
+            f"{PUBLISHED_TYPE!r}; towers of other models are read by DualEncoder.from_vision_text_pretrained"
+        )
+    # Ours has tokenizer and image processor, or neither. A published folder may lack one: the model loads all the same.
+    if find_tokenizer(folder) and (values["model_type"] == MODEL_TYPE or find_image_processor(folder)):
+        model.processor = Processor.from_pretrained(folder)
+        model.processor.limit_length(model.text_model.max_tokens)
+        if values["model_type"] == MODEL_TYPE:  # some published tokenizers know more words than their tower's table
+            check_token_ids(model.processor.tokenizer, model.config.text.vocab_size, find_tokenizer(folder))
+    return model.eval()
+
+
+def load_own_dual_encoder(cls, folder, values):
+    """The model of a folder that save_pretrained wrote in our own format; values is its config.json."""
+    config_path, weights_path = folder / CONFIG_FILE, checkpoint_file(folder, WEIGHTS_FILE)
+    with blamed_on(weights_path, "cannot read weights"):
+        weights = read_weights(weights_path)
+    with blamed_on(config_path, "cannot build the model of"):
+        sides = [n for tensor in weights.values() for n in tensor.shape]
+        check_numbers(values, max([SMALL, *sides]))
+        config = DualEncoderConfig.from_dict(values)
+        shapes = build_without_memory(cls, config, weights).state_dict()
+    check_weights(shapes, weights, weights_path)
+    model = cls(config)
+    model.load_state_dict(weights)
+    return model
+
+
+def checkpoint_file(folder, name):
+    """The path of a checkpoint's file; raises ValueError if it is a link that leads out of the folder."""
+    path, home = (folder / name).resolve(), folder.resolve()
+    # The hub's cache keeps contents in blobs/, and in each of snapshots/'s folders links to them.
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(path.is_relative_to(home) for home in homes):
+        raise ValueError(f"{folder / name} is a link to {path}, outside its folder; put the file itself there")
+    return folder / name
+
+
+def read_weights(path):
+    """{name: tensor} of a safetensors file; raises ValueError if they are not the weights that were written."""
+    with safetensors.safe_open(path, "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+        written = (file.metadata() or {}).get("crc32")
+    if written is not None and written != checksum(weights):
+        raise ValueError(
+            f"the weights have checksum {checksum(weights)}, but {written} was written: the file is damaged"
+        )
+    return weights
+
+
+def checksum(weights):
+    """CRC-32 of the bytes of all weights in the order of their names, as eight hexadecimal digits."""
+    crc = 0
+    for _, tensor in sorted(weights.items()):
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
+
+
+def check_numbers(values, longest):
+    """Raise ValueError for a whole number in a config that no side of its weights can explain."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            check_numbers(value, longest)
+        elif any(isinstance(n, int) and n > longest for n in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"{name} is {value}, but no side of its weights is longer than {longest:,}")
+
+
+def build_without_memory(cls, config, weights):
+    """The model on the meta device, where weights have shapes but take no memory: sizes that lie cost nothing.
+
+    raises  ValueError once it has many more weights than the file, however deep its config says it is
+    """
+    left = 4 * len(weights) + 1000  # some towers make a weight and replace it
+
+    def count(module, name, weight):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(f"the config describes far more than the {len(weights)} weights there are")
+
+    counting = nn.modules.module.register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            return cls(config)
+    finally:
+        counting.remove()
+
+
+def check_weights(wanted, weights, source):
+    """Raise ValueError naming the first five weights of each kind: missing, unexpected, misshapen, no (or a) float."""
+    both = [(name, weights[name], wanted[name]) for name in wanted if name in weights]
+    faults = {
+        "missing": [name for name in wanted if name not in weights],
+        "unexpected": [name for name in weights if name not in wanted],
+        "misshapen": [
+            f"{name} {tuple(got.shape)}, expected {tuple(expected.shape)}"
+            for name, got, expected in both
+            if got.shape != expected.shape
+        ],
+        "of the wrong type": [
+            f"{name} {got.dtype}, expected {expected.dtype}"
+            for name, got, expected in both
+            if got.is_floating_point() != expected.is_floating_point()
+        ],
+    }
+    if any(faults.values()):
+        report = "; ".join(f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in faults.items() if names)
+        raise ValueError(f"{source} does not fit the model of its config.json: {report}")
+
+
+def check_token_ids(tokenizer, vocab_size, source):
+    """Raise ValueError if the tokenizer can produce an id for which the text tower has no row."""
+    ids = {*tokenizer.get_vocab().values(), *tokenizer.encode("").ids, tokenizer.padding["pad_id"]}
+    if max(ids) >= vocab_size:
+        raise ValueError(f"{source} has token id {max(ids)}, but the text tower's table ends at {vocab_size - 1}")
+
+
+def find_folder(folder_or_hub_id):
+    """A local folder, or a hub id's folder in huggingface_hub's cache, downloaded if need be; else ValueError.
+
+    A hub id may end in @ and a revision.
+    """
+    folder = Path(folder_or_hub_id)
+    if folder.is_dir():
+        return folder
+    # name or owner/name, then perhaps @revision
+    name = re.fullmatch(r"(?P<id>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?", str(folder_or_hub_id))
+    if not name:
+        raise ValueError(f"no folder {folder_or_hub_id}")
+    download = functools.partial(huggingface_hub.snapshot_download, name["id"], revision=name["revision"])
+    try:
+        folder = Path(download(allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"], ignore_patterns="*/*"))
+        if not any(folder.glob("*.safetensors")):
+            download(allow_patterns=f"{Path(PICKLE_FILE).stem}*.bin", ignore_patterns="*/*")
+        return folder
+    except Exception as error:
+        raise ValueError(f"{folder_or_hub_id} is neither a folder nor a hub id within reach: {error}") from error
+
+
+def listing(folder):
+    return ", ".join(sorted(os.listdir(folder))) or "nothing"
+
+
+def read_json(path):
+    """The object in a json file; raises ValueError naming a file that is missing, or holds something else."""
+    with blamed_on(path):
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"a json object was expected, not {type(values).__name__}")
+        return values
+
+
+def write_file(path, content):
+    """Write text or bytes under a temporary name, flush, rename: afterwards the old file is there or the new one.
+
+    raises  OSError naming the file if that fails, as on a full disk
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def lock_file(file, wait=False):
+    """Hold a lock on an open file until it is closed or this process ends, whatever ends it.
+
+    wait    for another process that holds the lock
+    raises  OSError if another process holds it and there is no waiting for it
+    """
+    if fcntl:
+        # Unlike flock's, this lock is not inherited by workers, which may outlive a killed run for seconds.
+        fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # 7  Large batches: the same numbers in less memory, or from several processes
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1935,266 +3008,6 @@ class GatherRows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         return sum_over_processes(grad.contiguous())[ctx.mine]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 8  Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
-
-MODEL_TYPE = "dualenc"  # config.json names its writer in model_type, as transformers' files do
-CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
-PICTURES_FILE = "preprocessor_config.json"
-SMALL = 100_000  # larger numbers in a config must be the side of some weight, or a lie could fill the memory
-PICKLE_FILE = "pytorch_model.bin"  # where transformers kept weights before safetensors
-
-
-def build_from_towers(cls, vision, text, projection_dim, pretrained, overrides):
-    """See DualEncoder.from_vision_text_pretrained."""
-    sides = {"vision": {}, "text": {}, "": {"projection_dim": projection_dim}}
-    for name, value in overrides.items():
-        side, _, rest = name.partition("_")
-        if side in ("vision", "text"):
-            sides[side][rest] = value
-        else:
-            sides[""][name] = value
-    vision_model = build_vision_tower(vision, pretrained, sides["vision"])
-    if text == "scratch":
-        text_model, tokenizer_and_types = TextEncoder(build(TextConfig, sides["text"])), None
-    else:
-        text = find_folder(text)
-        text_model = load_text_encoder(TextEncoder, text, sides["text"])
-        tokenizer_and_types = find_tokenizer(text) and read_tokenizer(text)
-    config = {"vision": vision_model.config, "text": text_model.config, **sides[""]}
-    model = cls(build(DualEncoderConfig, config), vision_model, text_model)
-    if tokenizer_and_types:
-        model.processor = Processor(vision_model.image_transform(), *tokenizer_and_types)
-        model.processor.limit_length(text_model.max_tokens)
-    return model
-
-
-def build_vision_tower(vision, pretrained, overrides):
-    """A VisionEncoder from a timm name, or from a transformers folder or hub id."""
-    vision = str(vision)
-    if not vision.startswith("hf-hub:") and ("/" in vision or Path(vision).is_dir()):
-        return load_vision_encoder(find_folder(vision), dict(overrides))
-    source = vision
-    if vision.startswith("hf-hub:"):
-        # The folder alone must rebuild the model: note the architecture, not the address it came from.
-        _, vision, arguments = timm.models.load_model_config_from_hf(vision.removeprefix("hf-hub:"))
-        overrides = {**overrides, "args": {**(arguments or {}), **overrides.get("args", {})}}
-    config = build(VisionConfig, {"name": vision, **overrides})
-    return VisionEncoder(config, pretrained_from=source if pretrained else None)
-
-
-def save_dual_encoder(model, folder, format):
-    """See DualEncoder.save_pretrained."""
-    one_of("checkpoint format", format, ("dualenc", "hf"))
-    for part in ("image_transform", "tokenizer") if model.processor else ():
-        model.processor.must_have(part)
-    if format == "hf":
-        config, weights = publish_dual_encoder(model)
-    else:
-        config, weights = model.config.to_dict(), model.state_dict()
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / CONFIG_FILE, json.dumps(config, indent=2))
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    metadata = {"format": "pt", "crc32": checksum(weights)}  # "pt": PyTorch; transformers wants to know
-    write_file(folder / WEIGHTS_FILE, safetensors.torch.save(weights, metadata=metadata))
-    if model.processor is not None:
-        model.processor.save_pretrained(folder, format)
-
-
-def load_dual_encoder(cls, folder_or_hub_id):
-    """See DualEncoder.from_pretrained."""
-    folder = find_folder(folder_or_hub_id)
-    config_path = checkpoint_file(folder, CONFIG_FILE)
-    values = read_json(config_path)
-    if values.get("model_type") == PUBLISHED_TYPE:
-        model = load_published_dual_encoder(cls, folder, values)
-    elif values.get("model_type") == MODEL_TYPE:
-        model = load_own_dual_encoder(cls, folder, values)
-    else:
-        raise ValueError(
-            f"{config_path} has model_type {values.get('model_type')!r}, expected {MODEL_TYPE!r} or "
-            f"{PUBLISHED_TYPE!r}; towers of other models are read by DualEncoder.from_vision_text_pretrained"
-        )
-    # Ours has tokenizer and image processor, or neither. A published folder may lack one: the model loads all the same.
-    if find_tokenizer(folder) and (values["model_type"] == MODEL_TYPE or find_image_processor(folder)):
-        model.processor = Processor.from_pretrained(folder)
-        model.processor.limit_length(model.text_model.max_tokens)
-        if values["model_type"] == MODEL_TYPE:  # some published tokenizers know more words than their tower's table
-            check_token_ids(model.processor.tokenizer, model.config.text.vocab_size, find_tokenizer(folder))
-    return model.eval()
-
-
-def load_own_dual_encoder(cls, folder, values):
-    """The model of a folder that save_pretrained wrote in our own format; values is its config.json."""
-    config_path, weights_path = folder / CONFIG_FILE, checkpoint_file(folder, WEIGHTS_FILE)
-    with blamed_on(weights_path, "cannot read weights"):
-        weights = read_weights(weights_path)
-    with blamed_on(config_path, "cannot build the model of"):
-        sides = [n for tensor in weights.values() for n in tensor.shape]
-        check_numbers(values, max([SMALL, *sides]))
-        config = DualEncoderConfig.from_dict(values)
-        shapes = build_without_memory(cls, config, weights).state_dict()
-    check_weights(shapes, weights, weights_path)
-    model = cls(config)
-    model.load_state_dict(weights)
-    return model
-
-
-def checkpoint_file(folder, name):
-    """The path of a checkpoint's file; raises ValueError if it is a link that leads out of the folder."""
-    path, home = (folder / name).resolve(), folder.resolve()
-    # The hub's cache keeps contents in blobs/, and in each of snapshots/'s folders links to them.
-    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-    if not any(path.is_relative_to(home) for home in homes):
-        raise ValueError(f"{folder / name} is a link to {path}, outside its folder; put the file itself there")
-    return folder / name
-
-
-def read_weights(path):
-    """{name: tensor} of a safetensors file; raises ValueError if they are not the weights that were written."""
-    with safetensors.safe_open(path, "pt") as file:
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
-        written = (file.metadata() or {}).get("crc32")
-    if written is not None and written != checksum(weights):
-        raise ValueError(
-            f"the weights have checksum {checksum(weights)}, but {written} was written: the file is damaged"
-        )
-    return weights
-
-
-def checksum(weights):
-    """CRC-32 of the bytes of all weights in the order of their names, as eight hexadecimal digits."""
-    crc = 0
-    for _, tensor in sorted(weights.items()):
-        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
-    return f"{crc:08x}"
-
-
-def check_numbers(values, longest):
-    """Raise ValueError for a whole number in a config that no side of its weights can explain."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            check_numbers(value, longest)
-        elif any(isinstance(n, int) and n > longest for n in (value if isinstance(value, list) else [value])):
-            raise ValueError(f"{name} is {value}, but no side of its weights is longer than {longest:,}")
-
-
-def build_without_memory(cls, config, weights):
-    """The model on the meta device, where weights have shapes but take no memory: sizes that lie cost nothing.
-
-    raises  ValueError once it has many more weights than the file, however deep its config says it is
-    """
-    left = 4 * len(weights) + 1000  # some towers make a weight and replace it
-
-    def count(module, name, weight):
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise ValueError(f"the config describes far more than the {len(weights)} weights there are")
-
-    counting = nn.modules.module.register_module_parameter_registration_hook(count)
-    try:
-        with torch.device("meta"):
-            return cls(config)
-    finally:
-        counting.remove()
-
-
-def check_weights(wanted, weights, source):
-    """Raise ValueError naming the first five weights of each kind: missing, unexpected, misshapen, no (or a) float."""
-    both = [(name, weights[name], wanted[name]) for name in wanted if name in weights]
-    faults = {
-        "missing": [name for name in wanted if name not in weights],
-        "unexpected": [name for name in weights if name not in wanted],
-        "misshapen": [
-            f"{name} {tuple(got.shape)}, expected {tuple(expected.shape)}"
-            for name, got, expected in both
-            if got.shape != expected.shape
-        ],
-        "of the wrong type": [
-            f"{name} {got.dtype}, expected {expected.dtype}"
-            for name, got, expected in both
-            if got.is_floating_point() != expected.is_floating_point()
-        ],
-    }
-    if any(faults.values()):
-        report = "; ".join(f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in faults.items() if names)
-        raise ValueError(f"{source} does not fit the model of its config.json: {report}")
-
-
-def check_token_ids(tokenizer, vocab_size, source):
-    """Raise ValueError if the tokenizer can produce an id for which the text tower has no row."""
-    ids = {*tokenizer.get_vocab().values(), *tokenizer.encode("").ids, tokenizer.padding["pad_id"]}
-    if max(ids) >= vocab_size:
-        raise ValueError(f"{source} has token id {max(ids)}, but the text tower's table ends at {vocab_size - 1}")
-
-
-def find_folder(folder_or_hub_id):
-    """A local folder, or a hub id's folder in huggingface_hub's cache, downloaded if need be; else ValueError.
-
-    A hub id may end in @ and a revision.
-    """
-    folder = Path(folder_or_hub_id)
-    if folder.is_dir():
-        return folder
-    # name or owner/name, then perhaps @revision
-    name = re.fullmatch(r"(?P<id>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?", str(folder_or_hub_id))
-    if not name:
-        raise ValueError(f"no folder {folder_or_hub_id}")
-    download = functools.partial(huggingface_hub.snapshot_download, name["id"], revision=name["revision"])
-    try:
-        folder = Path(download(allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"], ignore_patterns="*/*"))
-        if not any(folder.glob("*.safetensors")):
-            download(allow_patterns=f"{Path(PICKLE_FILE).stem}*.bin", ignore_patterns="*/*")
-        return folder
-    except Exception as error:
-        raise ValueError(f"{folder_or_hub_id} is neither a folder nor a hub id within reach: {error}") from error
-
-
-def listing(folder):
-    return ", ".join(sorted(os.listdir(folder))) or "nothing"
-
-
-def read_json(path):
-    """The object in a json file; raises ValueError naming a file that is missing, or holds something else."""
-    with blamed_on(path):
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"a json object was expected, not {type(values).__name__}")
-        return values
-
-
-def write_file(path, content):
-    """Write text or bytes under a temporary name, flush, rename: afterwards the old file is there or the new one.
-
-    raises  OSError naming the file if that fails, as on a full disk
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def lock_file(file, wait=False):
-    """Hold a lock on an open file until it is closed or this process ends, whatever ends it.
-
-    wait    for another process that holds the lock
-    raises  OSError if another process holds it and there is no waiting for it
-    """
-    if fcntl:
-        # Unlike flock's, this lock is not inherited by workers, which may outlive a killed run for seconds.
-        fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3048,816 +3861,6 @@ def tokenizer_config(processor):
         "model_max_length": processor.max_length or int(1e30),
         "model_input_names": ["input_ids", *(["token_type_ids"] if processor.token_types else []), "attention_mask"],
     }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 10  Data
-# ---------------------------------------------------------------------------------------------------------------------
-
-# What a class name becomes, for training captions and for zero-shot classification alike.
-TEMPLATES = (
-    "a photo of a {}.",
-    "a picture of a {}.",
-    "an image of a {}.",
-    "a small photo of a {}.",
-    "a blurry photo of a {}.",
-    "a close-up photo of a {}.",
-    "a photo of one {}.",
-)
-SPLITS = ("train", "val", "test")
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-CAPTION_SUFFIXES = {".csv", ".tsv", ".jsonl"}
-IMAGE_COLUMNS = ("image", "filepath", "path", "image_path", "filename", "file_name", "file")
-CAPTION_COLUMNS = ("caption", "captions", "text", "title")
-
-# torchvision's data sets: class, then the arguments of each split; where there is one dictionary, the set has no split
-# of its own.
-_BY_TRAIN = {"train": {"train": True}, "test": {"train": False}}
-_BY_SPLIT = {"train": {"split": "train"}, "test": {"split": "test"}}
-_BY_THREE = {**_BY_SPLIT, "val": {"split": "val"}}
-TORCHVISION_SETS = {
-    "mnist": ("MNIST", _BY_TRAIN),
-    "fashionmnist": ("FashionMNIST", _BY_TRAIN),
-    "cifar10": ("CIFAR10", _BY_TRAIN),
-    "cifar100": ("CIFAR100", _BY_TRAIN),
-    "stl10": ("STL10", _BY_SPLIT),
-    "food101": ("Food101", _BY_SPLIT),
-    "flowers102": ("Flowers102", _BY_THREE),
-    "pets": ("OxfordIIITPet", {"train": {"split": "trainval"}, "test": {"split": "test"}}),
-    "dtd": ("DTD", _BY_THREE),
-    "aircraft": ("FGVCAircraft", _BY_THREE),
-    "country211": ("Country211", {**_BY_SPLIT, "val": {"split": "valid"}}),
-    "eurosat": ("EuroSAT", {}),
-    "caltech101": ("Caltech101", {}),
-}
-
-
-class Pairs(torch.utils.data.Dataset):
-    """Pictures, each with all of its captions.
-
-    names     I strings, one a picture: they decide the split and name the picture in messages
-    pictures  indexable by picture number, gives a PIL image
-    captions  I lists of captions
-    labels    I class numbers; None when captions are not made from classes
-    classes   the K class names, or None
-    """
-
-    neighbours = 1  # pictures in a row that training should see in one batch: wrong, but almost right for each other
-
-    def __init__(self, names, pictures, captions, labels=None, classes=None):
-        self.names, self.pictures, self.captions = names, pictures, captions
-        self.labels, self.classes = labels, classes
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, i):
-        """Picture i and the list of its captions."""
-        return self.pictures[i], self.captions[i]
-
-    def select(self, indices):
-        """The pairs at these picture numbers, as plain Pairs: neighbours and hard_negatives do not come along."""
-        indices = list(indices)
-        return Pairs(
-            [self.names[i] for i in indices],
-            Selected(self.pictures, indices),
-            [self.captions[i] for i in indices],
-            self.labels and [self.labels[i] for i in indices],
-            self.classes,
-        )
-
-    def group_of(self, i):
-        """Pictures of one group share their captions: the class where there are classes, else the picture itself."""
-        return self.labels[i] if self.labels else i
-
-    def caption_table(self):
-        """Every caption once per group: (captions, the group of each caption, the group of each picture)."""
-        groups = [self.group_of(i) for i in range(len(self))]
-        table = {(caption, group): None for group, captions in zip(groups, self.captions) for caption in captions}
-        return [caption for caption, _ in table], [group for _, group in table], groups
-
-
-class Selected(Sequence):
-    """Some items of a sequence, fetched when asked for."""
-
-    def __init__(self, items, indices):
-        self.items, self.indices = items, indices
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __getitem__(self, i):
-        return self.items[self.indices[i]]
-
-
-class PictureFiles(Sequence):
-    """Picture files, opened when asked for; rows and source say where each was named, for messages."""
-
-    scale_of = None  # see open_picture and sized_for
-
-    def __init__(self, paths, rows=None, source=""):
-        self.paths, self.rows, self.source = paths, rows, source
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        try:
-            return open_picture(self.paths[i], self.scale_of)
-        except ValueError as error:
-            raise ValueError(f"{self.source}{self.rows[i]}: {error}" if self.rows else str(error)) from error
-
-
-def sized_for(transform, pictures, smallest_share=1.0):
-    """The same pictures for this ImageTransform's use alone: large JPEGs decoded no larger than it takes.
-
-    smallest_share  of a picture's area that a crop before the transform keeps
-    """
-    if isinstance(pictures, Selected):
-        return Selected(sized_for(transform, pictures.items, smallest_share), pictures.indices)
-    if hasattr(pictures, "scale_of"):
-        pictures = copy.copy(pictures)
-        pictures.scale_of = functools.partial(transform.decode_scale, smallest_share=smallest_share)
-    return pictures
-
-
-class Unreadable(torch.utils.data.Dataset):
-    """For each picture of pairs why it cannot be read, or an empty string."""
-
-    def __init__(self, pairs):
-        self.pairs = pairs
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def __getitem__(self, i):
-        try:
-            to_pixels(self.pairs.pictures[i])
-        except ValueError as error:
-            return str(error)
-        return ""
-
-
-def drop_unreadable(pairs, workers=0):
-    """(the pairs whose pictures can be read, {name: reason} of the others); every picture is read once."""
-    loader = torch.utils.data.DataLoader(
-        Unreadable(pairs),
-        batch_size=64,
-        num_workers=workers,
-        collate_fn=list,
-        generator=torch.Generator(),  # measuring leaves the global generator alone
-        worker_init_fn=start_worker,
-    )
-    reasons = [reason for batch in from_workers(loader) for reason in batch]
-    bad = {pairs.names[i]: reason for i, reason in enumerate(reasons) if reason}
-    return pairs.select(i for i, reason in enumerate(reasons) if not reason), bad
-
-
-def load_pairs(
-    spec,
-    split="train",
-    data_root="data",
-    images=None,
-    val_fraction=0.1,
-    templates=TEMPLATES,
-    seed=0,
-    download=False,
-    allow_outside=False,
-):
-    """Pictures with captions from a data spec.
-
-    spec          "shapes"; a torchvision set such as "cifar10"; a folder with a subfolder a class; a folder of pictures
-                  with .txt files of the same name; a .csv, .tsv or .jsonl caption file; "coco:captions.json" or
-                  "flickr:captions.txt"; tar shards, as in "shards-{0000..0099}.tar"
-    split         "train", "val" or "test". The data's own where it has one (its test part serves as val if it has no
-                  val part; in folders val serves as test, too); else val and test are the pictures whose names hash
-                  below val_fraction of the range, so about that share of them, and train is the rest
-    data_root     where torchvision's sets lie
-    val_fraction  0 to 1
-    images        the picture folder of coco: and flickr:, unless it is the caption file's own
-    templates     what class names become: strings with {} in them
-    seed          draws the shapes
-    download      whether torchvision may fetch a set that is not in data_root
-    allow_outside lets a caption file name pictures by relative paths that climb out of its folder
-    returns       Pairs
-    raises        ValueError for an unknown spec (listing what there is), for a val_fraction beyond 0 and 1, and for
-                  pictures or captions that are missing, naming file and line
-    """
-    one_of("split", split, SPLITS)
-    if not 0 <= val_fraction <= 1:
-        raise ValueError(f"val_fraction is {val_fraction}, expected a share from 0 to 1")
-    spec = str(spec)
-    kind, _, rest = spec.partition(":")
-    path = Path(spec)
-    if spec == "shapes":
-        return ShapesPairs(split, seed=seed)
-    if spec in TORCHVISION_SETS:
-        pairs, own = torchvision_pairs(spec, split, data_root, templates, download)
-    elif kind in ("coco", "flickr") and rest:
-        pairs, own = {"coco": coco_pairs, "flickr": flickr_pairs}[kind](Path(rest), split, images, allow_outside)
-    elif path.is_dir():
-        pairs, own = folder_pairs(path, split, templates)
-    elif path.suffix.lower() in CAPTION_SUFFIXES:
-        pairs, own = caption_file_pairs(path, allow_outside), False
-    elif path.suffix.lower() == ".tar" or re.match("(pipe|https?|s3|gs):", spec):
-        pairs, own = shard_pairs(spec), False
-    else:
-        raise ValueError(
-            f"unknown data {spec!r}: neither a folder or caption file ({', '.join(sorted(CAPTION_SUFFIXES))}) here, "
-            f"nor .tar shards, nor a data set; {nearest(spec, ['shapes', *TORCHVISION_SETS])}"
-        )
-    return pairs if own else pairs.select(hashed_split(pairs.names, split, val_fraction))
-
-
-def hashed_split(names, split, val_fraction):
-    """The numbers of a split's pictures. A name's hash decides, so new files never move old ones across."""
-    held_out = [
-        int(hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8], 16) < val_fraction * 2**32
-        for name in names
-    ]
-    return [i for i, out in enumerate(held_out) if out != (split == "train")]
-
-
-def readable_name(name):
-    """A class name as words: underscores and runs of white space become one space."""
-    return re.sub(r"[_\s]+", " ", name).strip()
-
-
-def class_captions(labels, classes, templates):
-    """The captions of each picture, its class name in every template; and the class names made readable.
-
-    raises  ValueError for a template without {}
-    """
-    for template in templates:
-        if "{}" not in template:
-            raise ValueError(f"template {template!r} has no {{}} for the class name")
-    readable = [readable_name(name) for name in classes]
-    by_class = [[template.replace("{}", name) for template in templates] for name in readable]
-    return [by_class[label] for label in labels], readable
-
-
-def torchvision_pairs(name, split, data_root, templates, download):
-    class_name, splits = TORCHVISION_SETS[name]
-    arguments = (splits.get(split) or splits["test"]) if splits else {}
-    try:
-        data = getattr(torchvision.datasets, class_name)(str(data_root), download=download, **arguments)
-    except RuntimeError as error:
-        raise ValueError(f"{name} is not below {data_root} ({error}); train.py's --download fetches it") from error
-    # torchvision has no one name for the labels; each of these saves decoding all pictures to read them.
-    labels = next(getattr(data, name) for name in ("targets", "labels", "_labels", "y") if hasattr(data, name))
-    labels = [int(label) for label in labels]
-    captions, classes = class_captions(labels, getattr(data, "classes", None) or data.categories, templates)
-    # A set without splits is split by the hash of these names, which must then be the same for each split.
-    prefix = f"{name}/{split}" if splits else name
-    names = [f"{prefix}/{i}" for i in range(len(data))]
-    return Pairs(names, FirstOfEach(data), captions, labels, classes), bool(splits)
-
-
-class FirstOfEach(Sequence):
-    """The pictures of a torchvision data set, whose items are (picture, label)."""
-
-    def __init__(self, items):
-        self.items = items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        with blamed_on(f"{i} of {type(self.items).__name__}", "cannot read picture"):
-            return flatten_picture(self.items[i][0])
-
-
-def folder_pairs(folder, split, templates):
-    """A folder of class folders, or of pictures with captions in .txt files; with or without train/, val/, test/."""
-    own = (folder / "train").is_dir()
-    if own:
-        wanted = {"train": ("train",), "val": ("val", "test"), "test": ("test", "val")}[split]
-        present = [part for part in wanted if (folder / part).is_dir()]
-        if not present:
-            raise ValueError(f"{folder} has train/ but neither val/ nor test/; add one, or move train/'s content up")
-        folder = folder / present[0]
-    if any(pictures_below(path) for path in subfolders(folder)):
-        return class_folder_pairs(folder, templates), own
-    return text_file_pairs(folder), own
-
-
-def subfolders(folder):
-    """Its folders in order, but hidden ones, where programs keep things of their own."""
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def pictures_below(folder):
-    """The pictures of a folder and all folders in it that are not hidden, in order."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in PICTURE_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts[:-1])
-    )
-
-
-def class_folder_pairs(folder, templates):
-    class_folders = subfolders(folder)
-    paths, labels = [], []
-    for label, class_folder in enumerate(class_folders):
-        found = pictures_below(class_folder)
-        if not found:
-            raise ValueError(f"class folder {class_folder} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
-        paths += found
-        labels += [label] * len(found)
-    captions, classes = class_captions(labels, [path.name for path in class_folders], templates)
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    return Pairs(names, PictureFiles(paths), captions, labels, classes)
-
-
-def text_file_pairs(folder):
-    paths = pictures_below(folder)
-    if not paths:
-        raise ValueError(f"{folder} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
-    rows = []
-    for path in paths:
-        text_path = path.with_suffix(".txt")
-        if not text_path.is_file():
-            raise ValueError(f"picture {path} has no caption file {text_path.name} beside it")
-        filled = [
-            (f"{text_path}, line {number}", str(path.relative_to(folder)), line)
-            for number, line in text_lines(text_path)
-            if line.strip()
-        ]
-        if not filled:
-            raise ValueError(f"caption file {text_path} is empty")
-        rows += filled
-    return pairs_from_rows(rows, folder)
-
-
-def caption_file_pairs(path, allow_outside):
-    """A table of pictures and captions, columns found by name, one row a caption."""
-    if not path.is_file():
-        raise ValueError(f"no caption file {path}")
-    return pairs_from_rows(caption_file_rows(path), path.parent, f"{path}, line ", allow_outside)
-
-
-def caption_file_rows(path):
-    """(line number, picture, caption) of each caption."""
-    columns = None
-    for line, row in jsonl_rows(path) if path.suffix.lower() == ".jsonl" else table_rows(path):
-        if columns is None:
-            image_column = find_column(row, IMAGE_COLUMNS, "picture", path)
-            columns = image_column, find_column(row, CAPTION_COLUMNS, "caption", path)
-        image, captions = (row.get(column) for column in columns)
-        for caption in captions if isinstance(captions, list) and captions else [captions]:
-            yield line, image, caption
-
-
-def text_lines(path):
-    """(number from 1, line with its end) of a text file: UTF-8, or UTF-16 if it starts with that byte-order mark."""
-    with open(path, "rb") as file:
-        encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    number = 0
-    try:
-        with open(path, encoding=encoding, newline="") as file:
-            for number, line in enumerate(file, 1):
-                yield number, line
-    except UnicodeError as error:
-        raise ValueError(f"{path} is not {encoding} text after line {number}: {error}; save it as UTF-8") from error
-
-
-def table_rows(path):
-    """(line number, {column: cell}) for each row of a csv or tsv file; the header tells the separator."""
-    lines = (line for _, line in text_lines(path))
-    header = next(lines, "")
-    separator = max("\t,;|", key=header.count)
-    # Strict: else a quote that is never closed would quietly swallow the rows below it.
-    settings = {"delimiter": separator, "skipinitialspace": True, "strict": True}
-    columns, number = None, 1
-    reader = csv.reader(itertools.chain([header], lines), **settings)
-    try:
-        for cells in reader:
-            if cells and columns is None:
-                columns = [cell.strip() for cell in cells]
-            elif cells:
-                if any(cell.strip() for cell in cells[len(columns) :]):
-                    raise ValueError(
-                        f"{path}, line {number} has {len(cells)} cells, but the header names {len(columns)} columns: "
-                        f"quote captions that hold the separator {separator!r}"
-                    )
-                yield number, dict(itertools.zip_longest(columns, cells[: len(columns)]))
-            number = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(
-            f"{path}, line {number}: {error}; a cell that starts with a quote must end with one, and quotes inside it "
-            f"are doubled"
-        ) from error
-
-
-def jsonl_rows(path):
-    for number, line in text_lines(path):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number} is not json: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number} is not a json object")
-            yield number, row
-
-
-def find_column(row, accepted, kind, path):
-    for name in accepted:
-        found = [column for column in row if column.strip().lower() == name]
-        if found:
-            return found[0]
-    there = ", ".join(str(column) for column in row)
-    raise ValueError(f"{path} has no {kind} column: it has {there}; expected one of {', '.join(accepted)}")
-
-
-def pairs_from_rows(rows, root, source="", allow_outside=False):
-    """Pairs from rows of (where, picture, caption); a picture's rows are brought together, equal rows count once.
-
-    where    a line number, say: source and where together begin every message
-    picture  its path from root; outside of root only if absolute, or with allow_outside
-    raises   ValueError for a caption or picture that is missing, or no text
-    """
-    captions_of, by_spelling, first_rows = {}, {}, []
-    for where, picture, caption in rows:
-        if not isinstance(picture, str) or not picture:
-            raise ValueError(f"{source}{where}: no picture named")
-        if not isinstance(caption, str) or not caption.strip():
-            got = "empty caption" if caption is None or isinstance(caption, str) else f"caption {caption!r}"
-            raise ValueError(f"{source}{where}: {got} for {picture}")
-        if not caption.isascii():  # json can hold half a character: "\ud83d"
-            with blamed_on(f"{source}{where}", "no text in"):
-                caption.encode()
-        if picture not in by_spelling:
-            path = locate_picture(picture, root, f"{source}{where}", allow_outside)
-            if path not in captions_of:
-                captions_of[path] = []
-                first_rows.append(where)
-            by_spelling[picture] = captions_of[path]
-        by_spelling[picture].append(caption.strip())
-    if not captions_of:
-        raise ValueError(f"no pairs below {root}")
-    names = [Path(os.path.relpath(path, root)).as_posix() for path in captions_of]
-    captions = [list(dict.fromkeys(several)) for several in captions_of.values()]
-    return Pairs(names, PictureFiles(list(captions_of), first_rows, source), captions)
-
-
-def locate_picture(picture, root, place, allow_outside):
-    """The path of a picture that a row names; see pairs_from_rows."""
-    climbs = not os.path.isabs(picture) and os.path.normpath(picture).split(os.sep)[0] == os.pardir
-    if climbs and not allow_outside:
-        raise ValueError(
-            f"{place}: picture {picture} lies outside {root}; name it by its absolute path, or --allow-outside"
-        )
-    path = os.path.normpath(os.path.join(root, picture))
-    if not os.path.isfile(path):
-        raise ValueError(f"{place}: missing picture {path}")
-    return path
-
-
-def coco_pairs(path, split, images, allow_outside):
-    """COCO's captions_*.json, or Karpathy's dataset_*.json, which has splits of its own."""
-    data, root = read_json(path), Path(images or path.parent)
-    with blamed_on(path):
-        entries = data.get("images", [])
-        own = bool(entries) and "sentences" in entries[0]
-        rows = karpathy_rows(entries, split) if own else coco_rows(data, entries)
-    return pairs_from_rows(rows, root, f"{path}, ", allow_outside), own
-
-
-def karpathy_rows(entries, split):
-    parts = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}[split]
-    return [
-        (f"picture {entry['filename']}", os.path.join(entry.get("filepath", ""), entry["filename"]), sentence["raw"])
-        for entry in entries
-        if entry["split"] in parts
-        for sentence in entry["sentences"]
-    ]
-
-
-def coco_rows(data, entries):
-    if "annotations" not in data:
-        raise ValueError(f"no COCO caption file: it has {', '.join(data)}; expected images and annotations")
-    files = {entry["id"]: entry["file_name"] for entry in entries}
-    notes = data["annotations"]
-    return [(f"annotation {note.get('id')}", files.get(note["image_id"]), note["caption"]) for note in notes]
-
-
-def flickr_pairs(path, split, images, allow_outside):
-    """Flickr8k's token file (picture.jpg#0, tab, caption), or the tables of both Flickr sets."""
-    if path.suffix.lower() == ".json":
-        return coco_pairs(path, split, images, allow_outside)
-    if not path.is_file():
-        raise ValueError(f"no caption file {path}")
-    return pairs_from_rows(flickr_rows(path), Path(images or path.parent), f"{path}, line ", allow_outside), False
-
-
-def flickr_rows(path):
-    for number, line in text_lines(path):
-        if not line.strip():
-            continue
-        separator = r"(?P<separator>#\d+\s*\t|\|\s*\w+\s*\||,|\t)"
-        match = re.match(rf"\s*(?P<image>[^#,|\t]+?)\s*{separator}\s*(?P<caption>.*?)\s*$", line)
-        if match is None:
-            raise ValueError(
-                f"{path}, line {number} is no Flickr caption: {line!r}; expected picture.jpg#0<tab>caption"
-            )
-        if number == 1 and Path(match["image"]).suffix.lower() not in PICTURE_SUFFIXES:
-            continue  # a header
-        caption = match["caption"]
-        if match["separator"] == "," and caption.startswith('"'):
-            caption = ",".join(next(csv.reader([caption])))
-        yield number, match["image"], caption
-
-
-def shard_pairs(spec):
-    """Tar shards in webdataset's layout: members key.jpg (or .png, ...) with key.txt, or key.json with a caption field.
-
-    Each shard is gone through once, for headers and captions; pictures are read later, one seek each. So shards behave
-    as files do: every picture is seen once an epoch in an order drawn anew, by however many workers and processes.
-
-    spec    paths with {0000..0099} or {a,b} in them
-    raises  ValueError naming shard and sample for shards that are missing, cut short or no tar files, for a sample
-            without picture or caption, and for a key that comes twice
-    """
-    if ":" in spec[2:]:  # past the drive letter that a path on Windows begins with
-        raise ValueError(f"shards are read from disk, so fetch {spec} first, and name the files")
-    paths = expand_braces(spec)
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing:
-        raise ValueError(f"{len(missing)} of {len(paths)} shards are missing: {', '.join(missing[:5])}")
-    if len(set(paths)) < len(paths):
-        raise ValueError(f"{spec} names a shard twice")
-    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-    names, captions, places = [], [], array.array("q")  # numbers only: millions of pictures are many
-    for number, path in enumerate(paths):
-        shard = Path(os.path.relpath(path, root)).as_posix()
-        for key, (offset, size, several) in shard_samples(path).items():
-            names.append(f"{shard}/{key}")
-            captions.append(several)
-            places.extend((number, offset, size))
-    if not names:
-        raise ValueError(f"{spec} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
-    return Pairs(names, ShardPictures(paths, np.array(places).reshape(-1, 3)), captions)
-
-
-def expand_braces(spec):
-    """Every spec that {first..last} and {one,other} stand for: "a{08..10}" is a08, a09 and a10."""
-    braces = re.search(r"\{([^{}]*)\}", spec)
-    if not braces:
-        return [spec]
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
-    words = braces[1].split(",")
-    if numbers:
-        words = [str(n).zfill(len(numbers[1])) for n in range(int(numbers[1]), int(numbers[2]) + 1)]
-    if not words or (len(words) == 1 and not numbers):
-        raise ValueError(f"{braces[0]} in {spec} names no shards; expected {{0000..0099}} or {{a,b}}")
-    return [path for word in words for path in expand_braces(spec[: braces.start()] + word + spec[braces.end() :])]
-
-
-def shard_samples(path):
-    """{key: (offset, size of its picture, captions)} of a tar shard, in the order of the pictures."""
-    pictures, captions, from_json = {}, {}, {}
-    with blamed_on(path), open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            tar.members = []  # or they would all be kept
-            folder, _, name = member.name.removeprefix("./").rpartition("/")
-            stem, _, extension = name.partition(".")
-            key, extension = f"{folder}/{stem}".removeprefix("/"), f".{extension.lower()}"
-            if not (member.isfile() and stem):
-                continue
-            found = pictures if extension in PICTURE_SUFFIXES else {".txt": captions, ".json": from_json}.get(extension)
-            if found is None:
-                continue
-            if key in found:
-                raise ValueError(f"sample {key} comes twice: {member.name}")
-            if found is pictures:
-                pictures[key] = (member.offset_data, member.size)
-            else:
-                file.seek(member.offset_data)  # tarfile's own way takes as long as all the rest
-                content = file.read(member.size)
-                with blamed_on(member.name):
-                    found[key] = member_captions(content, extension)
-        file.seek(tar.offset)  # a whole archive ends in a block of zeros
-        if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-            raise ValueError(f"cut short or damaged at byte {tar.offset:,}, after {len(pictures):,} pictures")
-        captions = {**from_json, **captions}
-        for key in {**pictures, **captions}:
-            if key not in pictures:
-                raise ValueError(f"sample {key} has no picture ({', '.join(sorted(PICTURE_SUFFIXES))})")
-            if not captions.get(key):
-                raise ValueError(
-                    f"sample {key} has no caption: neither lines in {key}.txt nor {', '.join(CAPTION_COLUMNS)} in "
-                    f"{key}.json"
-                )
-    return {key: (*place, captions[key]) for key, place in pictures.items()}
-
-
-def member_captions(content, extension):
-    """The captions in a .txt or .json member of a shard, each once."""
-    text = content.decode("utf-8-sig")
-    lines = re.split(r"[\r\n]+", text)
-    if extension == ".json":
-        values = json.loads(text)
-        lines = next((values[name] for name in CAPTION_COLUMNS if values.get(name)), [])
-        lines = [lines] if isinstance(lines, str) else lines
-        for line in lines:
-            line.encode()  # json can hold half a character, which is no text
-    return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-
-
-class ShardPictures(Sequence):
-    """Pictures inside tar shards, read when asked for.
-
-    paths   the shards
-    places  (I, 3): shard number, offset and size in bytes of each picture
-    """
-
-    scale_of = None  # see open_picture and sized_for
-
-    def __init__(self, paths, places):
-        self.paths, self.places = paths, places
-
-    def __len__(self):
-        return len(self.places)
-
-    def __getitem__(self, i):
-        shard, offset, size = self.places[i].tolist()
-        # Opened for each picture, which takes microseconds: no handles to share between processes, or to run out of.
-        with blamed_on(f"{self.paths[shard]} at byte {offset:,}", "cannot read picture"):
-            with open(self.paths[shard], "rb") as file:
-                file.seek(offset)
-                content = file.read(size)
-            return decode_picture(io.BytesIO(content), self.scale_of)
-
-
-COLOURS = {
-    "red": (220, 40, 40),
-    "green": (40, 160, 60),
-    "blue": (40, 80, 220),
-    "yellow": (240, 210, 40),
-    "purple": (140, 60, 180),
-    "orange": (245, 140, 30),
-    "black": (20, 20, 20),
-    "gray": (140, 140, 140),
-}
-SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
-SIZES = {"small": 0.1, "large": 0.18}  # radius as a share of the picture's side
-RELATIONS = ("left of", "above")  # of the first object to the second, in a scene
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-HELD_OUT_OBJECTS = {("red", "star"), ("green", "cross"), ("blue", "triangle"), ("yellow", "circle")}
-MAX_HELD_OUT = 3184  # held-out pictures: twice as many as there are held-out scenes without one of these objects
-
-
-class ShapesPairs(Pairs):
-    """Drawn pictures such as "a small red circle left of a large blue star": data that needs no download.
-
-    Two objects, each with a size, a colour and a shape, beside or above each other: 18,240 scenes. Which adjective goes
-    with which noun, and their order, decide the picture. Held out are a tenth of the scenes, and all scenes with one of
-    HELD_OUT_OBJECTS, whose colour and shape are seen in training, but never together. Each picture has its mirror
-    beside it, the same objects having changed places: a bag of words cannot tell which of the two a caption belongs to.
-
-    split  "train", "val" or "test"; val and test are the same pictures
-    seed   draws scenes and pictures
-    count  pictures, 10,000 or, held out, 512 unless given; half of those held out show an object never seen, and each
-           has a caption of its own
-    side   pixels
-    raises ValueError for an odd number of held-out pictures, or for more than there are
-    """
-
-    neighbours = 2  # a scene and its mirror
-
-    def __init__(self, split="train", seed=0, count=None, side=64):
-        one_of("split", split, SPLITS)
-        if split == "train":
-            scenes = training_scenes(random.Random(f"shapes train {seed}"), 10_000 if count is None else count)
-        else:
-            scenes = held_out_scenes(random.Random(f"shapes held out {seed}"), 512 if count is None else count)
-        names = [f"shapes/{seed}/{'train' if split == 'train' else 'held-out'}/{i}" for i in range(len(scenes))]
-        # A generator of its own: with the picture's, the background would give the wording away.
-        self.told = [as_told(*scene, random.Random(f"{name} told")) for name, scene in zip(names, scenes)]
-        super().__init__(names, DrawnScenes(scenes, names, side), [[describe(*scene)] for scene in self.told])
-
-    def hard_negatives(self, i):
-        """Wrong captions of picture i, each a small change to its own: {kind: caption}.
-
-        "attributes"  the two colours exchanged; not there if the objects have one colour, and the same as "order" if
-                      they have one size and shape
-        "relation"    left for right, above for below
-        "order"       the two objects exchanged
-        "replaced"    a control that needs no binding: one object in a colour that the picture does not show
-        """
-        first, relation, second = self.told[i]
-        (size_1, colour_1, shape_1), (size_2, colour_2, shape_2) = first, second
-        absent = random.Random(self.names[i]).choice([c for c in COLOURS if c not in (colour_1, colour_2)])
-        wrong = {
-            "relation": describe(first, OPPOSITE[relation], second),
-            "order": describe(second, relation, first),
-            "replaced": describe((size_1, absent, shape_1), relation, second),
-        }
-        if colour_1 != colour_2:
-            wrong["attributes"] = describe((size_1, colour_2, shape_1), relation, (size_2, colour_1, shape_2))
-        return wrong
-
-
-class DrawnScenes(Sequence):
-    """Scenes, drawn when asked for; a picture's name decides its details, so it always looks the same."""
-
-    def __init__(self, scenes, names, side):
-        self.scenes, self.names, self.side = scenes, names, side
-
-    def __len__(self):
-        return len(self.scenes)
-
-    def __getitem__(self, i):
-        return draw_scene(*self.scenes[i], random.Random(self.names[i]), self.side)
-
-
-def random_object(rng):
-    return rng.choice(list(SIZES)), rng.choice(list(COLOURS)), rng.choice(SHAPES)
-
-
-def is_held_out(first, relation, second):
-    """A scene and its mirror are held out together."""
-    if first[1:] in HELD_OUT_OBJECTS or second[1:] in HELD_OUT_OBJECTS:
-        return True
-    key = f"{sorted([first, second])} {relation}"
-    return hashlib.sha256(key.encode()).digest()[0] < 26  # a tenth of 256
-
-
-def random_scenes(rng):
-    """Endless scenes (object, relation, other object); the relation is "left of" or "above"."""
-    while True:
-        first, relation, second = random_object(rng), rng.choice(RELATIONS), random_object(rng)
-        if first != second:
-            yield first, relation, second
-
-
-def training_scenes(rng, count):
-    """Scenes that are not held out, each followed by its mirror."""
-    scenes = (scene for scene in random_scenes(rng) if not is_held_out(*scene))
-    with_mirrors = (((a, relation, b), (b, relation, a)) for a, relation, b in scenes)
-    return list(itertools.islice(itertools.chain.from_iterable(with_mirrors), count))
-
-
-def held_out_scenes(rng, count):
-    """Half with an object that training never shows, half new compositions of known ones; mirrors side by side."""
-    if count % 2 or not 0 < count <= MAX_HELD_OUT:
-        raise ValueError(f"{count} held-out pictures; expected an even number up to {MAX_HELD_OUT:,}")
-    scenes = {}
-    candidates = random_scenes(rng)
-    for want_new_object in (True, False):
-        while len(scenes) < count // (2 if want_new_object else 1):
-            first, relation, second = next(candidates)
-            new_object = any(thing[1:] in HELD_OUT_OBJECTS for thing in (first, second))
-            if new_object == want_new_object and is_held_out(first, relation, second):
-                scenes[first, relation, second] = scenes[second, relation, first] = None
-    return list(scenes)
-
-
-def as_told(first, relation, second, rng):
-    """The scene in one of its two wordings: A left of B is also B right of A."""
-    return (second, OPPOSITE[relation], first) if rng.random() < 0.5 else (first, relation, second)
-
-
-def describe(first, relation, second):
-    """The caption that names two objects and their relation, in this order."""
-    return f"a {' '.join(first)} {relation} a {' '.join(second)}"
-
-
-def draw_scene(first, relation, second, rng, side):
-    """A PIL picture, side x side pixels; positions, sizes and colours vary a little with rng."""
-    background = tuple(rng.randint(225, 255) for _ in range(3))
-    picture = Image.new("RGB", (side, side), background)
-    draw = ImageDraw.Draw(picture)
-    for thing, along in ((first, 0.27), (second, 0.73)):
-        size, colour, shape = thing
-        along, across = along + rng.uniform(-0.04, 0.04), 0.5 + rng.uniform(-0.12, 0.12)
-        centre = (along, across) if relation == "left of" else (across, along)
-        fill = tuple(min(255, max(0, value + rng.randint(-15, 15))) for value in COLOURS[colour])
-        draw_shape(draw, shape, [side * c for c in centre], side * SIZES[size] * rng.uniform(0.9, 1.1), fill)
-    return picture
-
-
-def draw_shape(draw, shape, centre, radius, fill):
-    x, y = centre
-    if shape == "circle":
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
-        return
-    if shape == "cross":
-        arm = radius / 3
-        draw.rectangle((x - arm, y - radius, x + arm, y + radius), fill=fill)
-        draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=fill)
-        return
-    # Corners around the centre, as distance (share of the radius) and angle (turns from straight up).
-    corners = {
-        "square": [(1.15, 0.125 + i / 4) for i in range(4)],
-        "diamond": [(1.1, i / 4) for i in range(4)],
-        "triangle": [(1.1, i / 3) for i in range(3)],
-        "star": [(1.2 if i % 2 == 0 else 0.5, i / 10) for i in range(10)],
-    }[shape]
-    turn = 2 * math.pi
-    draw.polygon([(x + d * radius * math.sin(a * turn), y - d * radius * math.cos(a * turn)) for d, a in corners], fill)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
