@@ -22,7 +22,7 @@ def tokenizer():
 
 @pytest.fixture
 def make_model(tokenizer):
-    """A function that builds a tiny dual encoder with a processor; its arguments override the defaults."""
+    """A function that builds a tiny dual encoder with a processor; arguments override fields."""
 
     def make(
         vision="vit_tiny_patch16_224",
@@ -45,7 +45,7 @@ def make_model(tokenizer):
             text_vocab_size=tokenizer.get_vocab_size(),
             **{**TINY_TEXT, **overrides},
         )
-        # The published start of 0.02 makes towers this narrow nearly constant; larger weights tell captions apart.
+        # Published weights start at 0.02, which makes towers this narrow nearly constant.
         for weight in model.text_model.parameters():
             if weight.ndim == 2:
                 torch.nn.init.normal_(weight, std=0.3)
@@ -57,7 +57,7 @@ def make_model(tokenizer):
 
 @pytest.fixture
 def one_thread():
-    """In this process as in those of in_processes: several threads sum in another order."""
+    """One thread, as in in_processes: several threads add in another order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -42,7 +42,7 @@ def tensors(*arrays):
 
 
 def slow_row_loss(logits, row, right):
-    """Minus the log of the probability that a softmax over a row gives the right columns, shared evenly."""
+    """Cross-entropy of one row of logits against its right columns, in equal shares."""
     total = sum(math.exp(value) for value in logits[row])
     return -sum(math.log(math.exp(logits[row][j]) / total) for j in right) / len(right)
 
@@ -75,9 +75,9 @@ def slow_gradient(function, arrays, step=1e-5):
 
 
 class FixedTower(nn.Module):
-    """A tower that answers with the features (B, W) it was given, and notes what it was called with, and how often.
+    """A tower that returns fixed features (B, W) and notes the arguments and number of its calls.
 
-    like  the class whose forward says what it may be called with
+    like  the class whose forward has the signature to accept
     """
 
     calls = 0
@@ -98,7 +98,7 @@ class FixedTower(nn.Module):
 
 
 class Memory(TorchDispatchMode):
-    """Notes the most numbers that any operation inside puts into one tensor, and the most that are alive at a time."""
+    """Notes the largest tensor (in numbers) made inside, and the most numbers alive at once."""
 
     largest = alive = most_alive = 0
 
@@ -118,23 +118,19 @@ class Memory(TorchDispatchMode):
 
 
 def fails_like(got, right, mistakes, what, tolerance=1e-5):
-    """Assert that got equals right; if not, the message names the well-known mistake whose value it has."""
-    __tracebackhide__ = True  # the message says it all
+    """Assert that got equals right; else fail and name the well-known mistake with that value."""
+    __tracebackhide__ = True  # the message says enough
     got, right = (torch.as_tensor(value, dtype=torch.float64) for value in (got, right))
     if got.shape == right.shape and torch.allclose(got, right, rtol=tolerance, atol=tolerance):
         return
     looks = []
     for name, value in mistakes.items():
         value = torch.as_tensor(value, dtype=torch.float64)
-        tells = value.shape != right.shape or not torch.allclose(
-            value, right, atol=1e-3
-        )  # from a right answer
-        if tells and got.shape == value.shape and torch.allclose(got, value, atol=1e-4):
+        differs = value.shape != right.shape or not torch.allclose(value, right, atol=1e-3)
+        if differs and got.shape == value.shape and torch.allclose(got, value, atol=1e-4):
             looks.append(name)
     if got.shape == right.shape and torch.allclose(got, right, rtol=1e-5, atol=1e-5):
-        looks.append(
-            "right to a few digits: computed in float32, or with a small number added where none belongs"
-        )
+        looks.append("right to a few digits: computed in float32, or a small number was added")
     if got.isnan().any() and not right.isnan().any():
         looks.append("nan, as from 0 times infinity or 0 divided by 0")
     hint = f"it looks like: {', or '.join(looks)}" if looks else "it matches no well-known mistake"
@@ -145,30 +141,25 @@ def fails_like(got, right, mistakes, what, tolerance=1e-5):
 
 
 def in_processes(count, function, *arguments):
-    """function(rank, *arguments) in so many gloo processes; what each returned, in the order of ranks."""
+    """Run function(rank, *arguments) in count gloo processes; their results in rank order."""
     multiprocessing.set_forkserver_preload(
         ["torch", "timm", "dualenc"]
-    )  # imported once, not in every process
+    )  # imported once, then forked
     with tempfile.TemporaryDirectory() as folder:
+        job = (count, Path(folder), function, arguments)
         try:
             torch.multiprocessing.start_processes(
-                _in_one_process,
-                (count, Path(folder), function, arguments),
-                count,
-                start_method="forkserver",
+                _in_one_process, job, count, start_method="forkserver"
             )
         except torch.multiprocessing.ProcessExitedException as error:
-            pytest.fail(
-                f"a process died, as when they send each other tensors of different shapes: {error}"
-            )
-        return [
-            torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(count)
-        ]
+            pytest.fail(f"a process died, as when ranks send tensors of different shapes: {error}")
+        files = [Path(folder) / f"{rank}.pt" for rank in range(count)]
+        return [torch.load(file, weights_only=False) for file in files]
 
 
 def _in_one_process(rank, count, folder, function, arguments):
     torch.set_num_threads(1)
-    patience = datetime.timedelta(seconds=60)  # who waits in vain fails the test
+    patience = datetime.timedelta(seconds=60)  # a rank that hangs fails the test
     torch.distributed.init_process_group(
         "gloo", f"file://{folder}/meet", patience, world_size=count, rank=rank
     )
