@@ -24,21 +24,14 @@ def tokenizer():
 def make_model(tokenizer):
     """A function that builds a tiny dual encoder with a processor; arguments override fields."""
 
-    def make(
-        vision="vit_tiny_patch16_224",
-        image_size=32,
-        vision_args=None,
-        projection_dim=16,
-        seed=0,
-        **overrides,
-    ):
+    def make(vision="vit_tiny_patch16_224", image_size=32, vision_args=None, seed=0, **overrides):
         torch.manual_seed(seed)
         if vision_args is None:
             vision_args = TINY_VIT if vision.startswith("vit") else {}
         model = dualenc.DualEncoder.from_vision_text_pretrained(
             vision,
             "scratch",
-            projection_dim=projection_dim,
+            projection_dim=overrides.pop("projection_dim", 16),
             pretrained=False,
             vision_args=vision_args,
             vision_image_size=image_size,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dualenc
@@ -142,15 +143,12 @@ def fails_like(got, right, mistakes, what, tolerance=1e-5):
 
 def in_processes(count, function, *arguments):
     """Run function(rank, *arguments) in count gloo processes; their results in rank order."""
-    multiprocessing.set_forkserver_preload(
-        ["torch", "timm", "dualenc"]
-    )  # imported once, then forked
+    # Imported once, then forked into every process.
+    multiprocessing.set_forkserver_preload(["torch", "timm", "dualenc"])
     with tempfile.TemporaryDirectory() as folder:
         job = (count, Path(folder), function, arguments)
         try:
-            torch.multiprocessing.start_processes(
-                _in_one_process, job, count, start_method="forkserver"
-            )
+            start_processes(_in_one_process, job, count, start_method="forkserver")
         except torch.multiprocessing.ProcessExitedException as error:
             pytest.fail(f"a process died, as when ranks send tensors of different shapes: {error}")
         files = [Path(folder) / f"{rank}.pt" for rank in range(count)]
