@@ -134,7 +134,12 @@ def pytest_terminal_summary(terminalreporter, config):
     if not (asked and outcomes):
         return
     exercises = find_exercises(Path(__file__).parent.parent)
-    results = total([score(exercises[number], outcomes[number]) for number in sorted(outcomes)])
+    results = total(
+        [
+            score(exercises[number], outcomes[number])
+            for number in sorted(outcomes.keys() & exercises)
+        ]
+    )
     terminalreporter.section("score")
     terminalreporter.write("\n".join(score_lines(results)) + "\n")
     if config.option.score_file:

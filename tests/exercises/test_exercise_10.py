@@ -1,11 +1,10 @@
-"""Exercise 10, cached_backward: two passes against one graph over all pieces."""
+"""Exercise 10, MicroBatches.forward: pieces against one graph over the whole batch."""
 
-import math
-from contextlib import contextmanager
+import weakref
 
 import pytest
 import torch
-from conftest import fails_like
+from support import fails_like
 from torch import nn
 
 import dualenc
@@ -14,198 +13,152 @@ pytestmark = pytest.mark.exercise
 
 
 class Towers(nn.Module):
-    """Two small networks with dropout, a temperature, and notes of every call."""
+    """Two small networks in a DualEncoder's place; they note what passes through them.
 
-    def __init__(self, dropout=0.4):
+    outputs  of the first network, one a call
+    states   of the generator before each call
+    alive    how many earlier pieces were in memory at each call
+    """
+
+    def __init__(self, dropout=0.0):
         super().__init__()
         torch.manual_seed(0)
-        self.images, self.texts = (nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Dropout(dropout)) for _ in range(2))
-        self.scale = nn.Parameter(torch.tensor(0.5))
+        parts = (nn.Linear(6, 6), nn.Tanh(), nn.Dropout(dropout))
+        self.images, self.texts = nn.Sequential(*parts), nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+        self.logit_scale = nn.Parameter(torch.tensor(0.5))
         self.double()
-        self.calls, self.unsynced = [], False
+        self.outputs, self.states, self.alive, self.kept = [], [], [], []
 
-    def forward(self, piece):
-        state = torch.get_rng_state()
-        embeds = self.images(piece[0]), self.texts(piece[1])
-        assert self.training, "embed was called in evaluation mode: its dropout and batch norm must be at work"
-        self.calls.append((torch.is_grad_enabled(), self.unsynced, state, embeds[0].detach(), embeds[1].detach()))
+    def project_image(self, rows):
+        assert self.training, "in evaluation mode: dropout and batch norm must be at work"
+        self.states.append(torch.get_rng_state())
+        self.alive.append(sum(ref() is not None for ref in self.kept))
+        inner = self.images[:2](rows)
+        self.kept.append(weakref.ref(inner))
+        embeds = self.images[2:](inner)
+        self.outputs.append(embeds.detach().clone())
         return embeds
 
-    @contextmanager
-    def no_sync(self):
-        self.unsynced = True
-        yield
-        self.unsynced = False
+    def project_text(self, rows):
+        return self.texts(rows)
+
+    def encode_text(self, input_ids):
+        return self.texts(input_ids)
 
     def loss(self, image_embeds, text_embeds):
         """Some loss in which every row needs all others."""
-        return self.scale * (image_embeds @ text_embeds.T).sin().sum().exp().add(1).log() + image_embeds.pow(4).mean()
+        scores = image_embeds @ text_embeds.T
+        return self.logit_scale * scores.sin().sum().exp().add(1).log() + image_embeds.pow(4).mean()
 
     def gradients(self):
-        return {name: weight.grad.clone() for name, weight in self.named_parameters() if weight.grad is not None}
+        return {name: weight.grad for name, weight in self.named_parameters()}
 
 
-def some_pieces(*sizes):
+def batch(B=11):
     rng = torch.Generator().manual_seed(1)
-    return [tuple(torch.randn(b, 6, dtype=torch.float64, generator=rng) for _ in range(2)) for b in sizes]
+    return [torch.randn(B, 6, dtype=torch.float64, generator=rng) for _ in range(2)]
 
 
-def cached(model, pieces):
-    return dualenc.cached_backward(model, pieces, model.loss, [model.scale])
-
-
-def one_graph(dropout, pieces, states=None):
-    """(model with gradients, loss, embeddings) of all pieces in one graph, from the generator states that are given."""
-    model, sides = Towers(dropout), []
-    for i, piece in enumerate(pieces):
-        if states:
-            torch.set_rng_state(states[i])
-        sides.append(model(piece))
-    embeds = [torch.cat(side) for side in zip(*sides)]
+def in_pieces(model, size=4, is_dict=False):
+    """(loss, image_embeds, text_embeds) of a step through the function under test."""
+    images, texts = batch()
+    texts = {"input_ids": texts} if is_dict else texts
+    embeds = dualenc.MicroBatches(model, size)(images, texts)
     loss = model.loss(*embeds)
     loss.backward()
-    return model, loss.detach(), [side.detach() for side in embeds]
+    return loss.detach(), *(side.detach() for side in embeds)
 
 
-def piece_by_piece(pieces):
-    """Naive accumulation: the losses of the pieces, and {name: sum of their gradients}."""
-    model = Towers(0.0)
-    losses = [model.loss(*model(piece)) for piece in pieces]
-    sum(losses).backward()
-    return torch.stack(losses).detach(), model.gradients()
+def one_graph(dropout=0.0, states=(None,), learning=slice(None)):
+    """The same for all pieces in one graph, each from its generator state."""
+    model, sides = Towers(dropout), []
+    for state, *piece in zip(states, *(side.split(-(-11 // len(states))) for side in batch())):
+        if state is not None:
+            torch.set_rng_state(state)
+        sides.append((model.project_image(piece[0]), model.project_text(piece[1])))
+    embeds = [torch.cat(side) for side in zip(*sides)]
+    embeds = [torch.cat([side[:0].detach(), side]) for side in embeds]
+    mask = torch.zeros(11, 1, dtype=torch.bool)
+    mask[learning] = True
+    loss = model.loss(*(torch.where(mask, side, side.detach()) for side in embeds))
+    loss.backward()
+    return model, loss.detach(), *(side.detach() for side in embeds)
 
 
-def test_exercise_10_gradients_equal_those_of_one_graph():
-    pieces = some_pieces(4, 4, 3)
-    model = Towers(0.0)
-    loss, *embeds = cached(model, pieces)
-    plain, right_loss, right_embeds = one_graph(0.0, pieces)
-    (losses, naive), (_, last) = piece_by_piece(pieces), piece_by_piece(pieces[-1:])
-    mistakes = {
-        "the sum of small losses (naive accumulation)": losses.sum(),
-        "the mean of small losses (naive accumulation)": losses.mean(),
-        "the loss of the last piece alone": losses[-1],
-    }
-    fails_like(loss, right_loss, mistakes, "the loss", 1e-12)
-    for got, right, name in zip(embeds, right_embeds, ("image embeddings", "text embeddings")):
-        fails_like(got, right, {"the last piece only": right[-3:]}, f"the {name} returned", 1e-12)
-    found = model.gradients()
-    for name, right in plain.gradients().items():
-        left_out = "loss_weights are left out" if name == "scale" else f"the gradients of the {name.split('.')[0]} are"
-        assert name in found, f"{name} got no gradient: it looks like: {left_out}"
+@pytest.mark.parametrize("is_dict", [False, True])
+def test_exercise_10_loss_and_gradients_equal_those_of_one_graph(is_dict):
+    model, (plain, *right) = Towers(), one_graph()
+    got = in_pieces(model, is_dict=is_dict)
+    for name, one, other in zip(("loss", "image_embeds", "text_embeds"), got, right):
+        mistakes = (
+            {}
+            if name == "loss"
+            else {
+                "the last piece only": other[8:],
+                "the last piece is left out": other[:8],
+                "pieces in the wrong order": torch.cat([other[8:], other[4:8], other[:4]]),
+            }
+        )
+        fails_like(one, other, mistakes, name, 1e-12)
+    last = one_graph(learning=slice(8, None))[0].gradients()
+    for name, gradient in plain.gradients().items():
+        found = model.gradients()[name]
+        assert found is not None, f"no gradient reaches {name}: was a piece embedded in no_grad?"
         mistakes = {
-            "the sum of small losses (naive accumulation)": naive[name],
-            "the mean of small losses (naive accumulation)": naive[name] / 3,
-            "the loss of the last piece alone": last[name],
-            "a factor of the number of pieces": 3 * right,
-            "divided by the number of pieces": right / 3,
-            "counted twice": 2 * right,
-            "no gradient": 0 * right,
+            "only the last piece learns": last[name],
+            "a factor of the number of pieces": 3 * gradient,
+            "divided by the number of pieces": gradient / 3,
         }
-        fails_like(found[name], right, mistakes, f"the gradient of {name}", 1e-10)
+        fails_like(found, gradient, mistakes, f"the gradient of {name}", 1e-10)
+
+
+def test_exercise_10_at_most_one_piece_is_in_memory():
+    model = Towers(0.4)
+    embeds = dualenc.MicroBatches(model, 4)(*batch())
+    kept = sum(ref() is not None for ref in model.kept)
+    assert kept == 0, f"{kept} of 3 pieces keep their graph: it looks like: no checkpoint"
+    model.loss(*embeds).backward()
+    assert len(model.alive) == 6, f"{len(model.alive)} calls for 3 pieces, expected two for each"
+    assert max(model.alive) <= 1, "the backward pass keeps pieces that it has computed again"
+
+
+def test_exercise_10_each_weight_gets_its_gradient_once():
+    """DistributedDataParallel sends a gradient off as soon as it comes."""
+    model, came = Towers(), []
+    for name, weight in model.named_parameters():
+        weight.register_post_accumulate_grad_hook(lambda _, name=name: came.append(name))
+    in_pieces(model)
+    assert len(came) == len(set(came)), "gradients came a piece at a time: use_reentrant=False"
 
 
 def test_exercise_10_the_second_pass_drops_what_the_first_dropped():
-    pieces = some_pieces(4, 4, 3)
-    model = Towers()
+    model = Towers(0.4)
     torch.manual_seed(2)
-    cached(model, pieces)
-    first, second = model.calls[:3], model.calls[3:]
-    assert len(second) == 3, f"embed was called {len(model.calls)} times for 3 pieces, expected twice for each"
-    for two in second:  # in any order
-        same = any(torch.equal(one[3], two[3]) and torch.equal(one[4], two[4]) for one in first)
-        assert same, "the passes drop different numbers: it looks like: the generator's state is not restored"
-    masks = [call[3] == 0 for call in first[:2]]
-    assert not torch.equal(*masks), "every piece drops the same numbers: each needs random numbers of its own"
-    plain, _, _ = one_graph(0.4, pieces, [call[2] for call in first])
+    in_pieces(model)
+    first, again = model.outputs[:3], model.outputs[3:]
+    for two in again:  # in any order
+        is_same = any(one.shape == two.shape and torch.equal(one, two) for one in first)
+        assert is_same, "the passes drop different numbers: the generator's state is not restored"
+    masks = [(output == 0) for output in first[:2]]
+    assert not torch.equal(*masks), "every piece drops the same numbers: a fixed seed"
+    plain, *_ = one_graph(0.4, model.states[:3])
     for name, right in plain.gradients().items():
-        fails_like(model.gradients()[name], right, {}, f"the gradient of {name} under dropout", 1e-10)
+        fails_like(model.gradients()[name], right, {}, f"the gradient of {name}, dropout", 1e-10)
 
 
-def test_exercise_10_two_steps_drop_different_numbers():
-    model, pieces = Towers(), some_pieces(4, 4)
-    torch.manual_seed(3)
-    first, second = (cached(model, pieces)[1] for _ in range(2))
-    assert not torch.equal(first == 0, second == 0), (
-        "each step drops the same numbers: it looks like: a fixed seed, or the generator was put back"
+def test_exercise_10_batch_norm_counts_each_image_once():
+    model, right = Towers(), torch.zeros(6, dtype=torch.float64)
+    model.images.append(nn.BatchNorm1d(6).double())
+    for piece in batch()[0].split(4):
+        right = 0.9 * right + 0.1 * model.images[:2](piece).mean(dim=0).detach()
+    in_pieces(model)
+    fails_like(
+        model.images[-1].running_mean, right, {}, "batch norm's mean: images count twice?", 1e-10
     )
 
 
-def test_exercise_10_one_piece_has_a_graph_at_a_time():
+@pytest.mark.parametrize(("size", "calls"), [(0, 1), (11, 1), (12, 1), (10, 4)])
+def test_exercise_10_a_batch_that_is_no_larger_than_a_piece_is_embedded_at_once(size, calls):
     model = Towers()
-    loss, *embeds = cached(model, some_pieces(4, 4, 3))
-    graphs = [call[0] for call in model.calls]
-    assert graphs == [False] * 3 + [True] * 3, (
-        "the first pass must not build a graph: it looks like: no torch.no_grad, so all pieces are in memory at once"
-    )
-    assert not any(tensor.requires_grad for tensor in (loss, *embeds)), "what is returned still holds a graph"
-
-
-@pytest.mark.parametrize("sizes", [(3, 4, 4), (1, 4, 2)])
-def test_exercise_10_pieces_may_be_of_any_size(sizes):
-    pieces, model = some_pieces(*sizes), Towers(0.0)
-    cached(model, pieces)
-    for name, right in one_graph(0.0, pieces)[0].gradients().items():
-        fails_like(model.gradients()[name], right, {}, f"the gradient of {name}, pieces of {sizes}", 1e-10)
-
-
-def test_exercise_10_a_piece_goes_back_before_the_next_is_embedded():
-    """Otherwise all their graphs are in memory at once, which is what this exercise is about."""
-    model, has_gradient = Towers(), []
-    model.register_forward_pre_hook(lambda *_: has_gradient.append(model.images[0].weight.grad is not None))
-    cached(model, some_pieces(4, 4, 3))
-    assert has_gradient == [False] * 4 + [True] * 2, "all graphs are kept: run backward for a piece before the next one"
-
-
-def test_exercise_10_batch_norm_counts_each_picture_once():
-    """A mean over all batches it has counted, which their order does not change."""
-    model, pieces = Towers(0.0), some_pieces(4, 4, 3)
-    model.images.append(nn.BatchNorm1d(6, momentum=None).double())
-    cached(model, pieces)
-    counted = model.images[-1]
-    assert counted.num_batches_tracked == 3, "the first pass must leave buffers as they were: pictures count twice"
-    right = torch.stack([model.images[:-1](piece[0]).mean(dim=0) for piece in pieces]).mean(dim=0).detach()
-    fails_like(counted.running_mean, right, {}, "batch norm's mean", 1e-10)
-
-
-def test_exercise_10_weights_of_the_loss_learn_once_and_with_the_last_piece():
-    """As DistributedDataParallel wants it, which takes note of each backward pass that ends in a weight."""
-    model, calls = Towers(), []
-    model.scale.register_post_accumulate_grad_hook(lambda _: calls.append(len(model.calls)))
-    cached(model, some_pieces(4, 4, 3))
-    assert calls == [6], f"the scale got a gradient after {calls} of 6 calls of embed, expected once, after the last"
-
-
-def test_exercise_10_the_mode_stays_as_it_was():
-    model = nn.Identity().eval()
-    weight, pieces = torch.tensor(2.0, requires_grad=True), [torch.ones(2, 3)] * 2
-    model.forward = lambda piece: (weight * piece, weight * piece)
-    dualenc.cached_backward(model, pieces, lambda images, texts: (images * texts).sum())
-    assert not model.training, "the model was left in another mode"
-
-
-def test_exercise_10_gradients_are_added_to_what_is_there():
-    pieces = some_pieces(4, 3)
-    model = Towers(0.0)
-    cached(model, pieces)
-    once = model.gradients()
-    cached(model, pieces)
-    for name, gradient in model.gradients().items():
-        fails_like(gradient, 2 * once[name], {"the old gradient is overwritten": once[name]}, name, 1e-10)
-
-
-def test_exercise_10_processes_average_gradients_with_the_last_piece_only():
-    """DistributedDataParallel waits for the other processes at each backward pass that is not inside no_sync."""
-    model = Towers()
-    cached(model, some_pieces(4, 4, 3))
-    waits = [not call[1] for call in model.calls[3:]]
-    assert waits == [False, False, True], "all pieces but the last belong inside embed.no_sync()"
-
-
-def test_exercise_10_a_plain_function_and_no_weights_of_the_loss_will_do():
-    weight = torch.tensor(2.0, requires_grad=True)
-    pieces = [(torch.ones(2, 3), torch.ones(2, 3))] * 2
-    loss, images, texts = dualenc.cached_backward(
-        lambda piece: (weight * piece[0], weight * piece[1]), pieces, lambda images, texts: (images * texts).sum()
-    )
-    assert math.isclose(loss.item(), 48) and weight.grad.item() == 48 and images.shape == texts.shape == (4, 3)
+    in_pieces(model, size)
+    assert len(model.outputs) == calls, f"{len(model.outputs)} calls with pieces of {size}"
