@@ -13,7 +13,6 @@ pytestmark = pytest.mark.exercise
 
 # Three captions of five tokens: padding on the right, on the left, on both sides.
 IS_REAL = np.array([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1], [0, 1, 1, 1, 0]], bool)
-MASK = torch.tensor(IS_REAL)[:, None, None, :]
 EVERYWHERE = np.ones_like(IS_REAL)
 both_ways = pytest.mark.parametrize("return_weights", [False, True])
 
@@ -35,6 +34,10 @@ def slow_attention(query, key, value, is_real, scale=None, bias=None):
 def inputs(B=3, H=2, T=5, D=4):
     rng = np.random.default_rng(0)
     return [rng.normal(size=(B, H, T, D)) for _ in range(3)]
+
+
+def mask():
+    return torch.tensor(IS_REAL)[:, None, None, :]
 
 
 def as_tensors(dtype=None):
@@ -69,9 +72,9 @@ def mistaken(query, key, value):
 def test_exercise_3_padding_gets_no_weight_and_inputs_stay(return_weights):
     arrays = inputs()
     right, right_weights = slow_attention(*arrays, IS_REAL)
-    given = [*as_tensors(), MASK.clone()]
+    given = [*as_tensors(), mask()]
     got, weights = dualenc.masked_attention(*given, 0.0, return_weights)
-    for name, old, now in zip(("query", "key", "value", "mask"), (*as_tensors(), MASK), given):
+    for name, old, now in zip(("query", "key", "value", "mask"), (*as_tensors(), mask()), given):
         assert torch.equal(old, now), f"{name} was changed in place"
     fails_like(got, right, mistaken(*arrays), "the mixed values", 1e-10)
     if not return_weights:
@@ -79,7 +82,7 @@ def test_exercise_3_padding_gets_no_weight_and_inputs_stay(return_weights):
         return
     assert weights is not None, "weights were asked for"
     fails_like(weights, right_weights, {}, "the weights", 1e-10)
-    assert (weights[~MASK.expand_as(weights)] == 0).all(), "exactly 0 on padding"
+    assert (weights[~mask().expand_as(weights)] == 0).all(), "exactly 0 on padding"
 
 
 def test_exercise_3_without_a_mask_every_token_is_seen():
@@ -97,28 +100,28 @@ def test_exercise_3_without_a_mask_every_token_is_seen():
 @both_ways
 def test_exercise_3_a_mask_of_numbers_is_added_and_may_learn(return_weights):
     arrays = inputs()
-    bias = np.random.default_rng(1).normal(size=(3, 2, 5, 5))
-    right, _ = slow_attention(*arrays, IS_REAL, bias=bias)
-    mask = torch.tensor(np.where(IS_REAL[:, None, None], bias, -1e30), requires_grad=True)
-    got, _ = dualenc.masked_attention(*as_tensors(), mask, 0.0, return_weights)
-    halved = slow_attention(*arrays, IS_REAL, bias=bias / math.sqrt(arrays[0].shape[-1]))
+    numbers = np.random.default_rng(1).normal(size=(3, 2, 5, 5))
+    right, _ = slow_attention(*arrays, IS_REAL, bias=numbers)
+    bias = torch.tensor(np.where(IS_REAL[:, None, None], numbers, -1e30), requires_grad=True)
+    got, _ = dualenc.masked_attention(*as_tensors(), bias, 0.0, return_weights)
+    halved = slow_attention(*arrays, IS_REAL, bias=numbers / math.sqrt(arrays[0].shape[-1]))
     mistakes = {
         "numbers used as yes and no": slow_attention(*arrays, EVERYWHERE)[0],
         "the numbers divided by the root of the head size, too": halved[0],
-        "the numbers subtracted, not added": slow_attention(*arrays, IS_REAL, bias=-bias)[0],
+        "the numbers subtracted, not added": slow_attention(*arrays, IS_REAL, bias=-numbers)[0],
         "only whether a key may be seen is used": slow_attention(*arrays, IS_REAL)[0],
     }
     fails_like(got.detach(), right, mistakes, "the mixed values under a float mask", 1e-10)
     assert got.requires_grad, "no gradient reaches the mask's numbers: were they detached?"
     got.square().sum().backward()
-    assert mask.grad.any(), "the gradient of the mask's numbers is 0"
+    assert bias.grad.any(), "the gradient of the mask's numbers is 0"
 
 
 def test_exercise_3_the_gradients_are_those_of_the_definition():
     arrays = inputs(B=1, T=5, D=2)
     given = [torch.tensor(array, requires_grad=True) for array in arrays]
     mix = np.random.default_rng(2).normal(size=arrays[0].shape)
-    got, _ = dualenc.masked_attention(*given, MASK[:1])
+    got, _ = dualenc.masked_attention(*given, mask()[:1])
     (got * torch.tensor(mix)).sum().backward()
     mixed = lambda *qkv: float((slow_attention(*qkv, IS_REAL[:1])[0] * mix).sum())  # noqa: E731
     for name, tensor, right in zip(("query", "key", "value"), given, slow_gradient(mixed, arrays)):
@@ -132,7 +135,7 @@ def test_exercise_3_types_stay_and_large_scores_do_not_overflow(dtype):
     tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-5
     for learns in (False, True):
         query, key, value = (tensor.requires_grad_(learns) for tensor in as_tensors(dtype))
-        got, _ = dualenc.masked_attention(query, key, value, MASK)
+        got, _ = dualenc.masked_attention(query, key, value, mask())
         assert got.dtype == dtype, f"attention over {dtype} gives {got.dtype}"
         fails_like(got.detach(), right, {}, f"the mixed values in {dtype}", tolerance)
     got, weights = dualenc.masked_attention(200 * query, key, value, return_weights=True)
