@@ -1,0 +1,616 @@
+"""What each data spec reads, how it is split, and what a user is told about mistakes."""
+
+import csv
+import io
+import json
+import tarfile
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dualenc
+
+
+def save_image(path, colour="red", size=(8, 8)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.png", "b.png", "c.png"):
+        save_image(tmp_path / name)
+    return tmp_path
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def load_all(spec, **options):
+    """{image: captions} of the whole data."""
+    pairs = dualenc.load_pairs(spec, "all", **options)
+    return dict(zip(pairs.names, pairs.captions))
+
+
+def names_by_split(spec, **options):
+    return {split: dualenc.load_pairs(spec, split, **options).names for split in dualenc.SPLITS}
+
+
+# ---- Pairs
+
+
+def test_selected_pairs_keep_image_captions_and_label_together():
+    pairs = dualenc.Pairs(list("abc"), [0, 1, 2], [["x"], ["y"], ["z"]], [0, 1, 0], ["k", "l"])
+    some = pairs.select([2, 1]).select([1, 0])
+    assert (some.names, some.labels, some.classes) == (["b", "c"], [1, 0], ["k", "l"])
+    assert [some[i] for i in range(2)] == [(1, ["y"]), (2, ["z"])]
+
+
+def test_pairs_of_an_image_a_class_or_a_text_are_positives():
+    """Also by way of a third pair; computed by comparing all with all."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 6, 30).tolist()
+    for own in (None, labels):
+        pairs = dualenc.Pairs([str(i) for i in range(30)], [None] * 30, [["x"]] * 30, own)
+        indices, captions = (
+            rng.integers(0, 30, 12).tolist(),
+            [str(c) for c in rng.integers(0, 9, 12)],
+        )
+        images = [labels[i] if own else i for i in indices]
+        same = np.array([[a == b or c == d for b, d in zip(images, captions)]
+                         for a, c in zip(images, captions)])  # fmt: skip
+        for _ in range(12):
+            same = (same.astype(int) @ same) > 0
+        groups = dualenc.positive_groups(pairs.pair_ids(indices, captions))
+        assert ((groups[:, None] == groups).numpy() == same).all()
+
+
+def test_the_caption_table_has_each_text_once():
+    pairs = dualenc.Pairs("ab", [0, 1], [["x", "y", "x"], ["y"]])
+    captions, right = pairs.caption_table()
+    assert captions == ["x", "y"] and right.tolist() == [[0, 0], [0, 1], [1, 1]]
+
+
+def test_stamps_change_with_the_image(folder, tmp_path):
+    write(folder / "c.csv", "image,caption\na.png,x\nb.png,y\n")
+    before = dualenc.load_pairs(folder / "c.csv", "all").stamps()
+    save_image(folder / "b.png", size=(9, 9))
+    after = dualenc.load_pairs(folder / "c.csv", "all").stamps()
+    assert before[0] == after[0] and before[1] != after[1]
+    small, large = (dualenc.ShapesPairs(count=2, side=side).stamps() for side in (32, 64))
+    assert small != large and small == dualenc.ShapesPairs(count=2, side=32).stamps()
+    path = write_shard(tmp_path / "s.tar", samples(0, 2))
+    one = dualenc.load_pairs(path, "all").stamps()
+    write_shard(path, samples(0, 3))
+    assert not set(one) & set(dualenc.load_pairs(path, "all").stamps())
+
+
+def test_images_without_stamps_are_refused_for_storing():
+    images = [Image.new("RGB", (2, 2))]
+    for given in (images, dualenc.Lazy([0], images.__getitem__)):
+        with pytest.raises(ValueError, match="their Lazy has no stamp"):
+            dualenc.Pairs(["a"], given, [["x"]]).stamps()
+
+
+# ---- One dataset that opens images
+
+
+def test_an_unreadable_image_gives_its_place_to_the_next(folder):
+    write(folder / "b.png", "no image")
+    images = dualenc.Lazy([str(folder / f"{name}.png") for name in "abc"], dualenc.open_image)
+    transform = dualenc.ImageTransform(resize=4, crop=(4, 4))
+    dataset = dualenc.ImageDataset(images, transform, lambda pixels, key: pixels + key[0])
+    assert [dataset[5, i][1] for i in range(3)] == [0, 2, 2]
+    pixels, used, error = dataset[5, 1]
+    assert torch.equal(pixels, transform.resize_and_crop(dualenc.to_pixels(images[2])) + 5)
+    assert "cannot read image" in error and "b.png" in error and dataset[5, 2][2] == ""
+    for name in "ac":
+        write(folder / f"{name}.png", "no image")
+    assert dataset[0, 1][0].shape == (3, 4, 4) and dataset[0, 1][1] == 1 and dataset[0, 1][2]
+
+
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["shapes", "shards", "set"])
+def test_workers_read_what_one_process_reads(kind, context, tmp_path):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    if kind == "shapes":
+        pairs = dualenc.ShapesPairs(count=20)
+    else:
+        spec = str(write_shard(tmp_path / "s.tar", samples(0, 20)))
+        spec = "fashionmnist" if kind == "set" else spec
+        fashion(tmp_path, 20)
+        pairs = dualenc.load_pairs(spec, "train", data_root=tmp_path, val_fraction=0)
+    transform = dualenc.ImageTransform(resize=8, crop=(8, 8))
+    dataset = dualenc.ImageDataset(pairs.images, transform)
+    batches = [[(0, i) for i in batch] for batch in ([3, 1], [19, 0], [7, 7])]
+    loader = dualenc.image_loader(dataset, batches, 2, torch.device("cpu"))
+    loader.multiprocessing_context = context
+    for (pixels, indices, errors), batch in zip(loader, batches):
+        assert indices == [i for _, i in batch] and errors == ["", ""]
+        here = [transform.resize_and_crop(dualenc.to_pixels(pairs[i][0])) for i in indices]
+        assert torch.equal(pixels, torch.stack(here))
+    assert torch.equal(torch.get_rng_state(), state), "the run's own generator was used"
+
+
+def test_large_jpegs_are_decoded_smaller_wherever_they_lie(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    large = Image.fromarray(noise).resize((640, 640), Image.Resampling.BICUBIC)
+    large.save(tmp_path / "large" / "a.jpg") if (tmp_path / "large").mkdir() is None else None
+    content = (tmp_path / "large" / "a.jpg").read_bytes()
+    shard = write_shard(tmp_path / "s.tar", {"a.jpg": content, "a.txt": b"x"})
+    transform = dualenc.ImageTransform(resize=64, crop=(64, 64))
+    for spec in (tmp_path, shard):
+        pairs = dualenc.load_pairs(spec, "all")
+        assert pairs[0][0].size == (640, 640)
+        for zoom, side in ((1, 160), (2, 320)):
+            dataset = dualenc.ImageDataset(pairs.images, transform, zoom=zoom)
+            assert dataset.images[0].size == (side, side)
+        full = transform.resize_and_crop(dualenc.to_pixels(pairs[0][0])).float()
+        assert 0 < (dualenc.ImageDataset(pairs.images, transform)[0, 0][0] - full).abs().mean() < 1
+
+
+# ---- Drawn shapes
+
+
+def test_shapes_come_from_the_seed_alone():
+    one, two, other = (dualenc.ShapesPairs("train", seed=seed, count=20) for seed in (0, 0, 1))
+    assert one.captions == two.captions != other.captions
+    assert all(np.array_equal(one[i][0], two[i][0]) for i in range(20))
+    assert one[3][0].size == (64, 64)
+
+
+def test_as_many_shapes_are_held_out_as_there_are():
+    objects = [(a, b, c) for a in dualenc.SIZES for b in dualenc.COLOURS for c in dualenc.SHAPES]
+    known = [thing for thing in objects if thing[1:] not in dualenc.HELD_OUT_OBJECTS]
+    scenes = [(a, r, b) for a in known for b in known if a != b for r in ("left of", "above")]
+    held_out = [scene for scene in scenes if dualenc.is_held_out(*scene)]
+    assert 2 * len(held_out) == dualenc.MAX_HELD_OUT
+    for count in (3, dualenc.MAX_HELD_OUT + 2):
+        with pytest.raises(ValueError, match=f"{count} held-out images, expected an even number"):
+            dualenc.ShapesPairs("test", count=count)
+
+
+def test_held_out_shapes_are_never_seen_in_training():
+    train, test = dualenc.load_pairs("shapes"), dualenc.load_pairs("shapes", "test")
+    assert len(train) == 10_000
+    assert len(test) == len({captions[0] for captions in test.captions}) == 512
+    assert not {tuple(c) for c in train.captions} & {tuple(c) for c in test.captions}
+    assert not set(test.scenes) & set(train.scenes)
+    objects = {thing[1:] for scene in train.scenes for thing in (scene[0], scene[2])}
+    assert not objects & dualenc.HELD_OUT_OBJECTS
+    assert {c for c, _ in objects} == {*dualenc.COLOURS}
+    assert {s for _, s in objects} == {*dualenc.SHAPES}
+    new = [any(t[1:] in dualenc.HELD_OUT_OBJECTS for t in (a, b)) for a, _, b in test.scenes]
+    assert Counter(new) == {True: 256, False: 256}
+    for scenes in (test.scenes, train.scenes):
+        mirrors = zip(scenes[::2], scenes[1::2])
+        assert all(mirror == (b, r, a) for (a, r, b), mirror in mirrors), "its mirror is next"
+    assert dualenc.load_pairs("shapes", "all").names == train.names + test.names
+
+
+def test_shapes_look_like_their_captions():
+    """Where the caption says, in the colour it says, is a thing of about the size it says."""
+    pairs = dualenc.ShapesPairs("test", count=64)
+    for i, (first, relation, second) in enumerate(pairs.scenes):
+        image = np.asarray(pairs[i][0], dtype=int)
+        image = image if relation == "left of" else image.transpose(1, 0, 2)
+        for (size, colour, _), half in ((first, image[:, :32]), (second, image[:, 32:])):
+            near = (np.abs(half - dualenc.COLOURS[colour]).max(-1) <= 20).sum()
+            smallest, largest = {"small": (30, 190), "large": (130, 640)}[size]
+            assert smallest <= near <= largest, (pairs.captions[i], size, colour, near)
+
+
+def test_an_image_does_not_give_its_wording_away():
+    """The background must not say which of the two wordings was drawn."""
+    pairs = dualenc.ShapesPairs("train", count=400)
+    said = {wording[1] for wording in pairs.wordings}
+    assert said == {*dualenc.OPPOSITE}
+    as_drawn = torch.tensor([wording[1] in ("left of", "above") for wording in pairs.wordings])
+    backgrounds = torch.tensor([image.getpixel((0, 0)) for image in pairs.images]).float()
+    assert 0.4 < as_drawn.float().mean() < 0.6
+    rows = torch.corrcoef(torch.cat([as_drawn[None].float(), backgrounds.T]))[0, 1:]
+    assert rows.abs().max() < 0.2
+
+
+def test_hard_negatives_differ_in_one_thing():
+    pairs = dualenc.ShapesPairs("test", count=64)
+    pairs.wordings[0] = ("small", "red", "star"), "above", ("large", "blue", "cross")
+    wrong = pairs.hard_negatives(0)
+    replaced = wrong.pop("replaced")
+    assert wrong == {
+        "relation": "a small red star below a large blue cross",
+        "order": "a large blue cross above a small red star",
+        "attributes": "a small blue star above a large red cross",
+    }
+    assert replaced.split()[2] not in ("red", "blue") and replaced.endswith("a large blue cross")
+    pairs.wordings[0] = ("small", "red", "star"), "above", ("large", "red", "cross")
+    assert "attributes" not in pairs.hard_negatives(0)
+
+
+# ---- Splits
+
+
+def test_an_images_captions_never_straddle_the_split(tmp_path):
+    """Split by the image's name: new images never move old ones, and order does not matter."""
+    rows = [(f"{i}.png", f"caption {j} of {i}") for i in range(60) for j in range(3)]
+    for i in range(60):
+        save_image(tmp_path / f"{i}.png")
+
+    def splits(rows):
+        with open(tmp_path / "c.csv", "w", newline="") as file:
+            csv.writer(file).writerows([("image", "caption"), *rows])
+        return names_by_split(tmp_path / "c.csv", val_fraction=0.3)
+
+    whole, half = splits(rows), splits(rows[:90][::-1])
+    assert sorted(whole["train"] + whole["test"]) == sorted(whole["all"])
+    assert 8 <= len(whole["test"]) <= 28 and len(whole["all"]) == 60
+    assert whole["val"] == whole["test"] and {*half["test"]} == {*whole["test"]} & {*half["all"]}
+    captions = load_all(tmp_path / "c.csv")
+    assert sorted(captions["7.png"]) == [f"caption {j} of 7" for j in range(3)]
+    assert names_by_split(tmp_path / "c.csv", val_fraction=0)["test"] == []
+
+
+def test_a_split_column_is_followed(folder):
+    words = ["Training", "valid", "TEST"]
+    rows = [f"{name}.png\tx\t{word}" for name, word in zip("abc", words)]
+    path = write(folder / "c.tsv", "\n".join(["image\tcaption\tSplit", *rows]))
+    assert names_by_split(path) == {
+        "train": ["a.png"], "val": ["b.png"], "test": ["c.png"], "all": ["a.png", "b.png", "c.png"]
+    }  # fmt: skip
+    assert dualenc.load_pairs(path).own_split
+    path.write_text("image,caption,split\na.png,x,train\nb.png,y,dev")
+    assert names_by_split(path)["test"] == ["b.png"], "val stands in for test"
+    path.write_text("image,caption,split\na.png,x,train\nb.png,y,train")
+    assert not dualenc.load_pairs(path).own_split, "one part is no split"
+    path.write_text("image,caption,split\na.png,x,test")
+    with pytest.raises(ValueError, match="has no train part, only test"):
+        dualenc.load_pairs(path, "train")
+    for cell in ("fold1", ""):
+        path.write_text(f"image,caption,split\na.png,x,train\nb.png,y,{cell}")
+        with pytest.raises(ValueError, match=f"line 3: split is '{cell}', expected train"):
+            dualenc.load_pairs(path)
+    path.write_text("image,caption,split\na.png,x,train\na.png,y,test")
+    with pytest.raises(ValueError, match="split is .*'test'"):
+        dualenc.load_pairs(path)
+
+
+def test_a_group_stays_on_one_side(tmp_path):
+    rows = ["image,caption,group"]
+    for i in range(40):
+        save_image(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,x,{i // 4}")
+    splits = names_by_split(write(tmp_path / "c.csv", "\n".join(rows)), val_fraction=0.5)
+    train, test = ({int(name[:-4]) // 4 for name in splits[part]} for part in ("train", "test"))
+    assert train and test and not train & test
+
+
+# ---- Tables
+
+
+@pytest.mark.parametrize(
+    "header", [("image", "caption"), ("filepath", "title"), (" Path", "Text ")]
+)
+@pytest.mark.parametrize("separator", [",", "\t", ";", "|"])
+def test_columns_are_found_by_name_and_separators_sniffed(tmp_path, header, separator):
+    save_image(tmp_path / "sub" / "a.png", "blue")
+    lines = [separator.join(["id", *header]), separator.join(["1", "sub/a.png", '"a, b; c | d"'])]
+    path = write(tmp_path / "c.txt", "\r\n".join(lines).encode("utf-8-sig"))
+    pairs = dualenc.load_pairs(path, "all")
+    assert pairs[0][1] == ["a, b; c | d"] and pairs[0][0].getpixel((0, 0)) == (0, 0, 255)
+    assert pairs.names == ["sub/a.png"]
+
+
+def test_captions_are_text_whatever_they_look_like(folder):
+    captions = ["None", "NA", "0", 'say "hi", twice', "two\nlines", "piñata 日本 🎉", "a\u2028b"]
+    with open(folder / "c.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("image", "caption"), *(("a.png", text) for text in captions)])
+    assert load_all(folder / "c.csv") == {"a.png": captions}
+    (folder / "d.jsonl").write_text(json.dumps({"path": "a.png", "text": captions}) + "\n\n")
+    assert load_all(folder / "d.jsonl") == {"a.png": captions}
+    lines = ["a.jpg#0\tOne dog , running .", 'a.jpg#1\t"Two" dogs']
+    save_image(folder / "a.jpg")
+    path = write(folder / "Flickr8k.token.txt", "\n".join(lines))
+    assert load_all(path) == {"a.jpg": ["One dog , running .", '"Two" dogs']}
+
+
+def test_spellings_of_a_path_are_one_image_and_equal_rows_one(folder):
+    text = "image,caption,,\na.png,a dog,,\n./a.png,a dog,,\nb.png,a dog\nx/../a.png, a cat \n"
+    assert load_all(write(folder / "c.csv", text)) == {
+        "a.png": ["a dog", "a cat"],
+        "b.png": ["a dog"],
+    }
+    path = write(folder / "sub" / "c.csv", f"image,caption\n../a.png,x\n{folder / 'b.png'},y\n")
+    assert load_all(path) == {"../a.png": ["x"], "../b.png": ["y"]}
+    assert load_all(write(folder / "sub" / "c.csv", "image,caption\na.png,x"), images=folder)
+
+
+START = "image,caption\na.png,a dog\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.csv", START + "b.png,\n", "c.csv, line 3: caption is '', expected text"),
+        ("c.csv", START + "b.png\n", "line 3: caption is None"),
+        ("c.csv", START + "b.png,\"['a dog', 'a cat']\"\n", "line 3: a list of captions"),
+        ("c.csv", START + ",a dog\n", "line 3: no image named"),
+        ("c.csv", START + "d.png,a dog\n", "line 3: missing image .*d.png"),
+        ("c.csv", START + "b.png,a dog, running\n", "line 3: more cells than the header .*; quote"),
+        ("c.csv", START + 'b.png,"a dog\nb.png,a cat\n', "line 3: .*; quote captions"),
+        ("c.csv", "image,words\na.png,x", "no caption column in image, words; expected .* caption"),
+        ("c.csv", "photo,caption\na.png,x", "no image column in photo, caption; expected .* image"),
+        ("c.csv", "image,caption\n", "no images with captions below"),
+        ("c.csv", "", "no images with captions below"),
+        ("c.csv", START.encode("utf-16"), "is not UTF-8 text .*; save it as UTF-8"),
+        ("c.csv", START.encode() + b"a.png,caf\xe9\n", "is not UTF-8 text"),
+        ("c.jsonl", '\n{"image": "a.png", "caption": null}', "line 2: caption is None"),
+        ("c.jsonl", '{"image": "a.png", "caption": []}', r"line 1: caption is \[\]"),
+        ("c.jsonl", '{"image": "a.png", "caption": 5}', "line 1: caption is 5"),
+        ("c.jsonl", '{"image": ["a.png"], "caption": "x"}', "line 1: no image named"),
+        ("c.jsonl", '{"image": "a.png"}', "line 1: no caption column in image"),
+        ("c.jsonl", '["a.png", "x"]', "no json object in .*line 1"),
+        ("c.jsonl", '{"image": ', "no json object in .*line 1"),
+        ("c.jsonl", "[" * 100_000, "no json object in .*line 1: RecursionError"),
+    ],
+)
+def test_mistakes_in_tables_are_named_with_file_and_line(name, content, message, folder):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_all(write(folder / name, content))
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"spec": "cifar11"}, "no data 'cifar11': .*did you mean cifar10"),
+        ({"spec": "no_such_folder/"}, "no data 'no_such_folder/': expected a folder"),
+        ({"spec": "missing.csv"}, "missing.csv"),
+        ({"spec": "https://host/{0..3}.tar"}, "4 of 4 shards are missing: https://host/0.tar"),
+        ({"spec": "shapes", "split": "valid"}, "unknown split 'valid'; expected train, val, test"),
+        ({"spec": "shapes", "val_fraction": 5}, "val_fraction is 5, expected a share from 0 to 1"),
+    ],
+)
+def test_unknown_data_is_refused_with_what_there_is(options, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        dualenc.load_pairs(**options)
+
+
+def test_a_reader_is_one_row_and_one_function(folder, monkeypatch):
+    """Here of a table that holds the bytes of its images, as parquet files do."""
+
+    def read_parquet(path, **_):
+        content = (folder / "a.png").read_bytes()
+        for row, caption in enumerate(("x", "y")):
+            cells = {"image": content, "caption": caption, "split": "test"}
+            yield from dualenc.record_rows(f"{path}, row {row}", cells)
+
+    monkeypatch.setitem(dualenc.DATA_READERS, ".parquet", read_parquet)
+    pairs = dualenc.load_pairs("data.parquet", "val")
+    assert pairs.captions == [["x", "y"]] and pairs[0][0].size == (8, 8)
+    assert pairs.names == ["data.parquet, row 0"] and len(pairs.stamps()[0]) > 64
+
+
+# ---- Folders
+
+
+def test_class_folders_become_captions_through_templates(tmp_path, capsys):
+    for name in ("big_dog/0.jpg", "big_dog/part/1.JPEG", "cat/0.jfif", "cat/1.avif", "cat/2.ppm"):
+        save_image(tmp_path / name)
+    for name in ("cat/.2.png", ".thumbs/cat/3.png", "__MACOSX/cat/4.png", "cat/._0.jpg"):
+        save_image(tmp_path / name)
+    write(tmp_path / "cat" / "notes.md", "")
+    save_image(tmp_path / "top.png")
+    pairs = dualenc.load_pairs(tmp_path, "all", templates=("a {}.", "one {}"))
+    assert pairs.classes == ["big dog", "cat"] and pairs.labels == [0, 0, 1, 1, 1]
+    assert pairs.names[:2] == ["big_dog/0.jpg", "big_dog/part/1.JPEG"]
+    assert pairs.captions[0] == ["a big dog.", "one big dog"]
+    notes = capsys.readouterr().out
+    assert "1 files below" in notes and "top.png is left out: it lies in no folder" in notes
+    new = dualenc.load_pairs(tmp_path, "all", class_names={"cat": "tom_cat"}, templates=("a {}",))
+    assert new.classes == ["big dog", "tom cat"] and new.captions[-1] == ["a tom cat"]
+    with pytest.raises(ValueError, match="no class 'cats' to rename; expected .*cat"):
+        dualenc.load_pairs(tmp_path, class_names={"cats": "tom"})
+    with pytest.raises(ValueError, match="template 'a photo' has no {} for the class name"):
+        dualenc.load_pairs(tmp_path, templates=("a photo",))
+
+
+@pytest.mark.parametrize(
+    "words", [("train", "val", "test"), ("Training", "Validation", "Testing"), ("Train", "valid")]
+)
+def test_own_splits_of_a_folder_are_used(words, tmp_path):
+    for word in words:
+        save_image(tmp_path / word / "dog" / "0.png")
+    splits = {part: "".join(names) for part, names in names_by_split(tmp_path).items()}
+    right = {"train": words[0], "val": words[1], "test": words[-1]}
+    assert right.items() <= {p: n.removesuffix("/dog/0.png") for p, n in splits.items()}.items()
+    assert dualenc.load_pairs(tmp_path).classes == ["dog"]
+    save_image(tmp_path / "extra" / "dog" / "0.png")
+    with pytest.raises(ValueError, match=f"has .*{words[0]}.*, but also extra"):
+        dualenc.load_pairs(tmp_path)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    for name in ("car", "train"):
+        save_image(tmp_path / name / "0.png")
+    assert dualenc.load_pairs(tmp_path, "all").classes == ["car", "train"]
+
+
+def test_images_with_text_files_have_a_caption_a_line(tmp_path):
+    save_image(tmp_path / "a.png")
+    save_image(tmp_path / "sub" / "b.jpg")
+    write(tmp_path / "a.txt", "one\n\n two \n")
+    with pytest.raises(ValueError, match=r"b.jpg has no caption file .*b.txt beside it"):
+        dualenc.load_pairs(tmp_path)
+    write(tmp_path / "sub" / "b.txt", "three")
+    assert load_all(tmp_path) == {"a.png": ["one", "two"], "sub/b.jpg": ["three"]}
+    with pytest.raises(ValueError, match="no images with captions below"):
+        load_all(write(tmp_path / "empty" / "a.md", "x").parent)
+
+
+# ---- COCO, Karpathy, torchvision
+
+
+def test_coco_captions_are_joined_by_image_id(tmp_path):
+    save_image(tmp_path / "images" / "x.jpg")
+    notes = [
+        {"id": i, "image_id": 7, "caption": caption} for i, caption in enumerate(["one ", "two"])
+    ]
+    data = {"images": [{"id": 7, "file_name": "x.jpg"}], "annotations": notes}
+    path = write(tmp_path / "captions.json", json.dumps(data))
+    assert load_all(path, images=tmp_path / "images") == {"x.jpg": ["one", "two"]}
+    notes[1]["image_id"] = 8
+    with pytest.raises(ValueError, match="annotation 1: no image named"):
+        load_all(write(path, json.dumps(data)), images=tmp_path / "images")
+    for wrong, message in (({"info": 1}, "it has info; expected"), ({"images": 5}, "TypeError")):
+        with pytest.raises(ValueError, match=f"cannot read .*captions.json: {message}"):
+            load_all(write(path, json.dumps(wrong)))
+
+
+def test_karpathys_splits_are_the_datas_own(tmp_path):
+    entries = []
+    for i, split in enumerate(["train", "restval", "val", "test"]):
+        save_image(tmp_path / "part" / f"{i}.jpg")
+        entry = {"filename": f"{i}.jpg", "split": split, "sentences": [{"raw": f"caption {i}"}]}
+        entries.append({**entry, "filepath": "part"})
+    splits = names_by_split(write(tmp_path / "d.json", json.dumps({"images": entries})))
+    assert splits["train"] == ["part/0.jpg", "part/1.jpg"]
+    assert (splits["val"], splits["test"]) == (["part/2.jpg"], ["part/3.jpg"])
+
+
+def fashion(root, count):
+    """FashionMNIST's files: type and dimensions, then bytes."""
+    folder = root / "FashionMNIST" / "raw"
+    for part, n in (("train", count), ("t10k", 3)):
+        values = np.random.default_rng(0).integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        for kind, array in (
+            ("images-idx3", values),
+            ("labels-idx1", np.arange(n, dtype=np.uint8) % 10),
+        ):
+            header = bytes([0, 0, 8, array.ndim])
+            header += b"".join(size.to_bytes(4, "big") for size in array.shape)
+            write(folder / f"{part}-{kind}-ubyte", header + array.tobytes())
+
+
+def test_torchvision_sets_are_read_by_name(tmp_path):
+    fashion(tmp_path, 6)
+    splits = names_by_split("fashionmnist", data_root=tmp_path)
+    assert {part: len(names) for part, names in splits.items()} == {
+        "train": 6, "val": 3, "test": 3, "all": 9
+    }  # fmt: skip
+    test = dualenc.load_pairs("fashionmnist", "test", data_root=tmp_path, templates=("a {}",))
+    assert test.captions == [["a T-shirt/top"], ["a Trouser"], ["a Pullover"]]
+    assert test[0][0].mode == "L" and splits["val"][0] == "fashionmnist/test/0"
+    for kind in ("Forest", "River"):
+        for i in range(20):
+            save_image(tmp_path / "eurosat" / "2750" / kind / f"{i}.jpg")
+    splits = names_by_split("eurosat", data_root=tmp_path, val_fraction=0.3)
+    assert {*splits["train"]}.isdisjoint(splits["val"]) and 0 < len(splits["val"]) < 40
+
+
+@pytest.mark.parametrize("name", dualenc.TORCHVISION_SETS)
+def test_every_torchvision_set_exists_and_takes_its_arguments(name, tmp_path):
+    """Absent data is the only complaint."""
+    with pytest.raises(ValueError, match=f"{name} is not below .*--download fetches it"):
+        dualenc.load_pairs(name, data_root=tmp_path)
+
+
+# ---- Shards
+
+
+def write_shard(path, members):
+    """A tar file of {member name: bytes}."""
+    with tarfile.open(path, "w") as tar:
+        directory = tarfile.TarInfo("folder.jpg")  # no image, whatever its name
+        directory.type = tarfile.DIRTYPE
+        tar.addfile(directory)
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def samples(first, last):
+    """{member: bytes} of samples with one caption or two."""
+    members = {}
+    for i in range(first, last):
+        values = np.random.default_rng(i).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+        Image.fromarray(values).save(buffer := io.BytesIO(), "PNG")
+        members |= {f"{i:05d}.png": buffer.getvalue(), f"{i:05d}.cls": b"7"}
+        members[f"{i:05d}.txt"] = f"image {i}\n\nagain {i}\n".encode() if i % 3 else b"one"
+    return members
+
+
+def test_shards_hold_what_the_same_images_in_files_hold(tmp_path):
+    for shard, (first, last) in enumerate([(0, 7), (7, 9), (9, 12)]):
+        write_shard(tmp_path / f"s-{shard + 8:02}.tar", samples(first, last))
+    for spec in ("s-{08..10}.tar", "s-*.tar"):
+        pairs = dualenc.load_pairs(tmp_path / spec, "all")
+        assert pairs.names[0] == "s-08.tar/00000" and pairs.names[11] == "s-10.tar/00011"
+        for i in range(12):
+            content = samples(i, i + 1)
+            with Image.open(io.BytesIO(content[f"{i:05d}.png"])) as image:
+                assert np.array_equal(np.asarray(pairs[i][0]), np.asarray(image)), i
+            assert (
+                pairs[i][1] == content[f"{i:05d}.txt"].decode().replace("\n\n", "\n").splitlines()
+            )
+    with pytest.raises(ValueError, match="2 of 5 shards are missing: .*s-11.tar"):
+        dualenc.load_pairs(tmp_path / "s-{08..12}.tar")
+
+
+def test_captions_come_from_text_else_from_json(tmp_path):
+    png = samples(0, 1)["00000.png"]
+    members = {
+        "d/a.PNG": png,
+        "d/a.json": b'{"caption": "not this"}',
+        "d/a.txt": b"\xef\xbb\xbf one",
+    }
+    members |= {"d/b.seg.png": png, "d/b.png": png, "d/.hidden.png": png, "README": b"words"}
+    members |= {"d/b.json": json.dumps({"caption": "", "text": ["three", "vier ü"]}).encode()}
+    captions = load_all(write_shard(tmp_path / "a.tar", members))
+    assert captions == {"a.tar/d/a": ["one"], "a.tar/d/b": ["three", "vier ü"]}
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"a.png": b"x"}, "sample a has no caption"),
+        ({"a.png": b"x", "a.txt": b" \n"}, "sample a has no caption"),
+        ({"a.png": b"x", "a.json": b'{"url": "x"}'}, "sample a has no caption"),
+        ({"a.txt": b"x"}, "sample a has no image"),
+        ({"a.png": b"x", "a.txt": b"\xff\xfa"}, "'utf-8' codec"),
+        ({"a.png": b"x", "a.json": b"[1]"}, "AttributeError"),
+    ],
+)
+def test_samples_that_are_no_pairs_are_named_with_their_shard(members, message, tmp_path):
+    with pytest.raises(ValueError, match=f"cannot read .*s.tar: .*{message}"):
+        dualenc.load_pairs(write_shard(tmp_path / "s.tar", members))
+
+
+def test_shards_cut_anywhere_are_refused_by_name(tmp_path):
+    """Also where the file would look whole to tarfile."""
+    path = write_shard(tmp_path / "s.tar", samples(0, 3))
+    content = path.read_bytes()
+    with tarfile.open(path) as tar:
+        end = tar.getmembers()[-1].offset_data + 512
+    for length in (0, 100, 512, 700, 1024, 1600, end // 2, end - 1024, end - 512, end, end + 300):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match="cannot read .*s.tar: "):
+            dualenc.load_pairs(path)
+    path.write_bytes(content[: end + 512])
+    assert len(dualenc.load_pairs(path, "all")) == 3
+
+
+def test_a_broken_image_in_a_shard_is_named(tmp_path):
+    pairs = dualenc.load_pairs(
+        write_shard(tmp_path / "s.tar", {"a.png": b"x", "a.txt": b"x"}), "all"
+    )
+    with pytest.raises(ValueError, match=r"cannot read image [\d,]+ of .*s.tar"):
+        pairs[0]

@@ -1,0 +1,480 @@
+"""Any image or caption gives the tensors a person would expect, before and after saving."""
+
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support import CAPTIONS
+
+import dualenc
+
+# Left half red, right half blue.
+RED, BLUE, WHITE = (200, 40, 40), (40, 40, 200), (255, 255, 255)
+
+
+def make_transform(**overrides):
+    values = {"resize": 24, "crop": (20, 20), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+    return dualenc.ImageTransform(**{**values, **overrides})
+
+
+@pytest.fixture
+def image():
+    values = np.random.default_rng(1).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+@pytest.fixture(autouse=True)
+def notices():
+    """The kinds of messages that this run has given, of which there are none yet."""
+    dualenc.NOTICED.clear()
+    return dualenc.NOTICED
+
+
+def two_halves(mode="RGB", left=RED, right=BLUE, size=(40, 20)):
+    image = Image.new(mode, size, left)
+    image.paste(right, (size[0] // 2, 0, *size))
+    return image
+
+
+def assert_looks(image, left, right, tolerance=12):
+    values = np.asarray(image.convert("RGB")).astype(float)
+    middle = values.shape[1] // 2
+    for half, expected in ((values[:, :middle], left), (values[:, middle:], right)):
+        got = half.mean((0, 1))
+        assert np.abs(got - np.array(expected)).max() <= tolerance, f"{got}, not {expected}"
+
+
+# ---- The transform
+
+
+def test_the_transform_is_pillows_resize_crop_and_normalise(image):
+    """Pillow resizes in its own code; one gray level of rounding is allowed."""
+    got = make_transform(interpolation="bilinear")(image)
+    resized = np.asarray(image.resize((24, 32), Image.Resampling.BILINEAR), dtype=float)
+    right = (resized[6:26, 2:22] / 255 - [0.5, 0.4, 0.3]) / [0.2, 0.3, 0.4]
+    assert got.shape == (3, 20, 20) and got.dtype == torch.float32
+    assert (got - torch.tensor(right).permute(2, 0, 1)).abs().max() < 1.01 / 255 / 0.2
+
+
+def test_every_form_of_an_image_gives_the_same_pixels(image):
+    array = np.asarray(image)
+    tensor = torch.tensor(array).permute(2, 0, 1)
+    for form in (image, array, tensor):
+        assert torch.equal(make_transform()(form), make_transform()(image))
+
+
+def test_batches_and_mixed_sizes_are_stacked(image):
+    processor = dualenc.Processor(make_transform(), None)
+    one = processor(images=image)["pixel_values"]
+    assert one.shape == (1, 3, 20, 20)
+    mixed = processor(images=[image, np.zeros((50, 25), np.uint8)])["pixel_values"]
+    assert mixed.shape == (2, 3, 20, 20) and torch.equal(mixed[:1], one)
+    stacked = processor(images=np.stack([np.asarray(image)] * 2))["pixel_values"]
+    assert torch.equal(stacked, torch.cat([one, one]))
+
+
+def test_odd_margins_of_crops_and_borders_are_at_the_end():
+    image = torch.arange(7).expand(1, 7, 7)
+    assert dualenc.centre_crop(image, (7, 4))[0, 0].tolist() == [1, 2, 3, 4]
+    assert dualenc.centre_crop(image.mT, (4, 7))[0, :, 0].tolist() == [1, 2, 3, 4]
+    image = torch.ones(1, 2, 3)
+    assert dualenc.centre_crop(image, (2, 6))[0].tolist() == [[0, 1, 1, 1, 0, 0]] * 2
+    assert dualenc.centre_crop(image, (5, 3))[0, :, 0].tolist() == [0, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("resize", "size", "expected"),
+    [(24, (40, 30), (32, 24)), (24, (30, 40), (24, 32)), ((11, 13), (40, 30), (11, 13))],
+)
+def test_proportions_are_kept_or_ignored_as_asked(resize, size, expected):
+    pixels = torch.zeros(3, *size, dtype=torch.uint8)
+    assert make_transform(crop=None, resize=resize).resize_and_crop(pixels).shape == (3, *expected)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("cat.jpg", "no image in a str: .*PIL|no image in a str: .*Tensor"),
+        (np.zeros((5, 6, 2, 1), np.uint8), "no image in a ndarray"),
+        (np.zeros((4, 4, 3), np.float64), "no image in values of float64, expected uint8"),
+    ],
+)
+def test_what_is_no_image_is_refused(image, message):
+    with pytest.raises(ValueError, match=message):
+        dualenc.to_pixels(image)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"resize": 0}, "image side of 0 pixels, expected 1 to 8192"),
+        ({"crop": (20, 9000)}, "image side of 9000 pixels"),
+        ({"std": (1.0, 0.0, 1.0)}, "expected 1 or 3 channels"),
+        ({"interpolation": "cubic"}, "unknown interpolation 'cubic'; .*bicubic"),
+    ],
+)
+def test_impossible_transforms_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        make_transform(**values)
+
+
+# ---- Image files as found
+
+
+def gray(values):
+    def save(path):
+        Image.fromarray(np.repeat(values, 20)[None].repeat(20, 0)).save(path)
+
+    return save
+
+
+def palette(path):
+    image = two_halves("P", 0, 1)
+    image.putpalette([*RED, *BLUE])
+    image.save(path, transparency=1)
+
+
+def deep_colour(path):
+    """Pillow cannot write 16-bit RGB, so one row of it is put together here."""
+
+    def chunk(kind, data):
+        ends = zlib.crc32(kind + data).to_bytes(4, "big")
+        return len(data).to_bytes(4, "big") + kind + data + ends
+
+    row = bytes([0, *(v for colour in [RED] * 20 + [BLUE] * 20 for v in colour for _ in "ab")])
+    size = (40).to_bytes(4, "big") + (1).to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])
+    body = chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+def animation(path):
+    other = two_halves(left=BLUE, right=RED)
+    two_halves().save(path, save_all=True, append_images=[other, other])
+
+
+FOUND = {
+    "CMYK: a.jpg": (lambda p: two_halves().convert("CMYK").save(p, quality=95), RED, BLUE),
+    "gray: a.png": (two_halves("L", 60, 180).save, (60,) * 3, (180,) * 3),
+    "bilevel: a.png": (two_halves("1", 0, 1).save, (0,) * 3, WHITE),
+    "16-bit: a.png": (gray(np.uint16([12_800, 51_200])), (50,) * 3, (200,) * 3),
+    "16-bit: a.tif": (gray(np.uint16([12_800, 51_200])), (50,) * 3, (200,) * 3),
+    "32-bit: a.tif": (gray(np.int32([50 * 257, 200 * 257])), (50,) * 3, (200,) * 3),
+    "float to 1: a.tif": (gray(np.float32([50 / 255, 200 / 255])), (50,) * 3, (200,) * 3),
+    "float to 255: a.tif": (gray(np.float32([50, 200])), (50,) * 3, (200,) * 3),
+    "deep colour: a.png": (deep_colour, RED, BLUE),
+    "palette: a.png": (palette, RED, WHITE),
+    "clear gray: a.png": (two_halves("LA", (100, 255), (100, 0)).save, (100,) * 3, WHITE),
+    "clear: a.png": (two_halves("RGBA", (*RED, 255), (*BLUE, 0)).save, RED, WHITE),
+    "half clear: a.png": (two_halves("RGBA", (255, 0, 0, 128), WHITE).save, (255, 127, 127), WHITE),
+    "clear colour: a.png": (lambda p: two_halves().save(p, transparency=BLUE), RED, WHITE),
+    "animation: a.gif": (animation, RED, BLUE),
+    "animation: a.webp": (animation, RED, BLUE),
+    "PNG: ein Bild é 写真.jpg": (lambda p: two_halves().save(p, format="PNG"), RED, BLUE),
+}
+
+
+@pytest.mark.parametrize("kind", FOUND)
+def test_odd_images_look_as_a_person_sees_them(kind, tmp_path):
+    save, left, right = FOUND[kind]
+    path = tmp_path / kind.partition(": ")[2]
+    save(path)
+    tolerance = 25 if "animation" in kind else 12 if "CMYK" in kind else 1
+    assert_looks(dualenc.open_image(path), left, right, tolerance)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [None, 20])
+def test_images_are_turned_upright(orientation, size, tmp_path):
+    """The camera's note is undone, whether or not the JPEG is decoded smaller."""
+    turn = Image.Transpose
+    stored = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM}
+    stored |= {5: turn.TRANSPOSE, 6: turn.ROTATE_90, 7: turn.TRANSVERSE, 8: turn.ROTATE_270}
+    image = two_halves(size=(160, 80))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = image if orientation == 1 else image.transpose(stored[orientation])
+    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    upright = dualenc.open_image(tmp_path / "a.jpg", size)
+    assert upright.size == ((160, 80) if size is None else (80, 40))
+    assert_looks(upright, RED, BLUE)
+
+
+@pytest.mark.parametrize(
+    ("side", "size", "decoded"), [(640, 80, 160), (640, 81, 320), (640, 161, 640), (252, 63, 126)]
+)
+def test_jpegs_are_decoded_at_twice_the_size_needed(side, size, decoded, tmp_path):
+    Image.new("L", (side, side)).save(tmp_path / "a.jpg")
+    assert dualenc.open_image(tmp_path / "a.jpg", size).size == (decoded, decoded)
+
+
+def test_dark_deep_images_are_noticed_once(tmp_path, capsys):
+    """12 bits in a 16-bit file use 15 of 255 levels."""
+    for name in "ab":
+        gray(np.uint16([100, 4095]))(tmp_path / f"{name}.png")
+        dualenc.open_image(tmp_path / f"{name}.png")
+    gray(np.uint16([100, 40_000]))(tmp_path / "c.png")
+    dualenc.open_image(tmp_path / "c.png")
+    note = capsys.readouterr().out
+    assert note.count("note:") == 1 and "a.png uses 6.2% of the range" in note and "rescale" in note
+
+
+def png():
+    buffer = io.BytesIO()
+    two_halves().save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def bomb():
+    """A PNG that claims 30,000 x 30,000 pixels."""
+    data = bytearray(png())
+    data[16:24] = (30_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+def strip():
+    buffer = io.BytesIO()
+    Image.new("L", (1, 60_000)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (png()[:80], "."),
+        (b"", "cannot identify"),
+        (b"<html>not found</html>", "cannot identify"),
+        (bomb(), "decompression bomb"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "PostScript"),
+        (strip(), "more than 100 times as long as wide"),
+    ],
+)
+def test_broken_images_are_named(content, reason, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"cannot read image .*a\.jpg: .*{reason}"):
+        dualenc.open_image(tmp_path / "a.jpg")
+
+
+def test_what_is_no_file_is_no_image(tmp_path):
+    """A pipe would be waited for, for ever."""
+    os.mkfifo(tmp_path / "a.png")
+    for path in (tmp_path / "a.png", tmp_path, tmp_path / "missing.png"):
+        with pytest.raises(ValueError, match="no such file"):
+            dualenc.open_image(path)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of what it repairs
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"])
+def test_damaged_bytes_give_an_image_or_a_value_error(form, tmp_path):
+    """Pillow's decoders raise all kinds of errors."""
+    buffer = io.BytesIO()
+    two_halves().save(buffer, form)
+    rng, refused = random.Random(form), 0
+    for _ in range(150):
+        data = bytearray(buffer.getvalue())
+        for _ in range(rng.randint(1, 8)):
+            data[rng.randrange(min(len(data), 400))] = rng.randrange(256)
+        (tmp_path / "a").write_bytes(data)
+        try:
+            assert dualenc.open_image(tmp_path / "a").mode in ("RGB", "L")
+        except ValueError as error:
+            assert str(tmp_path / "a") in str(error)
+            refused += 1
+    assert refused > 5
+
+
+# ---- Captions
+
+
+def test_captions_are_padded_to_the_longest_of_the_batch(tokenizer):
+    inputs = dualenc.Processor(None, tokenizer)(text=["two dogs", "the quick brown fox jumps"])
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    assert set(inputs) == {"input_ids", "attention_mask"}
+    assert ids.dtype == mask.dtype == torch.int64
+    assert ids.shape == mask.shape and mask.sum(1).max() == mask.shape[1] > mask.sum(1).min()
+    pad, start, end = (tokenizer.token_to_id(token) for token in ("<pad>", "<s>", "</s>"))
+    for row, real in zip(ids, mask.bool()):
+        assert (row[~real] == pad).all() and row[0] == start and row[real][-1] == end
+    assert pad == 0
+
+
+def test_long_captions_are_cut_and_counted_once(tokenizer, capsys):
+    processor = dualenc.Processor(None, tokenizer)
+    ids = processor(text=["two dogs", "dogs " * 50])["input_ids"]
+    assert ids.shape == (2, 32) and ids[1, -1] == tokenizer.token_to_id("</s>")
+    processor(text="dogs " * 50)
+    assert capsys.readouterr().out == "note: 1 of 2 captions were cut to 32 tokens\n"
+
+
+def test_an_explicit_length_counts_up_to_the_towers_positions(tokenizer):
+    processor, long = dualenc.Processor(None, tokenizer), ("dogs " * 100).strip()
+    processor.limit_length(64)
+
+    def length(**options):
+        return processor(text=long, **options)["input_ids"].shape[1]
+
+    assert (length(), length(max_length=4), length(max_length=50)) == (32, 4, 50)
+    assert length(max_length=100) == 64, "the tower has no more positions"
+    processor.limit_length(16)
+    assert (length(), length(max_length=100)) == (16, 16)
+    tokenizer.no_truncation()
+    processor = dualenc.Processor(None, tokenizer)
+    assert length() == 102 and length(max_length=7) == 7
+    processor.limit_length(32)
+    assert length() == 32
+
+
+def test_captions_come_back_from_their_ids(tokenizer):
+    processor = dualenc.Processor(None, tokenizer)
+    ids = processor(text=list(CAPTIONS))["input_ids"]
+    assert processor.batch_decode(ids) == list(CAPTIONS)
+    assert processor.decode(ids[1]) == processor.decode(ids[1].tolist()) == "two dogs"
+
+
+WORDS = ("ma mã má", "schon schön", "ano año", "мой мои", "ไม ไม่ ไม้", "दिन दीन", "か が")
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_marks_that_make_words_are_kept(words):
+    tokenizer = dualenc.train_tokenizer(words.split(), 400)
+    ids = {tuple(tokenizer.encode(word).ids) for word in words.split()}
+    assert len(ids) == len(words.split())
+    for word in words.split():
+        assert dualenc.Processor(None, tokenizer).decode(tokenizer.encode(word).ids) == word
+    composed, apart = ("\u00e9", "e\u0301")
+    assert tokenizer.encode(composed).ids == tokenizer.encode(apart).ids
+    assert tokenizer.encode("Two Dogs").ids == tokenizer.encode("two dogs").ids
+
+
+def test_captions_that_become_the_same_ids_are_counted(tokenizer):
+    processor = dualenc.Processor(None, tokenizer)
+    captions = ["two dogs", "Two dogs", "two dogs", "one dog", "TWO DOGS", *map(str, range(2000))]
+    assert dualenc.count_same_ids(processor, captions) == 2
+    assert dualenc.count_same_ids(processor, ["dogs " * 40, "dogs " * 41]) == 1, "cut alike"
+
+
+def test_the_learned_vocabulary_is_the_same_in_every_process():
+    captions = [f"a {colour} {shape}" for colour in dualenc.COLOURS for shape in dualenc.SHAPES]
+    code = "import dualenc, json, sys; captions = json.load(sys.stdin)\n"
+    code += "print(dualenc.train_tokenizer(captions, 300).to_str())"
+    root, given = Path(dualenc.__file__).parent, json.dumps(captions)
+    one, other = (
+        subprocess.run(
+            [sys.executable, "-c", code],
+            input=given,
+            capture_output=True,
+            text=True,
+            cwd=root,
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+        ).stdout.strip()
+        for seed in range(2)
+    )
+    here = dualenc.train_tokenizer(captions, 300)
+    assert one == other == here.to_str() and here.get_vocab_size() == 300
+    assert here.decode(here.encode("日本 zebra").ids) == "日本 zebra", "no caption is unknown"
+    with pytest.raises(ValueError, match="no captions to learn"):
+        dualenc.train_tokenizer([], 300)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "nothing to process: give text, images or both"),
+        ({"text": []}, "nothing to process: no captions"),
+        ({"images": []}, "nothing to process"),
+        ({"text": ["two dogs", float("nan")]}, "nan, expected strings"),
+        ({"text": "two dogs", "max_length": 1}, "captions of 1 tokens, but the special ones .* 2"),
+    ],
+)
+def test_what_cannot_be_processed_is_refused(given, message, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        dualenc.Processor(make_transform(), tokenizer)(**given)
+
+
+def test_a_processor_says_which_half_it_lacks(tokenizer, image):
+    with pytest.raises(ValueError, match="no tokenizer: make a Processor"):
+        dualenc.Processor(make_transform(), None)(text="two dogs")
+    with pytest.raises(ValueError, match="no image_transform: make a Processor"):
+        dualenc.Processor(None, tokenizer)(images=image)
+    tokenizer.no_padding()
+    with pytest.raises(ValueError, match="no padding: call tokenizer.enable_padding"):
+        dualenc.Processor(None, tokenizer)
+
+
+# ---- Saving
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        make_transform(),
+        make_transform(resize=(20, 21), crop=None, mean=(0.5,), std=(0.2,)),
+        make_transform(resize=None, interpolation="bilinear"),
+    ],
+)
+def test_a_processor_is_rebuilt_from_its_folder_alone(tmp_path, tokenizer, image, transform):
+    processor = dualenc.Processor(transform, tokenizer)
+    processor(text="two dogs", max_length=3)  # a limit for one call must not be saved
+    processor.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved").rename(tmp_path / "elsewhere")
+    again = dualenc.Processor.from_pretrained(tmp_path / "elsewhere")
+    assert again.image_transform == transform and again.max_length == 32
+    before, after = (p(text=list(CAPTIONS), images=image) for p in (processor, again))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_folder_with_one_half_gives_that_half(tmp_path, tokenizer):
+    dualenc.Processor(make_transform(), None).save_pretrained(tmp_path / "images")
+    dualenc.Processor(None, tokenizer).save_pretrained(tmp_path / "text")
+    images, text = (dualenc.Processor.from_pretrained(tmp_path / n) for n in ("images", "text"))
+    assert images.image_transform == make_transform() and images.tokenizer is None
+    assert text.image_transform is None and text.tokenizer.to_str() == tokenizer.to_str()
+    (tmp_path / "neither").mkdir()
+    with pytest.raises(ValueError, match="has neither a tokenizer nor preprocessor_config.json"):
+        dualenc.Processor.from_pretrained(tmp_path / "neither")
+
+
+def test_preprocessor_config_uses_the_published_words():
+    written = json.loads(json.dumps(make_transform().to_dict()))
+    assert written["size"] == {"shortest_edge": 24}
+    assert written["crop_size"] == {"height": 20, "width": 20}
+    assert written["resample"] == Image.Resampling.BICUBIC
+    assert written["image_mean"] == [0.5, 0.4, 0.3] and written["rescale_factor"] == 1 / 255
+    for word, number in dualenc.INTERPOLATIONS.items():
+        assert number == Image.Resampling[word.upper()]
+    with pytest.raises(ValueError, match="unknown resample 1; expected 0, 2, 3"):
+        dualenc.ImageTransform.from_dict({**written, "resample": Image.Resampling.LANCZOS.value})
+    with pytest.raises(ValueError, match="unknown image processor 'Donut'; expected ViT"):
+        dualenc.ImageTransform.from_dict({"image_processor_type": "DonutImageProcessor"})
+
+
+HALF, CLIP_MEAN = (0.5,) * 3, (0.48145466, 0.4578275, 0.40821073)
+
+
+@pytest.mark.parametrize(
+    ("kind", "written", "resize", "crop", "mean"),
+    [
+        ("ViTFeatureExtractor", {"size": 96}, (96, 96), None, HALF),
+        ("ViTImageProcessorFast", {"size": {"height": 8, "width": 9}}, (8, 9), None, HALF),
+        ("DeiTImageProcessor", {}, (256, 256), (224, 224), HALF),
+        ("CLIPFeatureExtractor", {"size": 96, "crop_size": 90}, 96, (90, 90), CLIP_MEAN),
+        ("CLIPImageProcessor", {"size": {"shortest_edge": 9}}, 9, (224, 224), CLIP_MEAN),
+        ("BitImageProcessor", {"do_resize": False, "do_center_crop": False}, None, None, CLIP_MEAN),
+        ("ViTImageProcessor", {"do_rescale": False}, (224, 224), None, (0.5 / 255,) * 3),
+        ("SiglipImageProcessor", {"do_normalize": False}, (224, 224), None, (0.0,) * 3),
+    ],
+)
+def test_files_of_every_age_are_read_as_transformers_does(kind, written, resize, crop, mean):
+    name = "feature_extractor_type" if "Feature" in kind else "image_processor_type"
+    got = dualenc.ImageTransform.from_dict({name: kind, **written})
+    assert (got.resize, got.crop) == (resize, crop)
+    assert got.mean == pytest.approx(mean)
