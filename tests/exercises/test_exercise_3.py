@@ -36,12 +36,12 @@ def inputs(B=3, H=2, T=5, D=4):
     return [rng.normal(size=(B, H, T, D)) for _ in range(3)]
 
 
-def mask():
-    return torch.tensor(IS_REAL)[:, None, None, :]
-
-
 def as_tensors(dtype=None):
     return [torch.tensor(array, dtype=dtype) for array in inputs()]
+
+
+def mask():
+    return torch.tensor(IS_REAL)[:, None, None, :]
 
 
 def mistaken(query, key, value):

@@ -8,50 +8,29 @@ import dualenc
 
 pytestmark = pytest.mark.exercise
 
+
+def table(digits):
+    return [[int(digit) for digit in row] for row in digits.split()]
+
+
 # 1 is padding: on the right, on the left, in the middle, nowhere, everywhere.
-IDS = [[5, 8, 9, 1, 1], [1, 1, 5, 8, 9], [5, 1, 8, 1, 9], [5, 8, 9, 7, 6], [1] * 5]
-POSITIONS = [[2, 3, 4, 1, 1], [1, 1, 2, 3, 4], [2, 1, 3, 1, 4], [2, 3, 4, 5, 6], [1] * 5]
-
-
-def shifted(by):
-    return [[position + by for position in row] for row in POSITIONS]
+IDS, POSITIONS = table("58911 11589 51819 58976 11111"), table("23411 11234 21314 23456 11111")
 
 
 def test_exercise_5_real_tokens_count_up_from_pad_plus_1():
-    full = POSITIONS[3]
     mistakes = {
-        "shifted by one, too low, or pad_token_id was not added": shifted(-1),
-        "shifted by one, too high": shifted(1),
-        "real tokens start at pad_token_id": [[max(p - 1, 1) for p in row] for row in POSITIONS],
-        "columns counted, padding too": [[0, 1, 2, 3, 4]] * 5,
-        "columns counted from pad_token_id + 1, padding too": [full] * 5,
-        "padding goes on counting": [
-            [2, 3, 4, 4, 4],
-            [1, 1, 2, 3, 4],
-            [2, 2, 3, 3, 4],
-            full,
-            [1] * 5,
-        ],
-        "padding at 0, not at pad_token_id": [
-            [p * (p > 1) for p in row] if 1 in row else row for row in POSITIONS
-        ],
-        "columns counted, on real tokens": [
-            [full[k] if p > 1 else 1 for k, p in enumerate(row)] for row in POSITIONS
-        ],
-        "counted down the batch, not along the caption": [
-            [2, 2, 2, 1, 1],
-            [1, 1, 3, 2, 2],
-            [3, 1, 4, 1, 3],
-            [4, 3, 5, 3, 4],
-            [1] * 5,
-        ],
-        "padding counted, real tokens not": [
-            [1, 1, 1, 2, 3],
-            [2, 3, 1, 1, 1],
-            [1, 2, 1, 3, 1],
-            [1] * 5,
-            full,
-        ],
+        "shifted by one, too low, or pad_token_id was not added": table(
+            "12300 00123 10203 12345 00000"
+        ),
+        "shifted by one, too high": table("34522 22345 32425 34567 22222"),
+        "real tokens start at pad_token_id": table("12311 11123 11213 12345 11111"),
+        "columns counted, padding too": table("01234 01234 01234 01234 01234"),
+        "columns counted from pad_token_id + 1": table("23456 23456 23456 23456 23456"),
+        "padding goes on counting": table("23444 11234 22334 23456 11111"),
+        "padding at 0, not at pad_token_id": table("23400 00234 20304 23456 00000"),
+        "columns counted, on real tokens": table("23411 11456 21416 23456 11111"),
+        "counted down the batch, not along the caption": table("22211 11322 31413 43534 11111"),
+        "padding counted, real tokens not": table("11123 23111 12131 11111 23456"),
     }
     got = dualenc.positions_after_pad(torch.tensor(IDS), 1)
     fails_like(got, POSITIONS, mistakes, "positions_after_pad", 0)
