@@ -1,7 +1,6 @@
 """Tests of the exercises' tests: right answers of another style pass, wrong ones are named."""
 
 import ast
-import functools
 import importlib
 import inspect
 import itertools
@@ -29,7 +28,6 @@ def edited(source, edits):
     return source
 
 
-@functools.cache
 def definition(file, name):
     """The source of one function or class of a file."""
     source = (ROOT / file).read_text()
