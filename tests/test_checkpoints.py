@@ -1,0 +1,400 @@
+"""Saving and loading: the folder alone brings back the same model, to the bit, or says why not."""
+
+import json
+import os
+import random
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from support import CAPTIONS, TINY_TEXT, TINY_VIT
+
+import dualenc
+
+
+def embeds(model, images):
+    with torch.no_grad():
+        output = model(**model.processor(text=list(CAPTIONS), images=images))
+    return output.image_embeds, output.text_embeds, output.logits_per_image
+
+
+def load(folder):
+    return dualenc.DualEncoder.from_pretrained(folder)
+
+
+def edit(folder, name="config.json", **changes):
+    """Set entries of a json file; text__width is the entry width of the object text."""
+    values = json.loads((folder / name).read_text())
+    for key, value in changes.items():
+        *outer, last = key.split("__")
+        inner = values
+        for part in outer:
+            inner = inner[part]
+        inner[last] = value
+    (folder / name).write_text(json.dumps(values))
+
+
+@pytest.fixture
+def saved(make_model, tmp_path):
+    """(a checkpoint folder of a tiny model, the model)"""
+    model = make_model()
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model", model
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A function that puts a folder into a made-up hub cache; there is no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def put(folder, hub_id, revision="main"):
+        repository = tmp_path / "hub" / f"models--{hub_id.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / revision).write_text(f"commit of {revision}")
+        shutil.copytree(folder, repository / "snapshots" / f"commit of {revision}")
+
+    return put
+
+
+# ---- Round trips ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vision", ["vit_tiny_patch16_224", "test_resnet"])
+def test_a_copied_folder_gives_bit_equal_embeddings(tmp_path, make_model, images, vision):
+    model = make_model(vision, text_pooling="pooler", logit_bias_init=-3.0)
+    with torch.no_grad():
+        model.logit_scale.fill_(1.234)
+        model.train()(**model.processor(text=list(CAPTIONS), images=images))  # batch norm's state
+    model.eval().save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved").rename(tmp_path / "elsewhere")
+    again = load(tmp_path / "elsewhere")
+    assert not again.training and again.config == model.config
+    assert again.processor.image_transform == model.processor.image_transform
+    for before, after in zip(embeds(model, images), embeds(again, images)):
+        assert torch.equal(before, after)
+    assert again.logit_scale.item() == model.logit_scale.item() and again.logit_bias.item() == -3.0
+    names = {path.name for path in (tmp_path / "elsewhere").iterdir()}
+    expected = {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"}
+    assert names == expected
+
+
+# Models with tables that are computed when they are built, and stand in no file.
+COMPUTED = {
+    "beit_base_patch16_224": {**TINY_VIT, "use_rel_pos_bias": True},
+    "eva02_tiny_patch14_224": {**TINY_VIT},
+    "swin_tiny_patch4_window7_224": {
+        **{"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 1), "window_size": 4}
+    },
+    "swinv2_tiny_window8_256": {
+        **{"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 1), "window_size": 4}
+    },
+    "vit_base_patch16_rope_224": {**TINY_VIT},
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_tables_that_are_in_no_file_are_computed_again(name, make_model, tmp_path):
+    model = make_model(name, vision_args=COMPUTED[name])
+    model.save_pretrained(tmp_path)
+    pixels = torch.randn(2, 3, 32, 32)
+    assert torch.equal(load(tmp_path).encode_image(pixels), model.encode_image(pixels))
+
+
+def test_half_precision_is_loaded_in_float32_from_a_file_that_may_then_change(saved):
+    folder, model = saved
+    model.half().save_pretrained(folder)
+    again = load(folder)
+    (folder / "model.safetensors").write_bytes(b"0" * 9_000_000)  # in place
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor.float()), name
+
+
+def test_a_model_without_a_processor_is_saved_and_loaded_without_one(saved, tmp_path):
+    _, model = saved
+    model.processor = None
+    model.save_pretrained(tmp_path / "bare")
+    assert load(tmp_path / "bare").processor is None
+    model.processor = dualenc.Processor(model.vision_model.image_transform(), None)
+    with pytest.raises(ValueError, match="the processor lacks its tokenizer"):
+        model.save_pretrained(tmp_path / "half")
+    assert not (tmp_path / "half").exists()
+
+
+def test_a_run_folder_stands_for_its_best_checkpoint(saved, tmp_path):
+    folder, model = saved
+    (tmp_path / "train_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="the run in .* has not saved a checkpoint yet"):
+        load(tmp_path)
+    for name in ("last", "best.old", "best"):  # what a run has first, and what counts more
+        shutil.copytree(folder, tmp_path / name)
+        assert dualenc.find_checkpoint(tmp_path) == tmp_path / name
+    assert torch.equal(load(tmp_path).text_projection.weight, model.text_projection.weight)
+    assert dualenc.find_checkpoint(tmp_path / "last") == tmp_path / "last"
+
+
+def test_fields_of_older_versions_are_read_where_they_say_nothing(saved):
+    folder, model = saved
+    edit(folder, text__embedding_width=32, text__layer_groups=None)
+    assert load(folder).config == model.config
+    edit(folder, text__embedding_width=16)
+    with pytest.raises(ValueError, match="unknown field of TextConfig 'embedding_width'"):
+        load(folder)
+
+
+# ---- Towers and the hub --------------------------------------------------------------------------
+
+
+def test_hub_ids_are_found_in_the_local_cache_and_missing_ones_explained(saved, hub, make_model):
+    """An id, one without an owner, and a revision of each, which is another model."""
+    folder, model = saved
+    other = make_model(seed=1)
+    other.save_pretrained(folder.parent / "other")
+    for hub_id in ("someone/towers", "towers"):
+        hub(folder, hub_id)
+        hub(folder.parent / "other", hub_id, "v1")
+        for name, right in ((hub_id, model), (f"{hub_id}@v1", other)):
+            assert torch.equal(load(name).text_projection.weight, right.text_projection.weight)
+    with pytest.raises(ValueError, match="nobody/x is neither a folder nor a hub id within reach"):
+        load("nobody/x")
+    for place in (folder / "missing", "./missing"):
+        with pytest.raises(ValueError, match="no folder .*missing"):
+            load(place)
+
+
+@pytest.fixture
+def timm_folder(tmp_path):
+    """(a timm model's folder, for grayscale images of 48 pixels, the model)"""
+    args = {**TINY_VIT, "img_size": 48, "in_chans": 1, "global_pool": "avg"}
+    trunk = timm.create_model("vit_tiny_patch16_224", num_classes=0, **args)
+    record = {"architecture": "vit_tiny_patch16_224", "model_args": args, "num_classes": 0}
+    mean = {"mean": [0.1], "std": [0.2]}
+    record["pretrained_cfg"] = {"input_size": [1, 48, 48], "fixed_input_size": True, **mean}
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "timm" / "config.json").write_text(json.dumps(record))
+    safetensors.torch.save_file(trunk.state_dict(), tmp_path / "timm" / "model.safetensors")
+    return tmp_path / "timm", trunk
+
+
+@pytest.mark.parametrize("vision", ["folder", "hf-hub:someone/vit", "someone/vit"])
+def test_a_timm_folder_is_a_vision_tower_saved_by_its_architecture(
+    vision, timm_folder, hub, tmp_path
+):
+    folder, trunk = timm_folder
+    hub(folder, "someone/vit")
+    overrides = {**TINY_TEXT, "text_vocab_size": 50}
+    model = dualenc.DualEncoder.from_vision_text_pretrained(
+        str(folder) if vision == "folder" else vision, "scratch", **overrides
+    ).eval()
+    tower, pixels = model.vision_model, torch.randn(2, 1, 48, 48)
+    assert tower.source.endswith(vision.removeprefix("folder")) and tower.new_parts == []
+    assert torch.equal(tower(pixels).pooler_output, trunk.eval()(pixels))
+    assert tower.image_transform().mean == (0.1,)
+    model.save_pretrained(tmp_path / "saved")
+    shutil.rmtree(folder)
+    shutil.rmtree(tmp_path / "hub")
+    assert torch.equal(load(tmp_path / "saved").encode_image(pixels), model.encode_image(pixels))
+
+
+def test_what_of_a_tower_is_pretrained_is_noted(timm_folder):
+    """The position table of another image size is new; without pretrained weights all is."""
+    folder, _ = timm_folder
+    build = dualenc.build_vision_tower
+    assert build(str(folder), False, {"image_size": 32}).new_parts == ["position table (resized)"]
+    assert build("test_resnet", False, {}).source == "random weights"
+    hub_tower = build(f"hf-hub:{folder}", False, {})
+    assert hub_tower.source == "random weights" and hub_tower.new_parts == []
+
+
+def test_overrides_reach_the_configuration_they_name():
+    build = dualenc.DualEncoder.from_vision_text_pretrained
+    sizes = {"vision_image_size": 48, "text_width": 16, "text_heads": 2, "logit_scale_init": 1.0}
+    model = build("test_resnet", "scratch", 8, False, **sizes)
+    config = model.config
+    assert (config.projection_dim, config.vision.image_size, config.text.width) == (8, 48, 16)
+    assert model.logit_scale.item() == 1.0 and model.text_projection.weight.shape == (8, 16)
+    for name, message in (
+        ("vision_imagesize", "unknown field of VisionConfig 'imagesize'.*did you mean image_size"),
+        ("text_with", "unknown field of TextConfig 'with'"),
+        ("projection", "unknown field of DualEncoderConfig 'projection'.*mean projection_dim"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build("test_resnet", "scratch", pretrained=False, **{name: 1})
+    with pytest.raises(ValueError, match="no folder no such tower"):
+        build("test_resnet", "no such tower", pretrained=False)
+
+
+# ---- Refusals ------------------------------------------------------------------------------------
+
+
+def test_weights_that_do_not_fit_are_listed(saved):
+    folder, model = saved
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    del weights["logit_scale"]
+    weights["stranger"] = torch.zeros(1)
+    weights["text_projection.weight"] = torch.zeros(2, 3)
+    weights["visual_projection.weight"] = weights["visual_projection.weight"].int()
+    safetensors.torch.save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="does not fit its config.json: ") as caught:
+        load(folder)
+    for part in (
+        r'Missing key(s) in state_dict: "logit_scale"',
+        r'Unexpected key(s) in state_dict: "stranger"',
+        r"size mismatch for text_projection.weight: copying a param with shape torch.Size([2, 3])",
+        "visual_projection.weight",
+    ):
+        assert part in str(caught.value)
+    safetensors.torch.save_file({}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="does not fit") as caught:
+        load(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 800
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"text__vocab_size": 10**10}, "does not fit"),
+        ({"text__width": 90_000, "text__heads": 1}, "does not fit"),
+        ({"text__vocab_size": 10**30}, "cannot build"),
+        ({"vision__args__embed_dim": 90_000}, "does not fit"),
+        ({"vision__image_size": 80_000}, "does not fit"),
+        ({"projection_dim": 10**10}, "does not fit"),
+        ({"text__family": "gpt9"}, "unknown text family 'gpt9'; expected"),
+        ({"vision__name": "resnet19"}, "unknown timm model 'resnet19'; the nearest names are"),
+        ({"vision__name": "vit"}, "'vit' is a family"),
+        ({"vision__args__checkpoint_path": "/etc/passwd"}, "no file"),
+        ({"vision__args__in_chans": 3}, "vision args hold in_chans"),
+        ({"text__activation": "boom"}, "unknown activation 'boom'"),
+        ({"text__width": "32"}, "width is '32', expected int"),
+        ({"text__width": -32}, "text width is -32, expected at least 1"),
+        ({"text": 5}, "cannot build"),
+        ({"text__colour": 5}, "unknown field of TextConfig 'colour'"),
+        ({"vision__args__colour": 5}, "cannot build.*colour"),
+        ({"model_type": "gpt9"}, "model_type 'gpt9', expected 'dualenc'"),
+    ],
+)
+def test_a_config_that_lies_is_refused_before_memory_is_taken(changes, reason, saved):
+    folder, _ = saved
+    edit(folder, **changes)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=reason) as caught:
+        load(folder)
+    assert str(folder) in str(caught.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # kilobytes
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "tokenizer.json"])
+def test_missing_and_broken_files_are_refused_by_name(name, content, saved):
+    folder, _ = saved
+    if content is not None:
+        (folder / name).write_bytes(content)
+    elif name == "config.json":
+        (folder / name).unlink()
+    else:
+        return  # a half without its file is no half
+    with pytest.raises(ValueError, match=f"cannot read .*{name}"):
+        load(folder)
+
+
+@pytest.mark.parametrize("keep", [None, 0, 5, 8, 100, 0.5, -1])
+def test_missing_and_truncated_weights_are_refused(keep, saved):
+    path = saved[0] / "model.safetensors"
+    data = path.read_bytes()
+    path.unlink()
+    if keep is not None:
+        path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    with pytest.raises(ValueError, match="cannot read weights .*model.safetensors"):
+        load(saved[0])
+
+
+def test_a_pickle_is_not_opened(saved, tmp_path):
+    """Our own folders have no .bin, and code in what is called .safetensors does not run."""
+
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    folder, _ = saved
+    (folder / "model.safetensors").unlink()
+    torch.save(Bomb(), folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot read weights .*model.safetensors"):
+        load(folder)
+    shutil.copy(folder / "pytorch_model.bin", folder / "model.safetensors")
+    with pytest.raises(ValueError, match="cannot read weights .*model.safetensors"):
+        load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("preprocessor_config.json", {"size": "5"}, "cannot read .*preprocessor_config.json"),
+        ("tokenizer.json", {"padding": None}, "no padding"),
+        ("tokenizer.json", {"model__vocab__a": 99999}, "has token id 99999, but the text tower's"),
+        ("tokenizer.json", {"padding__pad_id": 99999}, "has token id 99999"),
+    ],
+)
+def test_processors_without_sense_are_refused_by_name(name, changes, reason, saved):
+    folder, _ = saved
+    edit(folder, name, **changes)
+    with pytest.raises(ValueError, match=reason) as caught:
+        load(folder)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_flipped_bits_are_refused_or_load(count, saved, tmp_path):
+    """Anywhere in any file: a ValueError that names the folder, or a model."""
+    folder, _ = saved
+    rng = random.Random("bits")
+    for _ in range(count):
+        shutil.copytree(folder, tmp_path / "changed", dirs_exist_ok=True)
+        path = tmp_path / "changed" / rng.choice(sorted(os.listdir(folder)))
+        data = bytearray(path.read_bytes())
+        data[rng.randrange(min(len(data), 2000))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        try:
+            load(tmp_path / "changed")
+        except ValueError as error:
+            assert str(tmp_path / "changed") in str(error)
+
+
+# ---- One atomic write ----------------------------------------------------------------------------
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    dualenc.write_file(path, "old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match=f"cannot write {path}: No"):
+        patched.setattr("os.fsync", full)
+        dualenc.write_file(path, b"new")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+    with pytest.raises(OSError, match="cannot write .*missing"):
+        dualenc.write_file(tmp_path / "missing" / "file", "new")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
+def test_a_full_disk_is_named_and_the_old_file_kept(tmp_path):
+    path = tmp_path / "file"
+    dualenc.write_file(path, "old")
+    (tmp_path / "file.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"cannot write {path}: No space left"):
+        dualenc.write_file(path, "new" * 10_000)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_is_on_disk_before_it_takes_the_old_ones_name(tmp_path, monkeypatch):
+    happened, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr("os.fsync", lambda fd: (happened.append("on disk"), fsync(fd)))
+    monkeypatch.setattr("os.replace", lambda a, b: (happened.append("renamed"), replace(a, b)))
+    dualenc.write_file(tmp_path / "file", "new")
+    assert happened == ["on disk", "renamed"]
