@@ -93,7 +93,7 @@ def test_odd_margins_of_crops_and_borders_are_at_the_end():
 
 @pytest.mark.parametrize(
     ("resize", "size", "expected"),
-    [(24, (40, 30), (32, 24)), (24, (30, 40), (24, 32)), ((11, 13), (40, 30), (11, 13))],
+    [(24, (40, 30), (32, 24)), (24, (31, 50), (24, 38)), ((11, 13), (40, 30), (11, 13))],
 )
 def test_proportions_are_kept_or_ignored_as_asked(resize, size, expected):
     pixels = torch.zeros(3, *size, dtype=torch.uint8)
