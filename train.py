@@ -1,487 +1,292 @@
 """Train a vision-text dual encoder: data and a recipe in, a run folder out.
 
-python train.py                                              drawn shapes, small towers, two minutes on a laptop
+python train.py                                           drawn shapes, small towers, two minutes
 python train.py --data captions.csv --vision vit_base_patch16_224.augreg_in21k --lock vision
-python train.py --data cifar10 --data-root data --epochs 10 --out runs/cifar
-python train.py --resume runs/cifar
-torchrun --nproc-per-node 2 train.py                         the same run in two processes
+python train.py --data captions.csv --init runs/shapes    a new run from the weights of another
+python train.py --resume runs/shapes                      go on with a run that was cut short
+torchrun --nproc-per-node 2 train.py                      the same run in two processes
 """
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
-import hashlib
 import io
 import itertools
 import json
 import math
-import platform
 import random
-import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import time
-import typing
-import warnings
+from collections import Counter, namedtuple
+from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import timm
+import filelock
 import torch
 from torch import nn
 
 import dualenc
 import eval as evaluation
-from dualenc import knob
+from dualenc import flag
 
-BETAS, EPSILON = (0.9, 0.98), 1e-6  # CLIP, table 19
-SIGLIP_START = {"logit_scale_init": math.log(10), "logit_bias_init": -10.0}  # SigLIP, section 3.2
 # The vision tower of --vision scratch: a ResNet-10 of half the width, quick on a CPU.
-SCRATCH_VISION = {
-    "name": "resnet18",
-    "args": {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256), "stem_width": 32},
-    "image_size": 64,
-}
-SCRATCH_POOLING = "mean"  # how the text tower of --text scratch makes one vector
-STATE_FILE, METRICS_FILE, LOCK_FILE, BAD_PICTURES = "training_state.pt", "metrics.jsonl", "run.lock", "bad_pictures.txt"
-BAD_SHARE = 0.01  # of the pictures; when more are bad, --on-bad-picture skip stops too
-SHOWN_FLOOR = 0.01  # nats; a smaller floor of the loss is not worth a word
-TILED_FROM = 2048  # pairs over all processes from which on the tiled losses are faster
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-BAD_STEPS_IN_A_ROW = 10  # --on-bad-step skip stops then: more of them will not help
+SCRATCH_VISION, SCRATCH_SIZE = "resnet18", 64
+SCRATCH_ARGS = {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256), "stem_width": 32}
+STATE_FILE, METRICS_FILE, LOCK_FILE = "training_state.pt", "metrics.jsonl", "run.lock"
+NEW = "random weights"  # the source of a tower that is not pretrained
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SHOWN = {"i2t_r1": "image->text R@1", "i2t_r5": "R@5", "t2i_r1": "text->image R@1"}
+SHOWN |= {"t2i_r5": "R@5", "chance_r1": "chance", "zs_top1": "zero-shot", "chance_top1": "chance"}
+BAD_SHARE = 0.01  # --on-bad-image skip stops when more of the images than this cannot be read
+TILED_FROM = 2048  # pairs over all ranks from which on the tiled losses are faster
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """The flags of train.py."""
-
-    data: str = knob("shapes", "data spec (README.md lists them)", "data")
-    data_root: str = knob("data", "where torchvision's data sets lie", "data")
-    download: bool = knob(False, "let torchvision download what is not there", "data")
-    images: str = knob("", "picture folder of coco: and flickr: caption files", "data")
-    val_fraction: float = knob(0.1, "share of the pictures held out, where the data has no split of its own", "data")
-    templates: str = knob("", "plain, clip7, clip80, or a file with one template a line, {} for the class", "data")
-    allow_outside: bool = knob(False, "let a caption file name pictures by paths that climb out of its folder", "data")
-    on_bad_picture: str = knob(
-        "error",
-        f"skip: leave out pictures that cannot be read, list them in {BAD_PICTURES}; error beyond {BAD_SHARE:.0%}",
-        "data",
-        choices=("error", "skip"),
-    )
-    crop_scale: float = knob(
-        1.0, "augmentation: smallest share of a picture that a random crop keeps; 1 for none", "data"
-    )
-    flip: bool = knob(
-        False, "augmentation: mirror each picture with probability 1/2 (not where captions say left or right)", "data"
-    )
-
-    vision: str = knob(
-        "scratch",
-        "timm model name, or transformers folder or hub id; scratch: a small residual network for 64 pixels",
-        "towers",
-    )
-    vision_args: dict = knob({}, "further arguments of timm.create_model", "towers")
-    pretrained: bool | None = knob(
-        None, "load timm's weights; by default if --vision names some with a tag, as in resnet18.a1_in1k", "towers"
-    )
-    image_size: int = knob(0, "pixels a side; the vision tower's own unless given", "towers")
-    patch_dropout: float = knob(0.0, "share of patches left out while training (ViTs)", "towers")
-    text: str = knob("scratch", "scratch: a new text tower; or a transformers folder or hub id", "towers")
-    text_width: int = knob(192, "width of a new text tower", "towers")
-    text_depth: int = knob(3, "layers of a new text tower", "towers")
-    text_heads: int = knob(3, "attention heads of a new text tower", "towers")
-    text_pooling: str = knob(
-        "",
-        "how the text tower makes one vector; by default mean for a new one, and a published checkpoint's own",
-        "towers",
-        choices=("", "cls", "mean", "pooler"),
-    )
-    vocab_size: int = knob(4096, "pieces of a new text tower's vocabulary, learned from the captions", "towers")
-    max_tokens: int = knob(64, "longest caption of a new text tower; longer ones are cut", "towers")
-    projection_dim: int = knob(256, "width of the shared space", "towers")
-    lock: str = knob("", "freeze a tower (LiT: vision)", "towers", choices=("", "vision", "text"))
-
-    loss: str = knob(
-        "clip",
-        "multi-positive: captions of one class are all right answers",
-        "optimisation",
-        choices=("clip", "siglip", "multi-positive"),
-    )
-    epochs: float = knob(10, "passes over the pictures", "optimisation")
-    steps: int = knob(0, "steps, instead of epochs", "optimisation")
-    batch_size: int = knob(256, "pairs a step, over all processes", "optimisation")
-    neighbours: int = knob(
-        0,
-        "pictures in a row that stay together, as each other's hard negatives (all but those at a batch's ends); "
-        f"0: {dualenc.ShapesPairs.neighbours} for drawn shapes (a scene and its mirror), 1 for other data",
-        "optimisation",
-    )
-    lr: float = knob(1e-3, "peak learning rate; 1e-3 suits new towers, 1e-4 to 3e-5 pretrained ones", "optimisation")
-    weight_decay: float = knob(0.05, "off norms, biases, position tables and logit_scale", "optimisation")
-    warmup: float = knob(0.05, "share of the steps in which the learning rate rises", "optimisation")
-    clip_grad: float = knob(1.0, "largest gradient norm; 0 for no limit", "optimisation")
-    on_bad_step: str = knob(
-        "error",
-        f"skip: no update where loss or gradient is not finite; error after {BAD_STEPS_IN_A_ROW} in a row",
-        "optimisation",
-        choices=("error", "skip"),
-    )
-    seed: int = knob(0, "of weights, order, augmentation and drawn shapes", "optimisation")
-
-    precision: str = knob(
-        "auto",
-        "arithmetic of the towers; weights and loss are float32",
-        "memory and speed",
-        choices=("auto", "bf16", "fp32"),
-    )
-    cache_features: bool = knob(
-        False,
-        "with --lock vision: run the locked tower once a picture, and keep what it gives beside the data",
-        "memory and speed",
-    )
-    micro_batch: int = knob(
-        0,
-        "pairs that a process embeds at a time, for the exact gradient of the whole batch in less memory and about 4/3 "
-        "of the time; 0: all at once",
-        "memory and speed",
-    )
-    grad_checkpointing: bool = knob(
-        False, "compute activations again in the backward pass: less memory, more time", "memory and speed"
-    )
-    compile: bool = knob(False, "torch.compile both towers, which takes its time at the start", "memory and speed")
-    workers: int = knob(-1, "processes that read pictures; -1 picks", "memory and speed")
-    device: str = knob("auto", "auto, cpu, cuda or cuda:N", "memory and speed")
-
-    out: str = knob("", "run folder; runs/NAME-OF-THE-DATA unless given", "output")
-    resume: str = knob("", "run folder to go on with", "output")
-    overwrite: bool = knob(False, "replace a run folder that is already there", "output")
-    eval_every: int = knob(0, "steps between evaluations; 0 for about five in all", "output")
-    log_every: int = knob(50, "steps between printed lines; the first step has one too", "output")
+# ---- What is minimised, and what can be set ------------------------------------------------------
 
 
-# Flags that may change when a run is resumed: they decide what is shown, how fast, where things lie and when to give
-# up, not what is learned.
-FREE_ON_RESUME = {
-    *("resume", "out", "overwrite", "eval_every", "log_every", "workers", "device"),
-    *("data_root", "download", "allow_outside", "on_bad_picture", "on_bad_step", "cache_features"),
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A row of LOSSES. Sizes are those of the batch's groups of pairs that describe each other."""
+
+    function: Callable  # (image_embeds, text_embeds, *inputs) -> ()
+    inputs: tuple  # names among "logit_scale", "logit_bias" and "group_ids"
+    chance: Callable  # sizes -> nats of a model that guesses
+    floor: Callable  # sizes -> nats of a perfect model, which cannot tell pairs of a group apart
+    tiled: Callable | None  # the same value in less memory, for large batches
+    start: dict = dataclasses.field(default_factory=dict)  # configuration of a new model
+
+
+def mean_over_groups(nats):
+    """A floor: nats(n) is the loss of n pairs that all look alike."""
+    return lambda sizes: sum(size * nats(size) for size in sizes) / sum(sizes)
+
+
+def siglip_guess(n):
+    """The loss of the best constant answer: "a pair" with probability 1 / n."""
+    return math.log(n) - (n - 1) * math.log1p(-1 / n) if n > 1 else 0.0
+
+
+LOSSES = {
+    "clip": Loss(
+        function=dualenc.clip_loss,
+        inputs=("logit_scale",),
+        chance=lambda sizes: math.log(sum(sizes)),
+        floor=mean_over_groups(math.log),
+        tiled=dualenc.tiled_clip_loss,
+    ),
+    "siglip": Loss(
+        function=dualenc.siglip_loss,
+        inputs=("logit_scale", "logit_bias"),
+        chance=lambda sizes: siglip_guess(sum(sizes)),
+        floor=mean_over_groups(siglip_guess),
+        tiled=dualenc.tiled_siglip_loss,
+        start={"logit_scale_init": math.log(10), "logit_bias_init": -10.0},  # SigLIP, section 3.2
+    ),
+    "multi-positive": Loss(
+        function=dualenc.multi_positive_clip_loss,
+        inputs=("logit_scale", "group_ids"),
+        chance=lambda sizes: math.log(sum(sizes)) - mean_over_groups(math.log)(sizes),
+        floor=lambda sizes: 0.0,
+        tiled=dualenc.tiled_multi_positive_clip_loss,
+    ),
 }
 
 
-# ---- Data -----------------------------------------------------------------------------------------------------------
-
-
-class TrainingPairs(torch.utils.data.Dataset):
-    """(epoch, picture number) to (uint8 pixels (3, S, S), a caption, the picture's number).
-
-    The key alone decides crop, mirroring and caption, so neither workers nor a resumed run change what is seen. For a
-    picture that cannot be read, (None, the reason, the picture's number): an error would stop the worker.
-    """
-
-    def __init__(self, pairs, transform, config):
-        self.pairs, self.transform, self.config = pairs, transform, config
-        self.pictures = dualenc.sized_for(transform, pairs.pictures, config.crop_scale)
-
-    def __getitem__(self, key):
-        i, rng = key[1], draws(self.config.seed, key)
-        try:
-            picture, captions = self.pictures[i], self.pairs.captions[i]
-        except ValueError as error:
-            return None, str(error), i
-        image = dualenc.to_pixels(picture, self.transform.channels)
-        if self.config.crop_scale < 1:
-            image = random_crop(image, self.config.crop_scale, rng)
-        if self.config.flip and rng.random() < 0.5:
-            image = image.flip(-1)
-        return self.transform.resize_and_crop(image), rng.choice(captions), i
-
-
-def draws(seed, key):
-    """The generator of all that is drawn for a key of TrainingPairs."""
-    epoch, i = key
-    return random.Random(f"{seed} {epoch} {i}")
-
-
-class CachedPairs(torch.utils.data.Dataset):
-    """A step's keys to its Batch, with rows of cached features in place of pictures; those unreadable are left out."""
-
-    def __init__(self, pairs, cache, seed):
-        self.pairs, self.features, self.unreadable, self.seed = pairs, cache.train, cache.unreadable, seed
-
-    def __getitems__(self, keys):
-        keys = [key for key in keys if key[1] not in self.unreadable]
-        numbers = [i for _, i in keys]
-        captions = [draws(self.seed, key).choice(self.pairs.captions[key[1]]) for key in keys]
-        return Batch(self.features[numbers], captions, numbers, {})
-
-
-def random_crop(image, smallest_share, rng):
-    """A part of image (C, height, width) in its own proportions, from smallest_share of its area to all of it."""
+def random_crop(pixels, smallest_share, rng):
+    """A part of pixels (3, h, w) in its own proportions, of smallest_share of its area or more."""
     side = math.sqrt(rng.uniform(smallest_share, 1))
-    height, width = (max(1, round(n * side)) for n in image.shape[-2:])
-    top, left = rng.randint(0, image.shape[-2] - height), rng.randint(0, image.shape[-1] - width)
-    return image[:, top : top + height, left : left + width]
+    height, width = (max(1, round(n * side)) for n in pixels.shape[-2:])
+    top, left = rng.randint(0, pixels.shape[-2] - height), rng.randint(0, pixels.shape[-1] - width)
+    return pixels[:, top : top + height, left : left + width]
 
 
-class Batches(torch.utils.data.Sampler):
-    """The keys of each step's batch, which the seed alone decides: every epoch a new order, whole batches only.
+def random_flip(pixels, flip, rng):
+    """Pixels (3, h, w) or their mirror image."""
+    return pixels.flip(-1) if rng.random() < 0.5 else pixels
 
-    Neighbours stay in a row, as hard negatives: a random batch seldom asks for what sets similar pictures apart
-    (NegCLIP, Yuksekgonul et al. 2023, section 4). Of several processes, each gets its share of every batch.
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The flags. augment(pixels, value, rng) changes training images unless at the default."""
+
+    data: str = flag("shapes", "data spec (README.md lists them)", "data")
+    data_root: str = flag("data", "where torchvision's data sets lie", "data")
+    download: bool = flag(False, "let torchvision download what is not there", "data")
+    images: str = flag("", "image folder of a COCO or Karpathy caption file", "data")
+    classes: str = flag("", "file with a line FOLDER<TAB>NAME for each class folder", "data")
+    val_fraction: float = flag(0.1, "share of images held out of data without a split", "data")
+    templates: str = flag("", "plain, clip7, or a file of templates, {} for the class", "data")
+    on_bad_image: str = flag("error", "or the next one instead", "data", ("error", "skip"))
+    crop_scale: float = flag(1.0, "smallest share a random crop keeps", "data", augment=random_crop)
+    flip: bool = flag(False, "mirror every other image, at random", "data", augment=random_flip)
+    init: str = flag("", "start from this dual encoder: run, checkpoint or hub id", "start")
+    lock: str = flag("", "freeze towers (LiT: vision)", "start", ("", "vision", "text", "both"))
+    vision: str = flag("scratch", "timm name, folder or hub id; scratch: a small ResNet", "towers")
+    vision_args: dict = flag({}, "further arguments of timm.create_model", "towers")
+    pretrained: bool | None = flag(None, "timm's weights? by default for NAME.TAG", "towers")
+    image_size: int = flag(0, "pixels a side; 0: the vision tower's own", "towers")
+    patch_dropout: float = flag(0.0, "share of patches left out in training (ViTs)", "towers")
+    text: str = flag("scratch", "transformers folder or hub id; scratch: a new tower", "towers")
+    text_width: int = flag(192, "width of a new text tower", "towers")
+    text_depth: int = flag(3, "layers of a new text tower", "towers")
+    text_heads: int = flag(3, "attention heads of a new text tower", "towers")
+    text_pooling: str = flag("", "cls, mean (new towers) or pooler; else the folder's", "towers")
+    vocab_size: int = flag(4096, "tokens of a new text tower, learned from captions", "towers")
+    max_tokens: int = flag(64, "longest caption of a new text tower", "towers")
+    projection_dim: int = flag(256, "width of the shared space", "towers")
+    loss: str = flag("clip", "see LOSSES in train.py", "recipe", tuple(LOSSES))
+    epochs: float = flag(10, "passes over the images", "recipe")
+    steps: int = flag(0, "steps, instead of epochs", "recipe")
+    batch_size: int = flag(256, "pairs a step, over all processes", "recipe")
+    neighbours: int = flag(0, "images in a row that share a batch; 0: as the data has it", "recipe")
+    lr: float = flag(1e-3, "peak learning rate of what is new", "recipe")
+    tower_lr: float = flag(0.0, "that of pretrained towers; 0: a tenth of --lr", "recipe")
+    weight_decay: float = flag(0.05, "off norms, biases, position tables, logit_scale", "recipe")
+    warmup: float = flag(0.05, "share of the steps in which the learning rate rises", "recipe")
+    clip_grad: float = flag(1.0, "largest gradient norm; 0 for no limit", "recipe")
+    seed: int = flag(0, "of weights, order, augmentation and drawn shapes", "recipe")
+    precision: str = flag("auto", "of the towers", "speed", ("auto", "bf16", "fp16", "fp32"))
+    cache_features: bool = flag(False, "run locked towers once, and keep what they give", "speed")
+    micro_batch: int = flag(0, "pairs embedded at a time; less memory, 4/3 of the time", "speed")
+    compile: bool = flag(False, "torch.compile both towers; slow to start", "speed")
+    workers: int = flag(-1, "processes that read images; -1 picks", "speed")
+    device: str = flag("auto", "auto, cpu, cuda or cuda:N", "speed")
+    out: str = flag("", "run folder; runs/NAME-OF-THE-DATA unless given", "output")
+    resume: str = flag("", "run folder to go on with", "output")
+    overwrite: bool = flag(False, "replace a run folder that is already there", "output")
+    eval_every: int = flag(0, "steps between evaluations; 0 for about five in all", "output")
+    log_every: int = flag(50, "steps between printed lines", "output")
+
+
+# A resumed run may change these: they do not decide what it learns. Data may lie elsewhere.
+FREE_ON_RESUME = {"resume", "out", "overwrite", "eval_every", "log_every", "workers", "device"}
+FREE_ON_RESUME |= {"data", "data_root", "images", "download", "on_bad_image", "cache_features"}
+
+
+# What the loop works with. features: what locked towers make of images and captions, if cached.
+Run = namedtuple("Run", "out pairs held_out templates features")
+
+
+# ---- The loop ------------------------------------------------------------------------------------
+
+
+def train(config, run, model, optimizer, state):
+    """From state["step"] on to config.steps, or until SIGINT or SIGTERM, which save and exit.
+
+    returns  the metrics of the best evaluation
+    raises   ValueError once loss or gradient are no longer finite
     """
+    device, row, first_step = model.logit_scale.device, LOSSES[config.loss], state["step"] + 1
+    embed = dualenc.MicroBatches(model, config.micro_batch, config.precision)
+    if dualenc.world_size() > 1:
+        embed = nn.parallel.DistributedDataParallel(embed)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    scaler.load_state_dict(state.get("scaler", scaler.state_dict()))
+    sums, bad_images, ready = Counter(state["sums"]), {}, 0.0
 
-    def __init__(self, n_pictures, batch_size, seed, first_step, steps, neighbours=1):
-        self.n_pictures, self.batch_size, self.seed = n_pictures, batch_size, seed
-        self.first_step, self.steps, self.neighbours = first_step, steps, neighbours
+    with stop_signals() as received:
+        for images, indices, captions in fetch(config, run, model, state["step"], bad_images):
+            # Who describes whom: pairs that do have equal group ids.
+            fetched = time.perf_counter()
+            pair_ids = dualenc.gather_embeds(run.pairs.pair_ids(indices, captions))
+            all_groups = dualenc.positive_groups(pair_ids).to(device)
+            group_ids = all_groups[dualenc.share(len(all_groups))]
 
-    def __len__(self):
-        return self.steps - self.first_step
+            # Learning rate. Dropout follows from seed, step and rank, and so repeats on resuming.
+            rate = learning_rate(state["step"], config.steps, config.warmup, peak=1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["peak"]
+            seed = random.Random(f"dropout {config.seed} {state['step']}").getrandbits(63)
+            torch.manual_seed(seed + dualenc.rank())
 
-    def __iter__(self):
-        per_epoch = self.n_pictures // self.batch_size
-        order, order_epoch = None, None
-        for step in range(self.first_step, self.steps):
-            epoch, position = divmod(step, per_epoch)
-            if epoch != order_epoch:
-                starts = list(range(0, self.n_pictures, self.neighbours))
-                random.Random(f"order {self.seed} {epoch}").shuffle(starts)
-                rows = (range(start, min(start + self.neighbours, self.n_pictures)) for start in starts)
-                order, order_epoch = [*itertools.chain.from_iterable(rows)], epoch
-            start = position * self.batch_size
-            batch = order[start : start + self.batch_size]
-            yield [(epoch, i) for i in batch[dualenc.share(len(batch))]]
+            # Forward, loss, backward. The scaler keeps small gradients of fp16 from becoming 0.
+            rows = run.features.get("captions")
+            texts = torch.stack([rows[c] for c in captions]) if rows else model.processor(captions)
+            image_embeds, text_embeds = embed(images, texts)
+            loss = compute_loss(config.loss, model, image_embeds, text_embeds, group_ids)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+
+            # Clip, step, clamp. In fp16 a step whose gradient overflows is left out.
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
+            loss = dualenc.all_reduce_sum(loss.detach()).item() / dualenc.world_size()
+            skipped = not norm.isfinite().item()
+            if not math.isfinite(loss) or (skipped and scaler.get_scale() <= 1):
+                what = f"step {state['step'] + 1}: loss or gradient are not finite"
+                raise ValueError(f"{what}: lower --lr ({config.lr:.1e}) or take --precision fp32")
+            scaler.step(optimizer)
+            scaler.update()
+            with torch.no_grad():
+                model.logit_scale.clamp_(max=dualenc.LOGIT_SCALE_MAX)
+            step = state["step"] = state["step"] + 1
+            state["skipped_steps"] += skipped
+
+            # Meter and log. The first step warms up and is not timed.
+            sizes = all_groups.unique(return_counts=True)[1].tolist()
+            accuracy = in_batch_accuracy(image_embeds, text_embeds, group_ids)
+            sums.update(steps=1, loss=loss, in_batch_acc=accuracy)
+            sums.update(chance_loss=row.chance(sizes), floor_loss=row.floor(sizes))
+            if step > first_step:
+                sums.update(timed=1, waited=fetched - ready, seconds=time.perf_counter() - ready)
+            if step in (1, config.steps) or step % config.log_every == 0:
+                line, seconds = {"step": step}, sums["seconds"] or 1
+                for name in ("loss", "chance_loss", "floor_loss", "in_batch_acc"):
+                    line[name] = sums[name] / sums["steps"]
+                line |= {"logit_scale": model.logit_scale.item(), "lr": rate * config.lr}
+                line["pairs_per_s"] = sums["timed"] * config.batch_size / seconds
+                line["data_share"] = sums["waited"] / seconds
+                line |= {"skipped_steps": state["skipped_steps"], "bad_images": len(bad_images)}
+                sums.clear()
+                log(run.out, line, describe_step(line, config))
+
+            # Evaluate, save, and stop if a rank was asked to.
+            due = step == config.steps or step % config.eval_every == 0
+            stopped = dualenc.all_reduce_sum(torch.tensor(received))
+            if due:
+                evaluate(config, run, model, state)
+            if due or stopped.any():
+                state |= {"sums": dict(sums), "optimizer": optimizer.state_dict()}
+                state["scaler"] = scaler.state_dict()
+                save_checkpoint(run.out / "last", model, state)
+            if stopped.any() and step < config.steps:
+                number = STOP_SIGNALS[int(stopped.argmax())]
+                print(
+                    f"stopped  {number.name}; step {step} is saved; go on with --resume {run.out}"
+                )
+                sys.exit(128 + number)
+            ready = time.perf_counter()
+    return state["best"]
 
 
-class Batch(typing.NamedTuple):
-    """What one step learns from; the pictures that could not be read are missing from the first three."""
+def compute_loss(name, model, image_embeds, text_embeds, group_ids):
+    """The loss that --loss names, in float32, over the pairs of all ranks.
 
-    images: torch.Tensor | None  # (B, C, S, S) uint8, or (B, W) features; None if no picture could be read
-    captions: list  # B strings
-    numbers: list  # B picture numbers
-    bad: dict  # {picture number: why it could not be read}
-
-
-def stack_batch(items):
-    """The Batch of some items of TrainingPairs."""
-    bad = {i: reason for image, reason, i in items if image is None}
-    images, captions, numbers = ([item[k] for item in items if item[0] is not None] for k in range(3))
-    return Batch(torch.stack(images) if images else None, captions, numbers, bad)
-
-
-def as_it_is(batch):
-    return batch
-
-
-def make_loader(pairs, model, config, device, first_step, steps, cache=None):
-    """Batches from first_step on, fetched ahead where there are workers, pinned on CUDA."""
-    # Rows of a cache are there at once: to fetch them from another process would take longer.
-    workers = 0 if cache else dualenc.pick_workers(config.workers, device)
-    pixels = TrainingPairs(pairs, model.processor.image_transform, config)
-    return torch.utils.data.DataLoader(
-        CachedPairs(pairs, cache, config.seed) if cache else pixels,
-        batch_sampler=Batches(
-            len(pairs), config.batch_size, config.seed, first_step, steps, config.neighbours or pairs.neighbours
-        ),
-        num_workers=workers,
-        collate_fn=as_it_is if cache else stack_batch,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=dualenc.start_worker,
-    )
-
-
-class DataFault(ValueError):
-    """Training cannot go on with this data, but the weights are good and worth saving."""
-
-
-class BadPictures:
-    """What to do with pictures that cannot be read: stop, or list them in a file of the run folder and count them.
-
-    total  pictures, of which BAD_SHARE may be bad
-    found  {name: reason}, together with those of the run that this one resumes
-    met    names that this process met itself: those of before may have been mended
+    image_embeds, text_embeds  (R, E)  unit-norm rows of this rank's pairs
+    group_ids                  (R,)    equal for pairs that describe each other
+    returns                    ()      nats; the mean over ranks is the loss, also of gradients
     """
-
-    def __init__(self, out, policy, total):
-        self.path, self.policy, self.total = out / BAD_PICTURES, policy, total
-        lines = self.path.read_bytes().decode(errors="surrogateescape").split("\n") if self.path.exists() else []
-        self.found = dict(line.split("\t", 1) for line in lines if line)
-        self.met = set()
-
-    def check(self, batch, names):
-        """Take note of the bad pictures of a batch, in all processes; raises DataFault if they are reason to stop."""
-        told = dualenc.tell_all({names[i]: reason for i, reason in batch.bad.items()} or None)
-        self.add({name: reason for reasons in told for name, reason in reasons.items()})
-        if told and dualenc.sum_over_processes(torch.tensor(len(batch.captions))) < 2:
-            raise DataFault(
-                "fewer than two pictures of this batch can be read: mend them, or take a larger --batch-size"
-            )
-
-    def add(self, reasons):
-        """Take note of {name: reason}; raises DataFault if that is reason to stop."""
-        if reasons and self.policy == "error":
-            raise DataFault(f"{next(iter(reasons.values()))} (--on-bad-picture skip leaves such pictures out)")
-        # Tabs and line ends stay out of the list: it has a line a picture, with a tab before the reason.
-        new = {" ".join(name.split()): " ".join(reason.split()) for name, reason in reasons.items()}
-        if new.keys() - self.found.keys():
-            self.found.update(new)
-            with dualenc.together():
-                if dualenc.process_rank() == 0:
-                    lines = (f"{name}\t{reason}\n" for name, reason in self.found.items())
-                    dualenc.write_file(self.path, "".join(lines))
-        self.met |= new.keys()
-        if len(self.met) > BAD_SHARE * self.total:
-            raise DataFault(
-                f"{len(self.met)} of {self.total:,} pictures cannot be read, more than {BAD_SHARE:.0%}; {self.path} "
-                f"lists them"
-            )
-
-
-class Cache(typing.NamedTuple):
-    """What a locked vision tower makes of each picture."""
-
-    train: torch.Tensor  # (I, W), read from disk as it is used
-    held_out: torch.Tensor  # (J, W)
-    unreadable: dict  # {training picture's number: why it cannot be read}
-
-
-def check_cache(config):
-    """Raises ValueError where features made once would not be those of an uncached run."""
-    if config.lock != "vision":
-        raise ValueError(
-            f"--cache-features keeps what the vision tower makes of each picture, which lasts only while that tower "
-            f"does not learn: add --lock vision (--lock is {config.lock!r})"
-        )
-    if config.crop_scale < 1 or config.flip:
-        raise ValueError(
-            f"--cache-features keeps one view of each picture, and augmentation shows another each time: leave out "
-            f"either that, or --crop-scale (it is {config.crop_scale:g}) and --flip (it is {config.flip})"
-        )
-
-
-def cache_features(run):
-    """The run's Cache: read from beside the data, or from the run folder where that cannot be written, then completed.
-
-    Pictures go through the tower in batches as large as a step's pieces, held-out ones as evaluation does it, in the
-    same arithmetic: features are those of an uncached run to the bit, unless the tower rounds by a picture's place in
-    its batch. On one thread of a CPU none was seen to in batches of a multiple of 16. Where threads share a product,
-    ViTs do, convnets do not: their float32 features may be some 1e-6 apart.
-    """
-    started, config, model = time.perf_counter(), run.config, run.model
-    home = evaluation.store_home(config.data, "features", config.data_root)
-    everywhere = not dualenc.tell_all(None if can_write(home) else "read only")
-    home = (home if everywhere else run.out / "features") / evaluation.index_key(
-        model, run.precision, ("vision_model.",)
-    )
-    settings = {"precision": run.precision, "workers": dualenc.pick_workers(config.workers, run.device)}
-    rows, n_new = {}, 0
-    for split, pairs, batch_size in (
-        ("train", run.pairs, piece_size(config) or config.batch_size // dualenc.process_count()),
-        ("held_out", run.held_out, evaluation.EVAL_BATCH),
-    ):
-        stamps = evaluation.stamps_of(pairs)
-        embed = partial(evaluation.run_batches, model, partial(evaluation.pooled, model), pairs.pictures, **settings)
-        rows[split], new, bad = evaluation.stored_rows(
-            home / split, stamps, model.vision_model.width, embed, batch_size, whole_batches=split == "train"
-        )
-        n_new += new
-        unreadable = {i: bad[stamp] for i, stamp in enumerate(stamps) if stamp in bad}
-        run.bad_pictures.add({pairs.names[i]: reason for i, reason in unreadable.items()})
-        rows.setdefault("unreadable", unreadable)
-    n_old = len(run.pairs) + len(run.held_out) - n_new
-    seconds = time.perf_counter() - started
-    print(f"cache    {home}   {n_new:,} pictures embedded, {n_old:,} there already, {seconds:.1f} s", flush=True)
-    return Cache(**rows)
-
-
-def can_write(folder):
-    """Whether files can be made in a folder, which is made if need be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError:
-        return False
-    return True
-
-
-# ---- Model and optimiser --------------------------------------------------------------------------------------------
-
-
-def make_model(config, pairs):
-    """The towers that the flags name, with a processor; a new text tower learns its tokenizer from the captions."""
-    vision, args, size = config.vision, config.vision_args, config.image_size or None
-    if vision == "scratch":
-        vision, args, size = (
-            SCRATCH_VISION["name"],
-            {**SCRATCH_VISION["args"], **args},
-            size or SCRATCH_VISION["image_size"],
-        )
-    names_weights = "." in vision or ":" in vision
-    pretrained = names_weights if config.pretrained is None else config.pretrained
-    text = {"text_pooling": config.text_pooling} if config.text_pooling else {}
-    if config.text == "scratch":
-        captions = [caption for several in pairs.captions for caption in several]
-        tokenizer = dualenc.train_tokenizer(dict.fromkeys(captions), config.vocab_size, config.max_tokens)
-        sizes = {name: getattr(config, name) for name in ("text_width", "text_depth", "text_heads")}
-        vocabulary = {"text_vocab_size": tokenizer.get_vocab_size(), "text_max_positions": config.max_tokens}
-        text = {"text_pooling": SCRATCH_POOLING, **text, **sizes, **vocabulary}
-    model = dualenc.DualEncoder.from_vision_text_pretrained(
-        vision,
-        config.text,
-        projection_dim=config.projection_dim,
-        pretrained=pretrained,
-        vision_args=args,
-        vision_image_size=size,
-        vision_patch_dropout=config.patch_dropout,
-        **(SIGLIP_START if config.loss == "siglip" else {}),
-        **text,
-    )
-    # A tower without weights has learned nothing about a crop: show it the whole picture.
-    transform = model.vision_model.image_transform(crop_pct=None if pretrained else 1.0)
-    if config.text == "scratch":
-        model.processor = dualenc.Processor(transform, tokenizer)
-    if model.processor is None:
-        raise ValueError(
-            f"{config.text} holds no tokenizer, and a pretrained text tower understands no other one's ids"
-        )
-    model.processor.image_transform = transform
-    has_weights = {
-        "vision": pretrained or model.config.vision.name in dualenc.VISION_FAMILIES,
-        "text": config.text != "scratch",
-    }
-    if not has_weights.get(config.lock, True):
-        warnings.warn(
-            f"--lock {config.lock} freezes random weights: name a tower that has learned something", stacklevel=2
-        )
-    return model
-
-
-def make_optimizer(model, config):
-    """AdamW; weight decay acts on matrices and convolutions only, not on norms, biases, position tables or scalars."""
-    undecayed = set(getattr(model.vision_model.trunk, "no_weight_decay", set)())
-    decay, rest = [], []
-    for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            keep = (
-                weight.ndim < 2
-                or "position_embeddings" in name
-                or name.removeprefix("vision_model.trunk.") in undecayed
-            )
-            (rest if keep else decay).append(weight)
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, eps=EPSILON, fused=True)
+    row, all_groups = LOSSES[name], dualenc.gather_embeds(group_ids)
+    given = {"logit_scale": model.logit_scale, "group_ids": group_ids}
+    given["logit_bias"] = getattr(model, "logit_bias", None)
+    if row.tiled and len(all_groups) >= TILED_FROM:
+        inputs = [given[name] for name in row.inputs]
+        return row.tiled(image_embeds, text_embeds, *inputs, sharded=dualenc.world_size() > 1)
+    image_embeds, text_embeds = map(dualenc.gather_embeds, (image_embeds, text_embeds))
+    given["group_ids"] = all_groups
+    return row.function(image_embeds, text_embeds, *[given[name] for name in row.inputs])
 
 
 def learning_rate(step, steps, warmup, peak):
     """The learning rate of a step counted from 0: a line up to peak, then half a cosine towards 0.
 
-    warmup  share of the steps in which it rises, rounded to whole steps, at least one; the first step gets its part of
-            peak, never 0, and the last of them peak
-    peak    the largest rate, also that of the first step after the rise
+    warmup      share of the steps in which it rises, rounded to whole steps, at least one; the
+                first gets its part of peak, never 0; the last of them, and the next step, peak
     Exercise 6  easy, 15 minutes: warm-up and cosine, run `pytest -k exercise_6`
     """
     rising = max(1, round(warmup * steps))
@@ -490,876 +295,454 @@ def learning_rate(step, steps, warmup, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def compile_towers(model, **options):
-    """torch.compile both towers of a DualEncoder in place; weights keep their names, and checkpoints are as ever.
-
-    Compiled is what runs of a vision tower between its checks and its pooling, and a text tower whole, with captions of
-    any length: one graph each for training, one or two for evaluation. Hidden states cannot be asked for any more.
-
-    options  of torch.compile
-    """
-    vision, text = model.vision_model, model.text_model
-    vision._run_trunk = torch.compile(vision._run_trunk, **options)
-    text.forward = torch.compile(text.forward, dynamic=True, **options)
-
-
-# ---- One step -------------------------------------------------------------------------------------------------------
-
-
-def pair_groups(pairs, captions, numbers):
-    """(B,) group ids: pictures of one class, or with word-for-word the same caption, describe each other.
-
-    Ids are class numbers, or hashes of captions: several processes give a group the same one.
-    """
-    if pairs.labels:
-        return torch.tensor([pairs.labels[i] for i in numbers], dtype=torch.long)
-    hashes = [hashlib.blake2b(caption.encode(errors="surrogatepass"), digest_size=8).digest() for caption in captions]
-    return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in hashes], dtype=torch.long)
-
-
-# What --loss names, for small batches and for those of TILED_FROM pairs or more; the same values and gradients.
-LOSSES = {
-    "clip": (dualenc.clip_loss, dualenc.tiled_clip_loss),
-    "siglip": (dualenc.siglip_loss, dualenc.tiled_siglip_loss),
-    "multi-positive": (dualenc.multi_positive_clip_loss, dualenc.tiled_multi_positive_clip_loss),
-}
-
-
-def loss_weights(name, model):
-    """What a loss learns beside the embeddings."""
-    return [model.logit_scale, model.logit_bias] if name == "siglip" else [model.logit_scale]
-
-
-def compute_loss(name, model, image_embeds, text_embeds, groups):
-    """The loss that --loss names, in float32, of the pairs of all processes.
-
-    image_embeds, text_embeds  (R, E)  unit-norm rows of this process's pairs
-    groups                     (R,)    their group ids
-    returns                    ()      the mean of the results over processes, and of their gradients, is the loss's
-    """
-    textbook, tiled = LOSSES[name]
-    weights = loss_weights(name, model)
-    if len(dualenc.gather_embeds(groups)) >= TILED_FROM:
-        more = [groups] if name == "multi-positive" else []
-        return tiled(image_embeds, text_embeds, *weights, *more, sharded=dualenc.process_count() > 1)
-    image_embeds, text_embeds, groups = map(dualenc.gather_embeds, (image_embeds, text_embeds, groups))
-    return textbook(image_embeds, text_embeds, *weights, *([groups] if name == "multi-positive" else []))
-
-
-def reference_losses(name, groups):
-    """(chance, floor) in nats: the loss of guessing, and the best reachable while groups of pairs look alike."""
-
-    def guessing(n):
-        """The loss of a pair that cannot be told from n - 1 others."""
-        if name == "siglip":  # the best constant answer says "a pair" with the share of pairs
-            return math.log(n) - (n - 1) * math.log1p(-1 / n) if n > 1 else 0.0
-        return math.log(n)
-
-    sizes, how_many = groups.unique(return_counts=True)[1].unique(return_counts=True)
-    of_groups = sum(n * size * guessing(size) for size, n in zip(sizes.tolist(), how_many.tolist()))
-    chance, floor = guessing(len(groups)), of_groups / len(groups)
-    return (chance - floor, 0.0) if name == "multi-positive" else (chance, floor)
-
-
-def data_losses(config, pairs, batches=10):
-    """(chance, floor) in nats of a batch drawn at random from the data, the mean over some."""
-    rng, losses = random.Random(f"floor {config.seed}"), []
-    for _ in range(batches):
-        numbers = rng.sample(range(len(pairs)), config.batch_size)
-        captions = [rng.choice(pairs.captions[i]) for i in numbers]
-        losses.append(reference_losses(config.loss, pair_groups(pairs, captions, numbers)))
-    return tuple(sum(values) / batches for values in zip(*losses))
-
-
 @torch.no_grad()
-def in_batch_accuracy(image_embeds, text_embeds, groups):
-    """The share of pictures and captions whose nearest counterpart in the batch is a right one.
+def in_batch_accuracy(image_embeds, text_embeds, group_ids):
+    """The share of images and captions, of all ranks, whose nearest counterpart is a right one."""
+    all_groups, right = dualenc.gather_embeds(group_ids), torch.zeros(1)
+    for queries, gallery in ((image_embeds, text_embeds), (text_embeds, image_embeds)):
+        gallery = dualenc.gather_embeds(gallery)
+        for rows, wanted in zip(queries.split(1024), group_ids.split(1024)):
+            right += (all_groups[(rows @ gallery.T).argmax(dim=1)] == wanted).sum().cpu()
+    return dualenc.all_reduce_sum(right).item() / (2 * len(all_groups))
 
-    image_embeds, text_embeds, groups  this process's rows; the counterparts, and the share, are those of all processes
+
+def evaluate(config, run, model, state):
+    """Measure the held-out pairs; log and print the metrics, and save the model if it is best."""
+    if dualenc.world_size() > 1:
+        for buffer in model.buffers():  # each rank has batch-norm statistics of its own images
+            torch.distributed.broadcast(buffer, 0)
+    how = {"precision": config.precision, "workers": config.workers, "templates": run.templates}
+    rows, _ = run.features.get("val", (None, None))
+    results = evaluation.evaluate(model, run.held_out, image_features=rows, **how)
+    metrics = itertools.chain.from_iterable(task.items() for task in results.values())
+    line = {"step": state["step"], **{k: v for k, v in metrics if not isinstance(v, dict)}}
+    score = line["zs_top1"] if "zs_top1" in line else line["i2t_r1"] + line["t2i_r1"]
+    best = score >= state["score"]
+    if best:
+        state |= {"best": line, "score": score}
+        save_checkpoint(run.out / "best", model)
+    shown = [f"{words} {line[name]:.1%}" for name, words in SHOWN.items() if name in line]
+    # Before the last checkpoint: resuming drops the lines after it, which come again.
+    text = f"eval {line['step']:>6,}/{config.steps:,}   {'   '.join(shown)}"
+    log(run.out, line, f"{text}   saved {run.out / ('best' if best else 'last')}")
+
+
+# ---- Data and model ------------------------------------------------------------------------------
+
+
+def load_data(config):
+    """(training pairs, held-out pairs, templates) that the flags name."""
+    templates = evaluation.read_templates(config.templates)
+    source = {name: getattr(config, name) for name in ("data_root", "val_fraction", "seed")}
+    source |= {"images": config.images or None, "templates": templates}
+    source["class_names"] = evaluation.read_class_names(config.classes)
+    if config.download and dualenc.rank() == 0:
+        dualenc.load_pairs(config.data, download=True, **source)
+    dualenc.all_reduce_sum(torch.zeros(1))  # the other ranks wait for the download
+    pairs, held_out = (dualenc.load_pairs(config.data, part, **source) for part in ("train", "val"))
+    return pairs, held_out, templates
+
+
+def batch_keys(config, pairs, first_step):
+    """Yields this rank's share of each batch's keys (epoch, image index); the seed alone decides.
+
+    Whole batches in a new order each epoch; neighbours are hard negatives (NegCLIP, section 4).
     """
-    all_texts, all_groups = dualenc.gather_embeds(text_embeds), dualenc.gather_embeds(groups)
-    texts, images = Nearest(groups), Nearest(all_groups)  # nearest to each picture here, and to each caption
-    for rows, columns, _, scores in dualenc.score_tiles(image_embeds, all_texts):
-        texts.update(rows, scores, all_groups[columns])
-        images.update(columns, scores.T, groups[rows])
-    # Of the pictures nearest to a caption, one in each process, the nearest.
-    scores, found = dualenc.gather_embeds(images.scores[None]), dualenc.gather_embeds(images.groups[None])
-    right_images = found.gather(0, scores.argmax(dim=0, keepdim=True))[0] == all_groups
-    right_texts = dualenc.sum_over_processes((texts.groups == groups).sum())
-    return (right_images.sum() + right_texts).item() / (2 * len(all_groups))
+    neighbours, order, order_epoch = config.neighbours or pairs.neighbours, [], None
+    for step in range(first_step, config.steps):
+        epoch, position = divmod(step, len(pairs) // config.batch_size)
+        if epoch != order_epoch:
+            rows = [range(len(pairs))[i : i + neighbours] for i in range(0, len(pairs), neighbours)]
+            random.Random(f"order {config.seed} {epoch}").shuffle(rows)
+            order, order_epoch = list(itertools.chain.from_iterable(rows)), epoch
+        batch = order[position * config.batch_size :][: config.batch_size]
+        yield [(epoch, i) for i in batch[dualenc.share(config.batch_size)]]
 
 
-class Nearest:
-    """The highest score so far of some rows, and the group of what scored it."""
+def fetch(config, run, model, first_step, bad_images):
+    """Yields R images, indices and captions of each step for this rank, from first_step on.
 
-    def __init__(self, rows):
-        self.scores, self.groups = torch.full(rows.shape, -torch.inf, device=rows.device), torch.zeros_like(rows)
+    Images are uint8 pixels (R, 3, S, S) or cached features (R, W). The place of an unreadable image
+    is taken by the next one, and bad_images, {index: reason}, grows.
+    """
+    batches = partial(batch_keys, config, run.pairs, first_step)
+    if "train" in run.features:
+        loader = cached_images(*run.features["train"], batches())
+    else:
+        augmenter, zoom = partial(augment, config), config.crop_scale**-0.5
+        transform, device = model.processor.image_transform, model.logit_scale.device
+        dataset = dualenc.ImageDataset(run.pairs.images, transform, augmenter, zoom)
+        loader = dualenc.image_loader(dataset, batches(), config.workers, device)
+    allowed = BAD_SHARE * len(run.pairs) if config.on_bad_image == "skip" else 0
+    for keys, (images, indices, errors) in zip(batches(), loader):
+        bad_images.update({i: error for (_, i), error in zip(keys, errors) if error})
+        if len(bad_images) > allowed:
+            count = f"{len(bad_images)} of {len(run.pairs):,} images; skip allows {BAD_SHARE:.0%}"
+            raise ValueError(f"{next(iter(bad_images.values()))} (--on-bad-image; {count})")
+        rngs = [random.Random(f"caption {config.seed} {key}") for key in keys]
+        captions = [rng.choice(run.pairs.captions[i]) for rng, i in zip(rngs, indices)]
+        yield images, indices, captions
 
-    def update(self, part, scores, groups):
-        """Take note of the scores (r, c) of some of the rows with columns of these groups (c,)."""
-        best, column = scores.max(dim=1)
-        self.groups[part] = torch.where(best > self.scores[part], groups[column], self.groups[part])
-        self.scores[part] = best.maximum(self.scores[part])
+
+def cached_images(rows, unreadable, batches):
+    """What an image loader yields, with features (R, W) for pixels."""
+    for keys in batches:
+        indices = [i for _, i in keys]
+        while bad := set(indices) & unreadable.keys():
+            indices = [(i + (i in bad)) % len(rows) for i in indices]
+        yield rows[indices], indices, [unreadable.get(i, "") for _, i in keys]
 
 
-# ---- The run folder -------------------------------------------------------------------------------------------------
+def augmentations(config):
+    """Fields of the augmentations that are switched on."""
+    fields = [f for f in dataclasses.fields(config) if "augment" in f.metadata]
+    return [f for f in fields if getattr(config, f.name) != f.default]
+
+
+def augment(config, pixels, key):
+    """Pixels after the augmentations; the key alone decides, whichever process computes them."""
+    rng = random.Random(f"augment {config.seed} {key}")
+    for f in augmentations(config):
+        pixels = f.metadata["augment"](pixels, getattr(config, f.name), rng)
+    return pixels
+
+
+def cache_features(config, run, model):
+    """Fill run.features with what locked towers make of the data: computed once, kept beside it.
+
+    "train" and "val" are (rows (I, W), {unreadable: why}) of images, "captions" {caption: row (W,)}
+    """
+    home = evaluation.store_folder(config.data, "features", config.data_root)
+    how, jobs = {"precision": config.precision, "pooled": True}, {}
+
+    def embed(items, chosen):
+        if isinstance(items, list):
+            return evaluation.embed_captions(model, [items[i] for i in chosen], **how), {}
+        images = items.select(chosen).images
+        return evaluation.embed_images(model, images, workers=config.workers, **how)
+
+    if "vision" in model.locked:
+        jobs |= {"train": ("image_features", run.pairs), "val": ("image_features", run.held_out)}
+    if "text" in model.locked:
+        jobs["captions"] = "text_features", run.pairs.caption_table()[0]
+    for name, (side, items) in jobs.items():
+        folder = home / evaluation.cache_key(model, config.precision, side) / name
+        stamps = items if side == "text_features" else items.stamps()
+        rows, bad, new = evaluation.stored_rows(folder, stamps, partial(embed, items))
+        run.features[name] = dict(zip(items, rows)) if name == "captions" else (rows, bad)
+        print(f"cache    {folder}   {len(rows):,} rows, {new:,} of them new", flush=True)
+
+
+def towers(model):
+    return {"vision": model.vision_model, "text": model.text_model}
+
+
+def make_model(config, pairs):
+    """The model that the flags name, with a processor; a new text tower learns its tokenizer."""
+    if config.init:
+        fields = [f for f in dataclasses.fields(config) if f.metadata["group"] == "towers"]
+        changed = [f.name for f in fields if getattr(config, f.name) != vars(TrainConfig())[f.name]]
+        if changed:
+            raise ValueError(f"--init brings its own towers: leave out {flag_names(changed)}")
+        model = dualenc.DualEncoder.from_pretrained(config.init)
+        for tower in towers(model).values():
+            tower.source, tower.new_parts = config.init, []
+        return model
+    vision, args, size = config.vision, config.vision_args, config.image_size or None
+    if vision == "scratch":
+        vision, args, size = SCRATCH_VISION, {**SCRATCH_ARGS, **args}, size or SCRATCH_SIZE
+    has_tag = "." in vision or ":" in vision
+    pretrained = has_tag if config.pretrained is None else config.pretrained
+    more = {"vision_args": args, "vision_image_size": size, **LOSSES[config.loss].start}
+    more["vision_patch_dropout"] = config.patch_dropout
+    if config.text == "scratch":
+        captions = dict.fromkeys(itertools.chain.from_iterable(pairs.captions))
+        tokenizer = dualenc.train_tokenizer(captions, config.vocab_size, config.max_tokens)
+        more |= {"text_vocab_size": tokenizer.get_vocab_size(), "text_pooling": "mean"}
+        more |= {"text_max_positions": config.max_tokens, "text_width": config.text_width}
+        more |= {"text_depth": config.text_depth, "text_heads": config.text_heads}
+    if config.text_pooling:
+        more["text_pooling"] = config.text_pooling
+    model = dualenc.DualEncoder.from_vision_text_pretrained(
+        vision, config.text, config.projection_dim, pretrained, **more
+    )
+    # A tower without weights has learned nothing about a crop: show it the whole image.
+    whole = 1.0 if model.vision_model.source == NEW else None
+    transform = model.vision_model.image_transform(crop_pct=whole)
+    if config.text == "scratch":
+        model.processor = dualenc.Processor(transform, tokenizer)
+    elif model.processor:
+        model.processor.image_transform = transform
+    return model
+
+
+def make_optimizer(model, config):
+    """AdamW as in CLIP, table 19; a group's "peak" is --lr, or --tower-lr for pretrained towers."""
+    trunk, groups = model.vision_model.trunk, {}
+    kept = {f"vision_model.trunk.{name}" for name in getattr(trunk, "no_weight_decay", set)()}
+    pretrained = [tower for tower in towers(model).values() if tower.source != NEW]
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            learned = getattr(model, name.split(".")[0]) in pretrained
+            peak = (config.tower_lr or config.lr / 10) if learned else config.lr
+            # Norms, biases, position tables and scalars are not decayed.
+            decays = weight.ndim > 1 and "position_embeddings" not in name and name not in kept
+            groups.setdefault((peak, config.weight_decay * decays), []).append(weight)
+    groups = [{"params": w, "peak": peak, "weight_decay": d} for (peak, d), w in groups.items()]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+
+
+def load_run(config, pairs, out, device):
+    """(model, optimizer, state): new ones, or as the last checkpoint of a resumed run left them."""
+    torch.manual_seed(config.seed)
+    state = {"step": 0, "best": None, "score": 0.0, "skipped_steps": 0, "sums": {}}
+    path = out / "last" / STATE_FILE
+    if config.resume and path.exists():  # a run may be killed before its first checkpoint
+        model = dualenc.DualEncoder.from_pretrained(out / "last")
+        with dualenc.blamed_on(path, "cannot read"):
+            # To the CPU: the card that it was saved from may not be here.
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            for name, tower in towers(model).items():
+                tower.source, tower.new_parts = state["towers"][name]
+    else:
+        model = make_model(config, pairs)
+        state["towers"] = {name: (t.source, t.new_parts) for name, t in towers(model).items()}
+    needs_bias = "logit_bias" in LOSSES[config.loss].inputs
+    halves = [getattr(model.processor, name, None) for name in ("tokenizer", "image_transform")]
+    if None in halves or (needs_bias and not hasattr(model, "logit_bias")):
+        lacks = "half of a processor" if None in halves else f"the logit_bias of {config.loss}"
+        raise ValueError(f"{config.init or config.text} lacks {lacks}")
+    if hasattr(model, "logit_bias"):
+        model.logit_bias.requires_grad_(needs_bias)
+    if config.lock:
+        model.lock(config.lock)
+    model.to(device).train()
+    if config.compile:
+        model.vision_model.compile()
+        model.text_model.compile(dynamic=True)
+    optimizer = make_optimizer(model, config)
+    if "optimizer" in state:
+        optimizer.load_state_dict(state["optimizer"])
+    return model, optimizer, state
+
+
+# ---- The run folder and the printout -------------------------------------------------------------
+
+
+def flag_names(fields):
+    return ", ".join("--" + name.replace("_", "-") for name in fields)
+
+
+def read_flags(argv):
+    """TrainConfig from the command line; with --resume, that of the run with few changes."""
+    parser = dualenc.flag_parser(TrainConfig, __doc__.splitlines()[0])
+    config = TrainConfig(**vars(parser.parse_args(argv)))
+    if config.resume:
+        stored = dualenc.read_json(Path(config.resume) / dualenc.RUN_CONFIG)["flags"]
+        parser.set_defaults(**stored)
+        config = dualenc.config_from_dict(TrainConfig, vars(parser.parse_args(argv)))
+        now = json.loads(json.dumps(vars(config)))  # without tuples, like what is stored
+        changed = {n: v for n, v in stored.items() if now[n] != v and n not in FREE_ON_RESUME}
+        if changed:
+            raise ValueError(f"{flag_names(changed)} of a resumed run differ from {changed}")
+    return config
+
+
+@contextmanager
+def claim_run(config):
+    """The run folder, which no other process may use meanwhile. Rank 0 looks, the others wait."""
+    out = Path(config.resume or config.out or f"runs/{Path(config.data).resolve().stem}")
+    lock = filelock.FileLock(out / LOCK_FILE)
+    try:
+        if dualenc.rank() == 0:
+            if (out / dualenc.RUN_CONFIG).exists() and not (config.resume or config.overwrite):
+                raise ValueError(f"{out} holds a run: --resume {out}, or --overwrite, or new --out")
+            out.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+            for name in ("last", "best"):  # undo a swap that was cut short
+                if (out / f"{name}.old").exists() and not (out / name).exists():
+                    (out / f"{name}.old").rename(out / name)
+        dualenc.all_reduce_sum(torch.zeros(1))
+        yield out
+    except filelock.Timeout as error:
+        raise ValueError(f"another process trains into {out}: name another --out") from error
+    finally:
+        lock.release()
+
+
+def open_run(out, config, run, argv, device, step):
+    """Clear a new run's folder and note what runs with what; a resumed run must find it again."""
+    record = {
+        "flags": dataclasses.asdict(dataclasses.replace(config, resume="", overwrite=False)),
+        "command": ["train.py", *(sys.argv[1:] if argv is None else argv)],
+        "device": str(device),
+        "processes": dualenc.world_size(),
+        "versions": {"torch": torch.__version__, "timm": dualenc.timm.__version__},
+        "data_names": evaluation.data_checksum([*run.pairs.names, *run.held_out.names]),
+    }
+    lines = []
+    if config.resume:
+        begun = dualenc.read_json(out / dualenc.RUN_CONFIG)
+        for name in ("data_names", "processes"):
+            if begun[name] != record[name]:
+                raise ValueError(f"{out} began with {name} {begun[name]}, not {record[name]}")
+        record = {**begun, "flags": record["flags"]}  # the data may have moved
+        # Lines after the last checkpoint come again; a kill may have cut the last one.
+        whole = (out / METRICS_FILE).read_text(encoding="utf-8").split("\n")[:-1]
+        lines = [f"{line}\n" for line in whole if json.loads(line)["step"] <= step]
+    if dualenc.rank() == 0:
+        for name in () if config.resume else ("last", "best"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        dualenc.write_file(out / "trained_on.txt", "".join(f"{n}\n" for n in run.pairs.names))
+        dualenc.write_file(out / METRICS_FILE, "".join(lines))
+        dualenc.write_file(out / dualenc.RUN_CONFIG, json.dumps(record, indent=2) + "\n")
 
 
 def save_checkpoint(folder, model, state=None):
-    """Write a whole checkpoint beside the old one, then swap the two: at every moment one of them is complete.
-
-    raises  ValueError if it cannot be written, as on a full disk; the old one is still there then
-    """
-    new, old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
+    """Write a checkpoint beside the old one, then swap them: at every moment one is complete."""
+    if dualenc.rank() > 0:
+        return
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        model.save_pretrained(new)
-        if state is not None:
-            buffer = io.BytesIO()
-            torch.save(state, buffer)
-            dualenc.write_file(new / STATE_FILE, buffer.getbuffer())
-    except (OSError, ValueError) as error:
-        shutil.rmtree(new, ignore_errors=True)
-        kept = f"{folder} is as it was" if folder.exists() else f"there is no {folder} yet"
-        raise ValueError(f"{error}; {kept}") from error
+    model.save_pretrained(new)
+    if state is not None:
+        torch.save(state, buffer := io.BytesIO())
+        dualenc.write_file(new / STATE_FILE, buffer.getvalue())
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def finish_swap(folder):
-    """Do the rest of a save_checkpoint that was killed between its two renames."""
-    new, old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
-    if old.exists() and not folder.exists():
-        new.rename(folder)
+def log(out, line, text):
+    """Append a line to the metrics, and print it as text."""
+    if dualenc.rank() == 0:
+        with open(out / METRICS_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    print(text, flush=True)
 
 
-def drop_metrics_after(out, step):
-    """Drop the lines of metrics.jsonl that a run cut short wrote after its last checkpoint: they come again."""
-    path = out / METRICS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    with dualenc.blamed_on(path):
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-    dualenc.write_file(path, "".join(kept))
+@contextmanager
+def stop_signals():
+    """Inside, a first SIGINT or SIGTERM is only noted, and a second one stops at once."""
+    received = [0 for _ in STOP_SIGNALS]
 
+    def note(number, frame):
+        received[STOP_SIGNALS.index(number)] = 1
+        signal.signal(number, before[number])
 
-def claim_run(config):
-    """(the run folder, a lock on it that lasts as long as this process holds it; None but in the first process).
-
-    raises  ValueError if another process holds it, if it has a run that is neither resumed nor overwritten, or if it
-            holds anything else
-    """
-    name = Path(config.data.partition(":")[2] or config.data).resolve().stem
-    out = Path(config.resume or config.out or f"runs/{name}")
-    if dualenc.process_rank() > 0:
-        return out, None
-    if (out / evaluation.RUN_CONFIG).exists():
-        if not (config.resume or config.overwrite):
-            raise ValueError(
-                f"{out} already holds a run: go on with --resume {out}, or --overwrite it, or name another --out"
-            )
-    elif out.is_dir() and any(path.name != LOCK_FILE for path in out.iterdir()):
-        raise ValueError(f"{out} holds files but no run, and a new run clears its folder: name another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / LOCK_FILE, "w")  # noqa: SIM115 (held until the process ends)
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
     try:
-        dualenc.lock_file(lock)
-    except OSError as error:
-        raise ValueError(f"another process trains into {out}: stop it, or name another --out ({error})") from error
-    for checkpoint in ("last", "best"):
-        finish_swap(out / checkpoint)
-    return out, lock
-
-
-def open_run(out, config, pairs, argv, device):
-    """Clear the run folder and note what is run with what; a resumed run must find what it began with."""
-    path, data, processes = out / evaluation.RUN_CONFIG, fingerprint(pairs), dualenc.process_count()
-    if config.resume:
-        record = dualenc.read_json(path)
-        if record.get("data_sha256") != data:
-            raise ValueError(f"{config.data} has changed since {out} began with it: start a new run")
-        begun = record.get("processes", 1)
-        if begun != processes:
-            raise ValueError(
-                f"{out} began with {begun} processes and would go on with {processes}: dropout and batch norm would "
-                f"differ; go on with: {resume_command(out, begun)}"
-            )
-        return
-    for old in out.iterdir():
-        if old.is_dir():
-            shutil.rmtree(old)
-        elif old.name != LOCK_FILE:
-            old.unlink()
-    record = {
-        "flags": dataclasses.asdict(config),
-        "command": ["train.py", *(sys.argv[1:] if argv is None else argv)],
-        "device": str(device),
-        "processes": processes,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
-        "data_sha256": data,
-    }
-    dualenc.write_file(path, json.dumps(record, indent=2) + "\n")
-
-
-def fingerprint(pairs):
-    """A hash of all names and captions: a resumed run must find the data it began with."""
-    digest = hashlib.sha256()
-    for name, captions in zip(pairs.names, pairs.captions):
-        digest.update("\0".join([name, *captions, ""]).encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
-def read_flags(argv):
-    """TrainConfig from the command line; with --resume, from the run, and only harmless flags may differ."""
-    parser = dualenc.flag_parser(TrainConfig, __doc__.splitlines()[0])
-    config = TrainConfig(**vars(parser.parse_args(argv)))
-    if not config.resume:
-        return config
-    stored = dualenc.read_json(Path(config.resume) / evaluation.RUN_CONFIG)["flags"]
-    parser.set_defaults(**stored)
-    config = TrainConfig(**vars(parser.parse_args(argv)))
-    changed = [
-        f"--{name.replace('_', '-')} (was {value!r})"
-        for name, value in stored.items()
-        if json.dumps(getattr(config, name)) != json.dumps(value) and name not in FREE_ON_RESUME  # which has no tuples
-    ]
-    if changed:
-        raise ValueError(f"a resumed run keeps its flags, but these differ from {config.resume}: {', '.join(changed)}")
-    return config
-
-
-def check_recipe(config, pairs, held_out):
-    """(chance, floor) of a batch's loss in nats; raises ValueError for a recipe that cannot learn."""
-    if config.batch_size < 2:
-        raise ValueError(
-            f"batch_size is {config.batch_size}: with one pair there is nothing to tell it from and the loss is always "
-            f"0; take at least 2, better 256"
-        )
-    if config.batch_size < dualenc.process_count():
-        raise ValueError(
-            f"batch_size is {config.batch_size}, less than a pair for each of {dualenc.process_count()} processes"
-        )
-    if not 0 < config.crop_scale <= 1:
-        raise ValueError(f"--crop-scale is {config.crop_scale}, expected a share above 0, and 1 for no cropping")
-    if len(pairs) < 2:
-        raise ValueError(f"{config.data} has {len(pairs)} training pictures: training tells pictures apart, at least 2")
-    if len(pairs) < config.batch_size:
-        raise ValueError(
-            f"{config.data} has {len(pairs)} training pictures, fewer than one batch of {config.batch_size}: pictures "
-            f"would repeat within a batch, as wrong answers to themselves; take --batch-size {len(pairs)} or less"
-        )
-    if not len(held_out):
-        raise ValueError(f"no pictures are held out of {config.data}: raise --val-fraction ({config.val_fraction})")
-    if config.cache_features:
-        check_cache(config)
-    if config.compile and config.grad_checkpointing:
-        raise ValueError("--compile decides by itself what to compute again: leave out --grad-checkpointing")
-    dualenc.at_least("--log-every", config.log_every, 1)
-    counts = ("steps", "neighbours", "micro_batch", "eval_every")
-    for name in (*counts, "epochs", "lr", "weight_decay", "warmup", "clip_grad"):
-        dualenc.at_least(f"--{name.replace('_', '-')}", getattr(config, name), 0)
-    if config.warmup > 1:
-        raise ValueError(f"--warmup is {config.warmup}, expected a share of the steps, at most 1")
-    chance, floor = data_losses(config, pairs)
-    if len(set(pairs.labels or itertools.chain(*pairs.captions))) == 1:
-        raise ValueError(
-            f"all training pictures of {config.data} share their caption or class: there is nothing to tell apart, and "
-            f"the loss cannot fall below its floor of {floor:.3f}, which is chance"
-        )
-    if same_pictures(pairs):
-        raise ValueError(
-            f"the training pictures of {config.data} look the same, pixel for pixel: there is nothing to tell apart, "
-            f"and the loss cannot fall below its floor of {chance:.3f}, which is chance"
-        )
-    return chance, floor
-
-
-def same_pictures(pairs, sample=16):
-    """Whether pictures drawn at random are all one picture; usually the second one settles it."""
-    images = []
-    for i in random.Random("same pictures").sample(range(len(pairs)), min(sample, len(pairs))):
-        try:
-            images.append(dualenc.to_pixels(pairs.pictures[i]))
-        except ValueError:  # training will say what to do about it
-            continue
-        if not torch.equal(images[0], images[-1]):
-            return False
-    return len(images) > 1
-
-
-# ---- Stopping -------------------------------------------------------------------------------------------------------
-
-
-class StopSignals:
-    """Inside, the first SIGINT or SIGTERM is noted, so that the step can be finished; the next one stops at once.
-
-    received  the signal's number, or None
-    """
-
-    def __enter__(self):
-        self.received = None
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
+        yield received
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
-    def received_anywhere(self):
-        """The signal that this or another process had received when this was called, the same in all; or None.
 
-        One that comes while the processes talk is kept for the next time.
-        """
-        return next(iter(dualenc.tell_all(self.received)), None)
-
-    def _note(self, number, frame):
-        self.received = signal.Signals(number)
-        self.__exit__()
-
-
-# ---- Watching -------------------------------------------------------------------------------------------------------
-
-
-class Meter:
-    """Means and rates since the last printed line; the first step, evaluation and saving are not timed."""
-
-    def __init__(self, batch_size):
-        self.batch_size = batch_size
-        self.reset()
-
-    def reset(self, sums=None, count=0):
-        """Start anew, or with what a run that is resumed had counted since its last line."""
-        self.sums, self.count = sums or {}, count
-        self.started, self.waited, self.timed_steps = time.perf_counter(), 0.0, 0
-
-    def fetch(self, loader):
-        """The loader's batches, with the time spent waiting for each one noted."""
-        batches = dualenc.from_workers(loader)
-        # Where a worker dies, torch would raise at any moment, perhaps halfway through an update; without its handler,
-        # the loader finds out when it is asked for the next batch.
-        if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for _ in range(len(loader)):
-            asked = time.perf_counter()
-            with dualenc.together():
-                try:
-                    batch = next(batches)
-                except ValueError as error:
-                    raise DataFault(str(error)) from error
-                self.waited += time.perf_counter() - asked
-            yield batch
-
-    def add(self, values, first):
-        """Count one step, and its values unless it was skipped; the first one of a run warms up and is not timed."""
-        if values is not None:
-            for name, value in values.items():
-                self.sums[name] = self.sums.get(name, 0.0) + value
-            self.count += 1
-        if first:
-            self.started, self.waited = time.perf_counter(), 0.0
-        else:
-            self.timed_steps += 1
-
-    @contextmanager
-    def paused(self):
-        """Leave out the time spent inside."""
-        began = time.perf_counter()
-        yield
-        self.started += time.perf_counter() - began
-
-    def read(self):
-        """Means of what was added, pairs_per_s, data_share (of the time, waiting for data); then start anew.
-
-        Of several processes, data_share is that of the one which waits longest: the others wait for it.
-        """
-        waited = dualenc.gather_embeds(torch.tensor([self.waited])).max().item()
-        seconds = max(time.perf_counter() - self.started, 1e-9)
-        means = {name: total / self.count for name, total in self.sums.items()}
-        rates = {"pairs_per_s": self.timed_steps * self.batch_size / seconds, "data_share": waited / seconds}
-        self.reset()
-        return {**means, **rates}
-
-
-def describe_step(line, steps, batch_size):
+def describe_step(line, config):
     """The printed line of some training steps."""
-    floor = f", floor {line['floor_loss']:.3f}" if line["floor_loss"] > SHOWN_FLOOR else ""
-    speed = ""  # of the first step, which warms things up, nothing is known
-    if line["pairs_per_s"]:
-        minutes, seconds = divmod(round((steps - line["step"]) * batch_size / line["pairs_per_s"]), 60)
-        speed = f"   {line['pairs_per_s']:,.0f} pairs/s   data {line['data_share']:.0%}"
-        speed += f"   {minutes}:{seconds:02} left"
-    return (
-        f"step {line['step']:>6,}/{steps:,}   loss {line['loss']:.3f} (chance {line['chance_loss']:.3f}{floor})   "
-        f"acc {line['in_batch_acc']:.1%}   scale {math.exp(line['logit_scale']):.1f}   lr {line['lr']:.1e}{speed}"
-        + (f"   {line['bad_steps']} steps skipped" if line["bad_steps"] else "")
-    )
+    floor = f", floor {line['floor_loss']:.3f}" if line["floor_loss"] > 0.01 else ""
+    text = f"step {line['step']:>6,}/{config.steps:,}   loss {line['loss']:.3f} "
+    text += f"(chance {line['chance_loss']:.3f}{floor})   acc {line['in_batch_acc']:.1%}   "
+    text += f"scale {math.exp(line['logit_scale']):.1f}   lr {line['lr']:.1e}"
+    if line["pairs_per_s"]:  # the first step has none
+        left = round((config.steps - line["step"]) * config.batch_size / line["pairs_per_s"])
+        text += f"   {line['pairs_per_s']:,.0f} pairs/s   data {line['data_share']:.0%}"
+        text += f"   {left // 60}:{left % 60:02} left"
+    counts = {name.replace("_", " "): line[name] for name in ("skipped_steps", "bad_images")}
+    return text + "".join(f"   {count} {name}" for name, count in counts.items() if count)
 
 
-def describe_evaluation(line, steps, saved):
-    """The printed line of an evaluation."""
-    parts = []
-    if "i2t_r1" in line:
-        parts.append(f"image->text R@1 {line['i2t_r1']:.1%} R@5 {line['i2t_r5']:.1%}")
-        parts.append(
-            f"text->image R@1 {line['t2i_r1']:.1%} R@5 {line['t2i_r5']:.1%} (chance R@1 {line['chance_r1']:.1%})"
-        )
-    if "zs_top1" in line:
-        parts.append(f"zero-shot top-1 {line['zs_top1']:.1%} (chance {line['chance_top1']:.1%})")
-    return f"eval {line['step']:>6,}/{steps:,}   {'   '.join(parts)}   saved {saved}"
-
-
-def introduce(config, model, pairs, held_out, losses, steps, device, precision):
-    """The head of the printout: data, model, run, and the flags that differ from their defaults."""
-
-    def millions(module, trainable=False):
-        return f"{sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable) / 1e6:.1f}M"
-
-    text, n_captions = model.config.text, sum(map(len, pairs.captions))
-    defaults = vars(TrainConfig())
-    changed = [f"{name}={value}" for name, value in vars(config).items() if value != defaults[name]]
-    print(f"data     {config.data}   {len(pairs):,} pictures, {n_captions:,} captions; {len(held_out):,} held out")
-    towers = f"{model.config.vision.name} ({millions(model.vision_model)}) + {text.family} {text.depth}x{text.width}"
-    sizes = f"({millions(model.text_model)}) -> {config.projection_dim}"
-    print(f"model    {towers} {sizes}   trainable {millions(model, trainable=True)} of {millions(model)}")
-    processes = f"   {dualenc.process_count()} processes" if dualenc.process_count() > 1 else ""
-    how = f"torch {torch.__version__}   {device} {precision}{processes}"
-    print(f"run      batch_size={config.batch_size} steps={steps}   {how}")
-    at_once = piece_size(config) or config.batch_size // dualenc.process_count()
+def introduce(config, run, model, optimizer, flags):
+    """The head of the printout: data, model, what learns, run, and flags that are not defaults."""
+    pairs, text, sides = run.pairs, model.config.text, towers(model).items()
+    captions = list(itertools.chain.from_iterable(pairs.captions))
+    size = f"{len(pairs):,} images, {len(captions):,} captions"
+    print(f"data     {config.data}   {size}; {len(run.held_out):,} images held out")
+    if pairs.classes:
+        print(f"classes  {len(pairs.classes)}: {', '.join(pairs.classes[:6])} ...")
+    if same := dualenc.count_same_ids(model.processor, captions):
+        print(f"tokens   {same:,} captions have the token ids of a different caption")
+    vision, language = (sum(w.numel() for w in tower.parameters()) / 1e6 for _, tower in sides)
+    sizes = f"({vision:.1f}M) + {text.family} {text.depth}x{text.width} ({language:.1f}M)"
+    print(f"model    {model.config.vision.name} {sizes} -> {model.config.projection_dim}")
+    new = [f"{name} {part}" for name, tower in sides for part in tower.new_parts]
+    new += [] if config.init else ["projections"]
+    sources = [f"{name} tower from {tower.source}" for name, tower in sides]
+    sources += [f"{name} tower locked" for name in sorted(model.locked)]
+    print(f"weights  {', '.join(sources)}; new: {', '.join(new) or 'nothing'}")
+    for group in optimizer.param_groups:
+        size, decay = sum(w.numel() for w in group["params"]) / 1e6, group["weight_decay"]
+        print(f"learns   {size:.2f}M weights at lr {group['peak']:.1e}, weight decay {decay:g}")
+    seen = math.ceil(config.batch_size / dualenc.world_size())
+    seen = min(seen, config.micro_batch or seen)
     norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-    if at_once < config.batch_size and any(norm.training for norm in norms):
-        print(
-            f"norm     batch norm sees {at_once} pictures or fewer at a time, not the batch: other statistics and run"
-        )
-    chance, floor = losses
-    if floor > SHOWN_FLOOR:
-        print(f"loss     chance {chance:.3f}, floor {floor:.3f}: pairs of one caption or class cannot be told apart")
+    if seen < config.batch_size and any(norm.training for norm in norms):
+        print(f"norm     batch norm sees {seen} images at a time, not {config.batch_size}")
+    where = f"{model.logit_scale.device} {config.precision}, {dualenc.world_size()} processes"
+    size = f"batch_size={config.batch_size} steps={config.steps}"
+    print(f"run      {size}   torch {torch.__version__}   {where}   seed {config.seed}")
+    changed = [f"{k}={v}" for k, v in vars(flags).items() if v != vars(TrainConfig())[k]]
     print(f"flags    {' '.join(changed) or 'defaults'}", flush=True)
 
 
-# ---- Main -----------------------------------------------------------------------------------------------------------
-
-
-def load_data(config):
-    """(training pairs, held-out pairs, templates) that the flags name."""
-    templates = evaluation.read_templates(config.templates)
-    source = {name: getattr(config, name) for name in evaluation.DATA_FLAGS if name not in ("data", "templates")}
-    source.update(templates=templates, download=config.download)
-    pairs, held_out = (dualenc.load_pairs(config.data, split, **source) for split in ("train", "val"))
-    return pairs, held_out, templates
-
-
-def held_out_to_measure(config, held_out, device):
-    """(held-out pairs to evaluate on, {name: reason} of those left out): every evaluation measures the same ones."""
-    if config.on_bad_picture == "error":
-        return held_out, {}
-    return dualenc.drop_unreadable(held_out, dualenc.pick_workers(config.workers, device))
-
-
-@dataclass
-class Run:
-    """What the steps of a run share; state is what a checkpoint keeps of it beside weights, optimiser and meter."""
-
-    config: TrainConfig
-    out: Path
-    device: torch.device
-    precision: str
-    pairs: dualenc.Pairs
-    held_out: dualenc.Pairs
-    templates: tuple
-    steps: int
-    bad_pictures: BadPictures
-    meter: Meter
-    model: nn.Module
-    embed: nn.Module
-    optimizer: torch.optim.Optimizer
-    state: dict
-    cache: Cache | None = None
-
-    def log(self, line):
-        """Add one object to metrics.jsonl, which is written anew: at every moment there are whole lines in it."""
-        path = self.out / METRICS_FILE
-        with dualenc.together():
-            if dualenc.process_rank() == 0:
-                dualenc.write_file(path, path.read_text(encoding="utf-8") + json.dumps(line) + "\n")
-
-    def save(self, name, state=None):
-        """Write a checkpoint."""
-        with dualenc.together():
-            if dualenc.process_rank() == 0:
-                save_checkpoint(self.out / name, self.model, state)
-
-
-def load_run(config, pairs, out, device, meter):
-    """(model, optimizer, state): new ones, or as the last checkpoint of a resumed run left them, the meter too."""
-    torch.manual_seed(config.seed)
-    state = {
-        "step": 0,  # steps taken
-        "evaluated": 0,  # the step of the last evaluation
-        "saved": None,  # the step of the checkpoint in last/
-        "best": None,  # the numbers of the best evaluation
-        "bad_steps": 0,  # steps without an update, because loss or gradient were not finite
-        "bad_steps_in_a_row": 0,
-    }
-    last = out / "last"
-    resumed = config.resume and last.exists()  # a run may be killed before its first checkpoint
-    model = dualenc.DualEncoder.from_pretrained(last) if resumed else make_model(config, pairs)
-    if config.lock:
-        model.lock(config.lock)
-    if config.grad_checkpointing:
-        dualenc.recompute_activations(model)
-    model.to(device).train()
-    if config.compile:
-        compile_towers(model)
-    optimizer = make_optimizer(model, config)
-    if resumed:
-        with dualenc.blamed_on(last / STATE_FILE):
-            # Onto the CPU: the card it was saved from may not be here. The optimiser takes it to where its weights are.
-            state = torch.load(last / STATE_FILE, weights_only=True, map_location="cpu")
-            optimizer.load_state_dict(state.pop("optimizer"))
-            meter.reset(**state.pop("meter"))
-    return model, optimizer, state
-
-
-def piece_size(config):
-    """Pairs that each process embeds at a time; 0 for its whole share of the batch.
-
-    Only the flags decide, not how many pictures could be read: all processes must go the same way.
-    """
-    return config.micro_batch if config.micro_batch < config.batch_size / dualenc.process_count() else 0
-
-
-class Piece(typing.NamedTuple):
-    """Pairs that are embedded at a time."""
-
-    images: torch.Tensor  # (b, C, S, S) uint8, or (b, W) features
-    captions: dict  # the processor's tensors (b, T), padded to the longest here
-    count: int  # how many of them are wanted
-
-
-def split_batch(batch, processor, size):
-    """The pieces of a batch, of at most `size` pairs each, or one piece if that is 0."""
-    if not batch.captions:
-        # A process whose pictures are all bad takes part nevertheless: the others wait for its share of the gradient.
-        return [blank_piece(processor, count=0)]
-    parts = dualenc.shares(len(batch.captions), math.ceil(len(batch.captions) / size) if size else 1)
-    return [
-        Piece(batch.images[part], processor(text=batch.captions[part]), len(batch.captions[part])) for part in parts
-    ]
-
-
-def blank_piece(processor, count):
-    """Two black pictures with empty captions."""
-    transform = processor.image_transform
-    picture = transform.resize_and_crop(torch.zeros(transform.channels, 8, 8, dtype=torch.uint8))
-    return Piece(torch.stack([picture] * 2), processor(text=["", ""]), count)
-
-
-def encode_pictures(model, images):
-    """Pictures (b, C, S, S) uint8, or their cached features (b, W), to (b, E) unit-norm rows."""
-    if images.ndim == 2:
-        return model.project_image(images)
-    return model.encode_image(model.processor.image_transform.normalize(images))
-
-
-class Embedder(nn.Module):
-    """What a step runs of a model: from a Piece to image_embeds and text_embeds."""
-
-    def __init__(self, model, precision):
-        super().__init__()
-        self.model, self.precision = model, precision
-
-    def forward(self, piece):
-        """(image_embeds, text_embeds), each (count, E)"""
-        device = self.model.logit_scale.device
-        captions = {name: tensor.to(device) for name, tensor in piece.captions.items()}
-        with dualenc.autocast(device, self.precision):
-            image_embeds = encode_pictures(self.model, piece.images.to(device, non_blocking=True))
-            text_embeds = self.model.encode_text(**captions)
-        return image_embeds[: piece.count], text_embeds[: piece.count]
-
-
-def make_embedder(model, config, precision):
-    """An Embedder; in a job of several processes, one whose gradients become their mean over the processes."""
-    embed = Embedder(model, precision)
-    if dualenc.process_count() == 1:
-        return embed
-    with warnings.catch_warnings():  # newer versions have another name for the argument, older ones do not
-        warnings.simplefilter("ignore", FutureWarning)
-        embed = nn.parallel.DistributedDataParallel(embed, broadcast_buffers=False)
-    # After its first backward pass it bundles gradients in another order, in which sums of three are rounded in another
-    # way. With that pass done here, a resumed run computes what an uninterrupted one does, to the bit.
-    restore_buffers = dualenc.remember_buffers(model)
-    images, texts = embed(blank_piece(model.processor, count=2))
-    sum([images.sum(), texts.sum(), *loss_weights(config.loss, model)]).backward()
-    restore_buffers()
-    return embed
-
-
-def train_step(model, optimizer, config, batch, groups, precision, embed=None):
-    """Forward, loss, backward, update; returns what to log of it.
-
-    If loss or gradient are not finite, returns None, and weights and batch-norm statistics are as they were.
-    """
-    restore_buffers = dualenc.remember_buffers(model)
-    embed = embed or Embedder(model, precision)
-    optimizer.zero_grad()
-    loss, image_embeds, text_embeds = compute_gradient(model, embed, config, batch, groups)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
-    finite = loss.isfinite() and norm.isfinite()
-    if not (finite and batch.captions):
-        restore_buffers()
-    if not finite:
-        return None
-    optimizer.step()
-    with torch.no_grad():
-        model.logit_scale.clamp_(max=dualenc.LOGIT_SCALE_MAX)
-    chance, floor = reference_losses(config.loss, dualenc.gather_embeds(groups))
-    accuracy = in_batch_accuracy(image_embeds, text_embeds, groups)
-    return {"loss": loss.item(), "chance_loss": chance, "floor_loss": floor, "in_batch_acc": accuracy}
-
-
-def compute_gradient(model, embed, config, batch, groups):
-    """The gradient of the whole batch, of all processes, in .grad of every weight.
-
-    returns  (the loss, image_embeds and text_embeds of this process's pairs)
-    """
-
-    def loss_of(image_embeds, text_embeds):
-        return compute_loss(config.loss, model, image_embeds, text_embeds, groups)
-
-    pieces = split_batch(batch, model.processor, piece_size(config))
-    if piece_size(config):
-        weights = loss_weights(config.loss, model)
-        loss, image_embeds, text_embeds = dualenc.cached_backward(embed, pieces, loss_of, weights)
-    else:
-        image_embeds, text_embeds = embed(*pieces)
-        loss = loss_of(image_embeds, text_embeds)
-        loss.backward()
-    return dualenc.sum_over_processes(loss.detach()) / dualenc.process_count(), image_embeds, text_embeds
-
-
-def not_finite_error(run, step, what):
-    """A ValueError that says where numbers broke, and what is left."""
-    state, lr, scale = run.state, run.optimizer.param_groups[0]["lr"], run.model.logit_scale.exp().item()
-    saved = "no checkpoint was saved yet"
-    if state["saved"] is not None:
-        saved = f"the last good checkpoint is {run.out / 'last'}, of step {state['saved']}"
-    return ValueError(
-        f"step {step}: {what} (learning rate {lr:.1e}, scale {scale:.1f}); {saved}; try a lower --lr, "
-        f"--precision fp32, or --on-bad-step skip"
-    )
-
-
-def take_bad_step(run):
-    """Count a step without an update; raises ValueError if it is reason to stop."""
-    run.state["bad_steps"] += 1
-    run.state["bad_steps_in_a_row"] += 1
-    in_a_row = run.state["bad_steps_in_a_row"]
-    if run.config.on_bad_step == "error" or in_a_row >= BAD_STEPS_IN_A_ROW:
-        raise not_finite_error(
-            run, run.state["step"] + 1, f"loss or gradient are no longer finite numbers, {in_a_row} in a row"
-        )
-
-
-def save_last(run):
-    """Write the last checkpoint with all that resuming needs."""
-    run.state["saved"] = run.state["step"]
-    meter = {"sums": run.meter.sums, "count": run.meter.count}
-    state = {**run.state, "optimizer": run.optimizer.state_dict(), "meter": meter}
-    run.save("last", state)
-
-
-def evaluate_and_save(run):
-    """Evaluate, log and print it; write the last checkpoint, and the best one if this is it."""
-    if dualenc.process_count() > 1:
-        for buffer in run.model.buffers():  # each process has batch-norm statistics of its own pictures
-            torch.distributed.broadcast(buffer, 0)
-    try:
-        workers = dualenc.pick_workers(run.config.workers, run.device)
-        results = evaluation.evaluate(
-            run.model,
-            run.held_out,
-            templates=run.templates,
-            precision=run.precision,
-            workers=workers,
-            features=run.cache and run.cache.held_out,
-        )
-    except evaluation.NotFinite as error:
-        raise not_finite_error(run, run.state["step"], str(error)) from error
-    except ValueError as error:
-        raise DataFault(f"cannot evaluate: {error}") from error
-    numbers = {name: value for task in results.values() for name, value in task.items() if not isinstance(value, dict)}
-    line, best = {"step": run.state["step"], **numbers}, run.state["best"]
-    if best is None or score(line) >= score(best):
-        run.state["best"] = line
-        run.save("best")
-    run.log(line)  # before the checkpoint: a run that is resumed drops the lines after its checkpoint, and repeats them
-    run.state["evaluated"] = run.state["step"]
-    save_last(run)
-    saved = run.out / ("best" if line is run.state["best"] else "last")
-    print(describe_evaluation(line, run.steps, saved), flush=True)
-
-
-def score(line):
-    """What the best checkpoint is best at: zero-shot accuracy where there are classes, else R@1 both ways."""
-    return line["zs_top1"] if "zs_top1" in line else (line["i2t_r1"] + line["t2i_r1"]) / 2
-
-
-def train(run):
-    """Steps, printed lines, evaluations and checkpoints: to the end, or until a signal or a fault in the data.
-
-    returns  (the signal or None, the fault or None)
-    """
-    first_step = run.state["step"]
-    loader = make_loader(run.pairs, run.model, run.config, run.device, first_step, run.steps, run.cache)
-    signalled = None
-    with StopSignals() as stop:
-        try:
-            evaluate_if_due(run)  # a resumed run may have ended in an evaluation that failed
-            for batch in run.meter.fetch(loader):
-                run.bad_pictures.check(batch, run.pairs.names)
-                take_step(run, batch, first=run.state["step"] == first_step)
-                evaluate_if_due(run)
-                signalled = stop.received_anywhere()
-                if signalled:
-                    break
-        except DataFault as fault:
-            return stop.received_anywhere(), fault
-    return signalled, None
-
-
-def take_step(run, batch, first):
-    """Learning rate, update, and a line of the printout where one is due."""
-    config, state = run.config, run.state
-    lr = learning_rate(state["step"], run.steps, config.warmup, config.lr)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    # Like the order of the pictures, dropout is a function of seed and step, and of the process: resuming needs no
-    # generator's state.
-    seed = random.Random(f"dropout {config.seed} {state['step']}").getrandbits(63)
-    torch.manual_seed(seed + dualenc.process_rank())
-    groups = pair_groups(run.pairs, batch.captions, batch.numbers).to(run.device)
-    values = train_step(run.model, run.optimizer, config, batch, groups, run.precision, run.embed)
-    run.meter.add(values, first)
-    if values is None:
-        take_bad_step(run)
-    else:
-        state["bad_steps_in_a_row"] = 0
-    state["step"] += 1
-    due = state["step"] in (1, run.steps) or state["step"] % config.log_every == 0
-    if due and run.meter.count:
-        line = {"step": state["step"], **run.meter.read(), "logit_scale": run.model.logit_scale.item(), "lr": lr}
-        line["bad_steps"] = state["bad_steps"]
-        run.log(line)
-        print(describe_step(line, run.steps, config.batch_size), flush=True)
-
-
-def evaluate_if_due(run):
-    """Evaluate and save every --eval-every steps and at the end, once a step, not counting the time."""
-    step, every = run.state["step"], run.config.eval_every or math.ceil(run.steps / 5)
-    if step > run.state["evaluated"] and (step % every == 0 or step == run.steps):
-        with run.meter.paused():
-            evaluate_and_save(run)
-
-
-def resume_command(out, processes):
-    """What to type to go on with a run of so many processes."""
-    launcher = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
-    return f"{launcher} train.py --resume {shlex.quote(str(out))}"
-
-
-def stop_early(run, signalled, fault):
-    """Save a run that is cut short and end it: with the status that shells expect of a signal, or with an error."""
-    save_last(run)
-    hint = f"step {run.state['step']} is saved; go on with: {resume_command(run.out, dualenc.process_count())}"
-    if not signalled:
-        raise ValueError(f"{fault}; {hint}")
-    print(f"stopped  {signalled.name}; {hint}", flush=True)
-    sys.exit(128 + signalled)
+def check_recipe(config, pairs, held_out):
+    """Raise ValueError for a recipe that cannot learn."""
+    least = {"batch_size": max(2, dualenc.world_size()), "crop_scale": 0.001, "log_every": 1}
+    for name, value in vars(config).items():
+        if isinstance(value, (int, float)) and name != "workers":
+            dualenc.check_min(flag_names([name]), value, least.get(name, 0))
+    if max(config.crop_scale, config.warmup) > 1:
+        raise ValueError("--crop-scale and --warmup are shares, expected at most 1")
+    if len(pairs) < config.batch_size:
+        raise ValueError(f"{len(pairs)} training images are fewer than --batch-size: lower it")
+    if not len(held_out):
+        raise ValueError(f"no images are held out of {config.data}: raise --val-fraction")
+    if len(set(pairs.labels or itertools.chain.from_iterable(pairs.captions))) == 1:
+        raise ValueError(f"all images of {config.data} share their caption or class")
+    if config.cache_features and not config.lock:
+        raise ValueError("--cache-features keeps what a locked tower computes: add --lock")
+    views = flag_names(f.name for f in augmentations(config))
+    if config.cache_features and config.lock != "text" and views:
+        raise ValueError(f"--cache-features keeps one view of each image: leave out {views}")
 
 
 def keep_freed_memory():
-    """Let glibc keep the memory that one step frees for the next one.
-
-    Left to itself it gives large blocks back to the system, which clears their pages again before the next step writes
-    there: on a CPU that takes a tenth of the time. Other C libraries have no such switch and are left alone.
-    """
+    """Let glibc keep what a step frees: pages that the system clears anew cost 6 to 22% of time."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(-4, 0)  # M_MMAP_MAX of malloc.h
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def main(argv=None):
-    """Train from the command line; returns the numbers of the best checkpoint, by name."""
-    with dualenc.process_group():
-        return train_by_flags(argv)
-
-
-def train_by_flags(argv):
-    """main, in each of the processes that torchrun started, or in one."""
-    # 1. Flags, device, run folder and data.
-    config = read_flags(argv)
-    device = dualenc.pick_device(config.device)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
+    """Train from the command line; returns the metrics of the best checkpoint, by name."""
+    flags = read_flags(argv)
+    device = dualenc.pick_device(flags.device)
     if device.type == "cpu":
         keep_freed_memory()
-    precision = dualenc.pick_precision(config.precision, device)
-    with dualenc.together():
-        out, lock = claim_run(config)
-    with dualenc.together():
-        if config.download and dualenc.process_rank() == 0:
-            load_data(config)  # the other processes wait until all is there
-    pairs, held_out, templates = load_data(config)
-    held_out, unreadable = held_out_to_measure(config, held_out, device)
-    losses = check_recipe(config, pairs, held_out)
-    steps = config.steps or max(1, round(config.epochs * (len(pairs) // config.batch_size)))
-
-    # 2. Model and optimiser, new or from the last checkpoint.
-    meter = Meter(config.batch_size)
-    model, optimizer, state = load_run(config, pairs, out, device, meter)
-
-    # 3. The run folder, cleared only now that everything is known to work, and the head of the printout.
-    with dualenc.together():
-        if dualenc.process_rank() == 0:
-            open_run(out, config, pairs, argv, device)
-            drop_metrics_after(out, state["step"])
-    bad_pictures = BadPictures(out, config.on_bad_picture, len(pairs) + len(held_out) + len(unreadable))
-    bad_pictures.add(unreadable)
-    introduce(config, model, pairs, held_out, losses, steps, device, precision)
-
-    # 4. Train; log, evaluate and save on the way.
-    run = Run(
-        config=config,
-        out=out,
-        device=device,
-        precision=precision,
-        pairs=pairs,
-        held_out=held_out,
-        templates=templates,
-        steps=steps,
-        bad_pictures=bad_pictures,
-        meter=meter,
-        model=model,
-        embed=make_embedder(model, config, precision),
-        optimizer=optimizer,
-        state=state,
-    )
-    with dualenc.float32_products(device, precision):
+    elif device.index is not None:
+        torch.cuda.set_device(device)
+    with dualenc.process_group(), claim_run(flags) as out:
+        # 1. Data, and what flags at 0, -1 or "auto" stand for.
+        run = Run(out, *load_data(flags), features={})
+        check_recipe(flags, run.pairs, run.held_out)
+        steps = flags.steps or max(1, round(flags.epochs * (len(run.pairs) // flags.batch_size)))
+        every = flags.eval_every or math.ceil(steps / 5)
+        how = {"precision": dualenc.pick_precision(flags.precision, device)}
+        how["workers"] = dualenc.pick_workers(flags.workers, device)
+        config = dataclasses.replace(flags, steps=steps, eval_every=every, **how)
+        # 2. Model and optimiser, new or from the last checkpoint.
+        model, optimizer, state = load_run(config, run.pairs, out, device)
+        # 3. The run folder, cleared only now that everything is known to work.
+        open_run(out, flags, run, argv, device, state["step"])
+        introduce(config, run, model, optimizer, flags)
+        # 4. Train; log, evaluate and save on the way.
         if config.cache_features:
-            run.cache = cache_features(run)
-        signalled, fault = train(run)
-    if fault or state["step"] < steps:
-        stop_early(run, signalled, fault)
-    if lock:
-        lock.close()
-
-    # 5. What came out, and what to do with it.
-    best = state["best"]
-    print(f"done     best at step {best['step']:,}; see it measured again: python eval.py {shlex.quote(str(out))}")
+            cache_features(config, run, model)
+        best = train(config, run, model, optimizer, state)
+        print(f"done     best at step {best['step']:,}; measure it again: python eval.py {out}")
     return best
 
 
