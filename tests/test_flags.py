@@ -1,0 +1,132 @@
+"""Claims about section 10: flags, checks, devices, and how a script ends."""
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import dualenc
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@dataclass(frozen=True)
+class Flags:
+    steps: int = dualenc.flag(10, "how long; 100% of the run", "training")
+    lr: float = dualenc.flag(1e-3, "step size", "training")
+    flip: bool = dualenc.flag(False, "mirror images")
+    image_size: int | None = dualenc.flag(None, "pixels a side")
+    loss: str = dualenc.flag("clip", "which loss", "training", ("clip", "siglip"), row="LOSSES")
+    vision_args: dict = dualenc.flag({}, "arguments of the tower")
+
+
+def parse(*flags):
+    return Flags(**vars(dualenc.flag_parser(Flags, "").parse_args(flags)))
+
+
+def test_flags_are_the_fields_of_a_dataclass(capsys):
+    assert parse() == Flags() and Flags.__dataclass_fields__["loss"].metadata["row"] == "LOSSES"
+    given = ["--flip", "--image-size", "64", "--lr", "1e-4", "--loss", "siglip"]
+    got = parse(*given, "--vision-args", "layers=(1,2)", "act=relu", "note=a=b")
+    args = {"layers": (1, 2), "act": "relu", "note": "a=b"}
+    assert got == Flags(10, 1e-4, True, 64, "siglip", args) and not parse("--no-flip").flip
+    with pytest.raises(SystemExit):
+        parse("--help")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "training: --steps INT how long; 100% of the run (default: 10)" in said
+    assert "other: --flip, --no-flip mirror images (default: False)" in said
+    assert "--loss {clip,siglip} which loss (default: clip)" in said
+    assert "--image-size INT pixels a side --vision-args [NAME=VALUE ...] arguments" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "1.5"], "--steps: invalid int value: '1.5'"),
+        (["--flip", "yes"], "unrecognized arguments: yes"),
+        (["--loss", "clap"], "--loss: invalid choice: 'clap'"),
+        (["--vision-args", "layers"], "--vision-args takes name=value, got 'layers'"),
+        (["--step", "8"], "unrecognized arguments: --step 8"),
+    ],
+)
+def test_flags_are_typed_strictly_and_never_abbreviated(flags, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(*flags)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_error_messages_name_what_looks_like_the_value_given():
+    with pytest.raises(
+        ValueError, match="unknown loss 'clap'; expected clip, siglip .did you mean"
+    ):
+        dualenc.check_choice("loss", "clap", ("clip", "siglip"))
+    assert dualenc.nearest("resnet", range(30)) == "no known name is near it"
+    dualenc.check_min("size", 3, 3)
+    for wrong in (2, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"size is {wrong}, expected at least 3"):
+            dualenc.check_min("size", wrong, 3)
+
+
+def test_devices_are_named_or_picked(monkeypatch):
+    for count, picked in ((0, "cpu"), (2, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda n=count: n > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda n=count: n)
+        assert dualenc.pick_device("auto") == torch.device(picked)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert dualenc.pick_device("auto") == torch.device("cuda:1")
+    assert dualenc.pick_device("cuda:0") == torch.device("cuda:0")
+    for name, message in (("cuda:2", "sees 2 CUDA .*use --device cpu"), ("gpu", "unknown device")):
+        with pytest.raises(ValueError, match=message):
+            dualenc.pick_device(name)
+
+
+def test_workers_are_as_many_as_asked_for_or_as_fit_the_machine(monkeypatch):
+    assert dualenc.pick_workers(3, CPU) == 3 and dualenc.pick_workers(0, CUDA) == 0
+    for cores, ranks, on_cpu, on_cuda in ((1, 1, 0, 0), (4, 1, 1, 3), (32, 1, 1, 8), (8, 4, 1, 1)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: range(n), raising=False)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        got = dualenc.pick_workers(-1, CPU), dualenc.pick_workers(-1, CUDA)
+        assert got == (on_cpu, on_cuda), f"{cores} cores, {ranks} ranks"
+
+
+def test_precision_follows_the_hardware(monkeypatch):
+    for amx, avx, expected in (
+        (False, False, "fp32"),
+        (True, False, "bf16"),
+        (False, True, "bf16"),
+    ):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
+        assert dualenc.pick_precision("auto", CPU) == expected
+    for has_bf16, expected in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has_bf16, **_: has)
+        assert dualenc.pick_precision("auto", CUDA) == expected
+    assert dualenc.pick_precision("fp32", CUDA) == "fp32"
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    for precision, dtype in types.items():
+        with dualenc.autocast(CPU, precision):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("steps is 0"), "train.py: error: steps is 0"),
+        (FileNotFoundError("no a.csv"), "train.py: error: no a.csv"),
+        (RuntimeError("DataLoader worker 3 died"), "a process that reads images ended"),
+        (KeyboardInterrupt(), "130"),
+        (RuntimeError("shapes differ"), None),  # a fault of the program keeps its traceback
+    ],
+)
+def test_a_script_ends_with_one_line_and_a_status(error, code, monkeypatch):
+    """sys.exit prints a string on standard error, and the status is 1."""
+
+    def main():
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["/some/where/train.py"])
+    monkeypatch.setattr("sys.stdout.reconfigure", lambda errors: None, raising=False)
+    with pytest.raises(SystemExit if code else RuntimeError) as stopped:
+        dualenc.run_script(main)
+    assert code is None or str(stopped.value.code).startswith(code)

@@ -1,0 +1,230 @@
+"""Claims about large batches: tiles, pieces and ranks give what the plain computation gives."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import CAPTIONS, TINY_TEXT, TINY_VIT, Memory, fails_like, in_processes
+from torch.nn.parallel import DistributedDataParallel
+
+import dualenc
+
+# Each loss with its tiled form.
+LOSSES = {
+    "clip": (dualenc.clip_loss, dualenc.tiled_clip_loss),
+    "siglip": (dualenc.siglip_loss, dualenc.tiled_siglip_loss),
+    "multi-positive": (dualenc.multi_positive_clip_loss, dualenc.tiled_multi_positive_clip_loss),
+}
+B = 11  # pairs of a batch, which neither pieces nor ranks divide
+
+
+def loss_inputs(name, count, scale=14.28):
+    """[image_embeds, text_embeds, logit_scale, and logit_bias or group_ids where they belong]."""
+    rng = torch.Generator().manual_seed(0)
+    images, texts = (
+        F.normalize(torch.randn(count, 16, generator=rng, dtype=torch.float64), dim=-1)
+        for _ in range(2)
+    )
+    texts[::2] = images[::2] * torch.tensor([1.0, -1.0]).repeat(count)[: len(texts[::2]), None]
+    inputs = [images, texts, torch.tensor(math.log(scale))]
+    inputs += [torch.tensor(-3.0)] if name == "siglip" else []
+    inputs = [tensor.double().requires_grad_() for tensor in inputs]
+    groups = torch.randint(100, 100 + count // 4, (count,), generator=rng)
+    return inputs + ([groups] if name == "multi-positive" else [])
+
+
+def value_and_gradients(loss, inputs, **options):
+    """Of the loss times 3: a forgotten outer gradient shows."""
+    value = 3 * loss(*inputs, **options)
+    learned = [tensor for tensor in inputs if tensor.requires_grad]
+    return [value.detach(), *torch.autograd.grad(value, learned)]
+
+
+@pytest.mark.parametrize(("count", "tile"), [(50, 16), (48, 16), (7, 16), (5, 1)])
+@pytest.mark.parametrize("name", LOSSES)
+def test_tiled_losses_equal_the_plain_ones(name, count, tile):
+    """Value and gradients; at the clamp of 100, exp of a score overflows float32."""
+    plain, tiled = LOSSES[name]
+    for scale in (1.0, 14.28, 100.0):
+        inputs = loss_inputs(name, count, scale)
+        right = value_and_gradients(plain, inputs)
+        single = [t.detach().float().requires_grad_() if t.requires_grad else t for t in inputs]
+        for given, tolerance in ((inputs, 1e-7), (single, 1e-4)):
+            got = value_and_gradients(tiled, given, tile=tile)
+            for one, other, what in zip(got, right, ("loss", "images", "texts", "scale", "bias")):
+                mistakes = {"a forgotten outer gradient": other / 3, "sum": count * other}
+                fails_like(one, other, mistakes, f"{what} at scale {scale}", tolerance)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_tiled_losses_never_hold_the_matrix(name):
+    """Forward or backward; SigLIP's blocks are rows of the matrix, the others' are square."""
+    count, seen = 512, []
+    for loss, options in zip(LOSSES[name], ({}, {"tile": 16})):
+        with Memory() as memory:
+            value_and_gradients(loss, loss_inputs(name, count), **options)
+        seen.append(memory)
+    assert [memory.largest for memory in seen] == [count**2, count * 16]
+    assert seen[1].most_alive < seen[0].most_alive / 8
+
+
+# ---- Pieces --------------------------------------------------------------------------------------
+
+
+def make_towers(vision="vit_tiny_patch16_224", locked=(), **overrides):
+    """A tiny model in float64: what differs beyond the last digits differs."""
+    torch.manual_seed(0)
+    tokenizer = dualenc.train_tokenizer(CAPTIONS, vocab_size=200, max_length=32)
+    fields = {**TINY_TEXT, "text_vocab_size": tokenizer.get_vocab_size(), "vision_image_size": 32}
+    fields["vision_args"] = TINY_VIT if vision.startswith("vit") else {}
+    model = dualenc.DualEncoder.from_vision_text_pretrained(
+        vision, "scratch", 16, pretrained=False, **{**fields, **overrides}
+    )
+    for weight in model.text_model.parameters():
+        if weight.ndim == 2:
+            torch.nn.init.normal_(weight, std=0.3)
+    for tower in locked:
+        model.lock(tower)
+    model.processor = dualenc.Processor(model.vision_model.image_transform(), tokenizer)
+    return model.double().train()
+
+
+def make_batch(model, own=slice(None)):
+    """This part of a batch; locked towers get pooled features (B, W)."""
+    rng = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (B, 3, 32, 32), generator=rng).to(torch.uint8)[own]
+    captions = model.processor(text=[CAPTIONS[n % 4][n:] for n in range(B)])
+    captions = {name: rows[own] for name, rows in captions.items()}
+    if "vision" in model.locked:
+        images = model.vision_model(model.processor.image_transform.normalize(images)).pooler_output
+    if "text" in model.locked:
+        captions = model.text_model(**captions).pooler_output
+    return images, captions
+
+
+def take_step(model, size, precision="fp32", loss=dualenc.clip_loss, wrap=None, own=slice(None)):
+    """(loss, {name: gradient})."""
+    embed = dualenc.MicroBatches(model, size, precision)
+    embed = wrap(embed) if wrap else embed
+    value = loss(*embed(*make_batch(model, own)), model.logit_scale)
+    value.backward()
+    named = model.named_parameters()
+    return value.detach(), {n: weight.grad for n, weight in named if weight.grad is not None}
+
+
+@pytest.mark.parametrize("locked", [(), ("vision",), ("text",), ("vision", "text")])
+def test_pieces_of_images_captions_and_cached_features_equal_the_batch(locked):
+    """Exercise 10 in the product: whatever train.py passes, against the model's own forward."""
+    plain, model = make_towers(), make_towers(locked=locked)
+    images, captions = make_batch(plain)
+    pixel_values = plain.processor.image_transform.normalize(images)
+    right = plain(**captions, pixel_values=pixel_values, return_loss=True).loss
+    right.backward()
+    value, got = take_step(model, 3)
+    torch.testing.assert_close(value, right)
+    for name, weight in plain.named_parameters():
+        assert (name in got) == (name.partition("_model")[0] not in locked), name
+        if name in got:
+            fails_like(got[name], weight.grad, {}, f"the gradient of {name}", 1e-8)
+
+
+def test_batch_norm_in_a_convnet_moves_once_an_image():
+    """By the pieces it sees, as if they had been embedded once."""
+    model = make_towers("test_resnet")
+    twin, (images, _) = copy.deepcopy(model), make_batch(model)
+    take_step(model, 4)
+    for part in images.split(4):
+        twin.encode_image(twin.processor.image_transform.normalize(part))
+    moved = {name: rows for name, rows in twin.named_buffers() if "running" in name}
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            torch.testing.assert_close(buffer, moved[name], msg=name)
+            assert not torch.equal(buffer, torch.full_like(buffer, "var" in name)), name
+    assert {getattr(module, "momentum", 0.1) for module in model.modules()} == {0.1}
+
+
+def test_pieces_are_computed_again_in_bf16_and_with_the_same_dropout():
+    """As one graph through all of them, from the same state of the generator."""
+    model, twin, other = (make_towers(text_dropout=0.3).float() for _ in range(3))
+    torch.manual_seed(5)
+    loss, got = take_step(model, 4, "bf16")
+    torch.manual_seed(5)
+    embed, parts = dualenc.MicroBatches(twin, 0, "bf16"), (slice(0, 4), slice(4, 8), slice(8, 12))
+    sides = zip(*(embed(*make_batch(twin, part)) for part in parts))
+    right = dualenc.clip_loss(*(torch.cat(side) for side in sides), twin.logit_scale)
+    right.backward()
+    assert torch.equal(loss, right) and not torch.equal(loss, take_step(other, 4)[0])
+    for name, weight in twin.named_parameters():
+        assert got[name].dtype == torch.float32
+        torch.testing.assert_close(got[name], weight.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+# ---- Ranks ---------------------------------------------------------------------------------------
+
+SHARES = (9, 5)  # pairs of each rank, for the losses
+STEPS = {  # pairs a piece, locked towers, loss of this rank's rows
+    "at once": (0, (), "gathered"),
+    "pieces": (2, (), "gathered"),
+    "pieces, tiles": (2, (), "sharded"),
+    "cached images, pieces": (2, ("vision",), "sharded"),
+    "cached captions, at once": (0, ("text",), "sharded"),
+}
+
+
+def loss_of_all_ranks(name, way, images, texts, scale, *rest):
+    """The loss of this rank's rows in the batch of all."""
+    plain, tiled = LOSSES[name]
+    if way == "sharded":
+        return tiled(images, texts, scale, *rest, tile=5, sharded=True)
+    if name == "multi-positive":
+        rest = [dualenc.gather_embeds(rest[0])]
+    return plain(dualenc.gather_embeds(images), dualenc.gather_embeds(texts), scale, *rest)
+
+
+def in_one_rank(rank):
+    """{(loss, way): [value, gradients]} for this rank's rows, and {step: [value, gradients]}."""
+    losses, steps, own = {}, {}, slice(sum(SHARES[:rank]), sum(SHARES[: rank + 1]))
+    for name in LOSSES:
+        for way in ("gathered", "sharded"):
+            images, texts, *rest = loss_inputs(name, sum(SHARES))
+            inputs = [side[own].detach().requires_grad_() for side in (images, texts)] + rest
+            if name == "multi-positive":
+                inputs[-1] = inputs[-1][own]
+            loss = lambda *inputs, kind=(name, way): loss_of_all_ranks(*kind, *inputs)  # noqa: E731
+            losses[name, way] = value_and_gradients(loss, inputs)
+    for name, (size, locked, way) in STEPS.items():
+        loss = lambda *inputs, way=way: loss_of_all_ranks("clip", way, *inputs)  # noqa: E731
+        options = {"loss": loss, "wrap": DistributedDataParallel, "own": dualenc.share(B)}
+        steps[name] = take_step(make_towers(locked=locked), size, **options)
+    return losses, steps
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    return in_processes(2, in_one_rank)
+
+
+@pytest.mark.parametrize("way", ["gathered", "sharded"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_mean_over_ranks_is_the_loss_of_one_process(name, way, two_ranks):
+    """With uneven shares: value and gradients of rows, temperature and bias."""
+    right = value_and_gradients(LOSSES[name][0], loss_inputs(name, sum(SHARES)))
+    for n, expected in enumerate(right):
+        ranks = [losses[name, way][n] for losses, _ in two_ranks]
+        # A row has one rank, whose weights it reaches: the mean over ranks counts it by half.
+        got = torch.cat(ranks) / 2 if n in (1, 2) else sum(ranks) / 2
+        mistakes = {"a factor of the ranks": expected * 2, "divided by them": expected / 2}
+        fails_like(got, expected, mistakes, f"{name}, {way}: value {n}", 1e-10)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_pieces_under_ddp_give_the_gradient_of_one_process(name, two_ranks):
+    value, right = take_step(make_towers(locked=STEPS[name][1]), 0)
+    (one, got), (two, also) = (steps[name] for _, steps in two_ranks)
+    assert ((one + two) / 2).item() == pytest.approx(value.item(), abs=1e-9)
+    assert got.keys() == also.keys() == right.keys() and "logit_scale" in got
+    for weight, gradient in right.items():
+        fails_like(got[weight], gradient, {"doubled": 2 * gradient}, weight, 1e-8)
+        assert torch.equal(got[weight], also[weight])
