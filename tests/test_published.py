@@ -1,0 +1,577 @@
+"""Checkpoints of transformers, read and written without it; its numbers are in tests/fixtures."""
+
+import dataclasses
+import json
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import dualenc
+
+FIXTURES = Path(__file__).parent / "fixtures"
+DUAL = sorted(folder.name for folder in (FIXTURES / "dual").iterdir())
+TOKENS = sorted(folder.name for folder in (FIXTURES / "tokens").iterdir())
+TOKENS.remove("xlm-roberta-old")  # a sentencepiece file, which is refused
+
+
+def largest_difference(got, right):
+    return (got.double() - right.double()).abs().max().item()
+
+
+def expected_of(folder):
+    """(inputs, expected outputs) of a fixture."""
+    tensors = load_file(folder / "expected.safetensors")
+    inputs = {key[6:]: tensor for key, tensor in tensors.items() if key.startswith("input.")}
+    return inputs, {key: t for key, t in tensors.items() if not key.startswith("input.")}
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A function that copies a fixture, changes its weights and config, and returns the folder."""
+
+    def make(name, weights=None, config=None):
+        folder = tmp_path / name.replace("/", "-")
+        shutil.copytree(FIXTURES / name, folder)
+        if weights:
+            changed = weights(load_file(folder / "model.safetensors"))
+            changed = {key: tensor.contiguous() for key, tensor in changed.items()}
+            save_file(changed, folder / "model.safetensors")
+        if config:
+            values = json.loads((folder / "config.json").read_text())
+            config(values)
+            (folder / "config.json").write_text(json.dumps(values))
+        return folder
+
+    return make
+
+
+def two_towers(vision, text, **overrides):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return dualenc.DualEncoder.from_vision_text_pretrained(
+            str(FIXTURES / "tower" / vision), str(FIXTURES / "tower" / text), 8, **overrides
+        ).eval()
+
+
+def assert_reproduces(folder, name, tolerance=1e-5):
+    """The dual encoder in folder computes what transformers computed for the fixture's name."""
+    model = dualenc.DualEncoder.from_pretrained(folder)
+    inputs, right = expected_of(FIXTURES / "dual" / name)
+    inputs.pop("larger", None)
+    output = model(**inputs)
+    for key in ("image_embeds", "text_embeds"):
+        assert largest_difference(getattr(output, key), right[key]) < tolerance, key
+    scale = model.logit_scale.exp().item()
+    assert (
+        largest_difference(output.logits_per_image, right["logits_per_image"]) / scale < tolerance
+    )
+    return model
+
+
+# ---- What transformers computes ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DUAL)
+def test_a_published_dual_encoder_gives_transformers_numbers(name):
+    """Embeddings to 1e-5, hidden states to 1e-4, loss and gradients to 1e-4 relative."""
+    model = assert_reproduces(FIXTURES / "dual" / name, name)
+    assert not model.training, "dropout and drop path of the config must be off after loading"
+    inputs, right = expected_of(FIXTURES / "dual" / name)
+    inputs.pop("larger", None)
+    output = model(**inputs, return_loss=True, output_hidden_states=True)
+    output.loss.backward()
+    assert output.loss.item() == pytest.approx(right["loss"].item(), rel=1e-5)
+    is_real = inputs["attention_mask"].bool()
+    for side in ("vision", "text"):
+        tower = getattr(output, f"{side}_model_output")
+        states = {f"{side}.hidden_states.{i}": state for i, state in enumerate(tower.hidden_states)}
+        states[f"{side}.last_hidden_state"] = tower.last_hidden_state
+        assert states.keys() == {key for key in right if key.startswith(f"{side}.")}
+        for key, state in states.items():
+            rows = slice(None) if side == "vision" else is_real
+            assert largest_difference(state[rows], right[key][rows]) < 1e-4, key
+    for weight in ("visual_projection.weight", "text_projection.weight", "logit_scale"):
+        gradient, wanted = model.get_parameter(weight).grad, right[f"gradient.{weight}"]
+        assert largest_difference(gradient, wanted) < 1e-4 * wanted.abs().max(), weight
+
+
+@pytest.mark.parametrize("name", DUAL)
+def test_attention_weights_are_real_and_change_nothing(name):
+    model = dualenc.DualEncoder.from_pretrained(FIXTURES / "dual" / name)
+    inputs, right = expected_of(FIXTURES / "dual" / name)
+    inputs.pop("larger", None)
+    output = model(**inputs, output_attentions=True)
+    for side in ("vision", "text"):
+        attentions = getattr(output, f"{side}_model_output").attentions
+        assert len(attentions) == 2
+        for weights in attentions:
+            assert torch.allclose(weights.sum(-1), torch.ones(()), atol=1e-5)
+        embeds = {"vision": "image_embeds", "text": "text_embeds"}[side]
+        assert largest_difference(getattr(output, embeds), right[embeds]) < 1e-5
+
+
+def test_dinov2_reads_images_of_any_size_in_whole_patches():
+    folder = FIXTURES / "dual" / "dinov2-bert"
+    inputs, right = expected_of(folder)
+    model = dualenc.DualEncoder.from_pretrained(folder)
+    features = model.get_image_features(inputs["larger"])
+    assert largest_difference(features, right["larger"]) < 1e-4
+    with pytest.raises(ValueError, match=r"of \(16, 20\) pixels are not whole patches of \(8, 8\)"):
+        model.encode_image(torch.zeros(1, 3, 16, 20))
+
+
+def test_published_towers_run_and_train_under_bf16_autocast():
+    """MPNet adds float biases to its scores: they must follow the precision of the queries."""
+    model = dualenc.DualEncoder.from_pretrained(FIXTURES / "dual" / "clip-mpnet")
+    inputs, right = expected_of(FIXTURES / "dual" / "clip-mpnet")
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context, torch.autocast("cpu", torch.bfloat16):
+            output = model(**inputs, return_loss=True)
+        assert largest_difference(output.text_embeds, right["text_embeds"]) < 0.05
+    output.loss.backward()
+
+
+def test_loading_draws_no_random_weights(monkeypatch):
+    drawn_on, normal_ = set(), torch.nn.init.normal_
+
+    def watched(tensor, *arguments, **keywords):
+        drawn_on.add(tensor.device.type)
+        return normal_(tensor, *arguments, **keywords)
+
+    monkeypatch.setattr(torch.nn.init, "normal_", watched)
+    dualenc.DualEncoder.from_pretrained(FIXTURES / "dual" / "vit-bert")
+    assert drawn_on == {"meta"}
+
+
+# ---- Every file layout ---------------------------------------------------------------------------
+
+
+def nest(weights):
+    pattern = r"^vision_model\."
+    return {re.sub(pattern, "vision_model.vision_model.", key): t for key, t in weights.items()}
+
+
+def gamma_and_beta(weights):
+    """As BERT's first files, and those that transformers 5.0.0 wrote, call them."""
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    ends = "|".join(old)
+    return {re.sub(f"({ends})$", lambda m: old[m[0]], key): t for key, t in weights.items()}
+
+
+def computed_tables(weights):
+    attention = "vision_model.encoder.layer.0.attention.attention."
+    return weights | {
+        "text_model.embeddings.position_ids": torch.arange(24)[None],
+        f"{attention}relative_position_bias.relative_position_index": torch.zeros(5, 5),
+    }
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("clip-mpnet", nest),
+        ("siglip-bert", nest),
+        ("vit-bert", gamma_and_beta),
+        ("beit-camembert", computed_tables),
+    ],
+)
+def test_tensor_names_of_every_version_are_read(name, change, copy):
+    before = load_file(FIXTURES / "dual" / name / "model.safetensors")
+    assert change(before).keys() != before.keys()
+    assert_reproduces(copy(f"dual/{name}", change), name)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin", "old bin"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_weights_are_read_from_every_kind_of_file(suffix, shards, copy):
+    """Whole or in shards that an index names; safetensors, or pickles read with weights_only."""
+    folder = copy("dual/vit-bert")
+    weights = {k: t.clone() for k, t in load_file(folder / "model.safetensors").items()}
+    (folder / "model.safetensors").unlink()
+    file = "model.safetensors" if suffix == "safetensors" else "pytorch_model.bin"
+    names = [file.replace(".", f"-{i}.") if shards > 1 else file for i in range(shards)]
+    where = {key: names[i % shards] for i, key in enumerate(weights)}
+    for name in names:
+        part = {key: tensor for key, tensor in weights.items() if where[key] == name}
+        if suffix == "safetensors":
+            save_file(part, folder / name)
+        else:
+            torch.save(part, folder / name, _use_new_zipfile_serialization=suffix == "bin")
+    if shards > 1:
+        (folder / f"{file}.index.json").write_text(json.dumps({"weight_map": where}))
+    assert_reproduces(folder, "vit-bert")
+
+
+def test_half_precision_files_are_computed_in_float32(copy):
+    folder = copy("dual/vit-bert", lambda weights: {key: t.half() for key, t in weights.items()})
+    model = assert_reproduces(folder, "vit-bert", tolerance=2e-2)
+    assert all(weight.dtype == torch.float32 for weight in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["clip-mpnet", "vit-roberta"])
+def test_keys_left_out_of_a_config_have_the_familys_default(name, copy):
+    """transformers 4 leaves out what its class says: RoBERTa's pad id 1, CLIP's quick_gelu."""
+
+    def shorten(values):
+        for key in ("hidden_act", "layer_norm_eps", "attention_dropout", "num_channels"):
+            values["vision_config"].pop(key, None)
+        for key in ("pad_token_id", "hidden_act"):
+            values["text_config"].pop(key, None)
+
+    assert_reproduces(copy(f"dual/{name}", config=shorten), name)
+
+
+# ---- Round trips ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DUAL)
+def test_hf_to_ours_to_hf_gives_the_same_tensors_and_config(name, tmp_path):
+    """To the bit, mask tokens too; CLIP and SigLIP nested, as all versions of transformers read."""
+    source = FIXTURES / "dual" / name
+    model = dualenc.DualEncoder.from_pretrained(source)
+    model.save_pretrained(tmp_path / "ours")
+    ours = dualenc.DualEncoder.from_pretrained(tmp_path / "ours")
+    ours.save_pretrained(tmp_path / "hf", format="hf")
+    before = load_file(source / "model.safetensors")
+    before = nest(before) if name.startswith(("clip", "siglip")) else before
+    after = load_file(tmp_path / "hf" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for key in before:
+        assert torch.equal(before[key], after[key]), key
+    assert_reproduces(tmp_path / "hf", name)
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    published = json.loads((source / "config.json").read_text())
+    assert written["architectures"] == ["VisionTextDualEncoderModel"]
+    for side in ("vision_config", "text_config"):
+        for key in written[side].keys() & published[side].keys():
+            assert written[side][key] == published[side][key], f"{side}.{key}"
+
+
+class CausalTextEncoder(dualenc.TextEncoder):
+    """A text tower of somebody's own: no token sees what comes after it."""
+
+    def attention_bias(self, attention_mask, hidden):
+        later = torch.full((hidden.shape[1],) * 2, -1e9).triu(1)
+        return later[None, None].expand(1, self.config.heads, -1, -1)
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("vision", dualenc.VisionConfig("test_resnet"), "the vision tower test_resnet"),
+        ("vision.pooling", "token", "a vision tower that pools by 'token'"),
+        ("text.family", "distilbert", "a text tower of the family distilbert"),
+        ("text.family", "causal", "a text tower of the family causal"),
+        ("text.pooling", "mean", "a text tower that pools by 'mean'"),
+        ("projection_head", "mlp", "a projection head 'mlp'"),
+        ("logit_bias_init", -10.0, "a logit_bias"),
+    ],
+)
+def test_what_transformers_cannot_compute_is_not_written(
+    field, value, message, tmp_path, monkeypatch
+):
+    """Among them a new family of text towers, which is a class and one row, and a new head."""
+    monkeypatch.setitem(dualenc.HF_TEXT, "causal", dualenc.Published(CausalTextEncoder))
+    monkeypatch.setitem(dualenc.PROJECTION_HEADS, "mlp", torch.nn.Linear)
+    config = dualenc.DualEncoder.from_pretrained(FIXTURES / "dual" / "vit-bert").config
+    side, _, name = field.rpartition(".")
+    if side:
+        name, value = side, dataclasses.replace(getattr(config, side), **{name: value})
+    model = dualenc.DualEncoder(dataclasses.replace(config, **{name: value}))
+    message = f"cannot hold {message}; .*google/vit-base-patch16-224-in21k"
+    with pytest.raises(ValueError, match=message):
+        model.save_pretrained(tmp_path / "hf", format="hf")
+    assert not (tmp_path / "hf").exists()
+    model.save_pretrained(tmp_path / "ours")
+    again = dualenc.DualEncoder.from_pretrained(tmp_path / "ours")
+    assert again.config == model.config and type(again.text_model) is type(model.text_model)
+
+
+# ---- Towers alone --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["distilbert", "bert-masked-lm", "bert-classifier"])
+def test_a_text_tower_is_read_from_below_its_task_head(name):
+    """What was dropped is said; the pooler is used where there is one, else the first token."""
+    folder = FIXTURES / "tower" / name
+    with pytest.warns(UserWarning, match="tensors are no part of the tower and were left out"):
+        encoder = dualenc.TextEncoder.from_pretrained(folder)
+    inputs, right = expected_of(folder)
+    output, is_real = encoder(**inputs), inputs["attention_mask"].bool()
+    states = output.last_hidden_state, right["last_hidden_state"]
+    assert largest_difference(*(state[is_real] for state in states)) < 1e-4
+    has_pooler = name == "bert-classifier"
+    pooled = right["pooler_output"] if has_pooler else right["last_hidden_state"][:, 0]
+    assert encoder.config.pooling == ("pooler" if has_pooler else "cls") and not encoder.training
+    assert largest_difference(output.pooler_output, pooled) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["vit-classifier", "deit-teacher", "beit-classifier", "clip"])
+def test_a_vision_tower_is_read_from_below_its_task_head(name):
+    """A pooler is never invented: a ViT or DeiT without one gives its class token."""
+    tower = two_towers(name, "bert-classifier").vision_model
+    inputs, right = expected_of(FIXTURES / "tower" / name)
+    output = tower(**inputs)
+    assert largest_difference(output.last_hidden_state, right["last_hidden_state"]) < 1e-4
+    own = name in ("beit-classifier", "clip")
+    pooled = right["pooler_output"] if own else right["last_hidden_state"][:, 0]
+    assert largest_difference(output.pooler_output, pooled) < 1e-4
+    assert tower.source == str(FIXTURES / "tower" / name) and tower.new_parts == []
+
+
+@pytest.mark.parametrize(
+    "pooling, overrides, expected",
+    [
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, {}, "mean"),
+        ({"pooling_mode_cls_token": True}, {}, "cls"),
+        ({"pooling_mode": "mean"}, {}, "mean"),
+        ({"pooling_mode_cls_token": True}, {"text_pooling": "mean"}, "mean"),
+        (None, {"text_pooling": "mean"}, "mean"),
+        (None, {}, "pooler"),
+        ({"pooling_mode_max_tokens": True}, {}, None),
+    ],
+)
+def test_a_sentence_transformers_folder_says_how_to_pool_and_cut(
+    pooling, overrides, expected, copy
+):
+    folder = copy("tower/bert-classifier", config=lambda values: values.update(vocab_size=80))
+    for path in (FIXTURES / "tokens" / "bert-saved").glob("tokenizer*"):
+        shutil.copy(path, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {word: i for word, i in vocabulary.items() if i < 80}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 7}')
+    if pooling is not None:
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    if expected is None:
+        with pytest.raises(ValueError, match="1_Pooling/config.json pools by pooling_mode_max_tok"):
+            two_towers("vit-classifier", folder)
+        return
+    model = two_towers("vit-classifier", folder, **overrides)
+    assert model.config.text.pooling == expected
+    assert model.processor.max_length == 7 and model.text_model.source == str(folder)
+    inputs, right = expected_of(FIXTURES / "tower" / "bert-classifier")
+    states, mask = right["last_hidden_state"], inputs["attention_mask"][:, :, None]
+    means = (states * mask).sum(1) / mask.sum(1)
+    pooled = {"mean": means, "cls": states[:, 0], "pooler": right["pooler_output"]}[expected]
+    assert largest_difference(model.text_model(**inputs).pooler_output, pooled) < 1e-4
+
+
+def test_ids_beyond_a_towers_vocabulary_are_refused_when_it_is_loaded(copy):
+    folder = copy("tower/bert-classifier")
+    shutil.copytree(FIXTURES / "tokens" / "bert-saved", folder, dirs_exist_ok=True)
+    with pytest.raises(ValueError, match=r"tokenizer.json has token id \d+, .*ends at 79"):
+        two_towers("vit-classifier", folder)
+
+
+def test_another_image_size_resamples_positions_and_keeps_mean_and_std(copy):
+    folder = copy("tower/vit-classifier")
+    values = {"image_processor_type": "ViTImageProcessor", "size": {"height": 30, "width": 30}}
+    values |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    published = two_towers(folder, "bert-classifier").vision_model.image_transform()
+    model = two_towers(folder, "bert-classifier", vision_image_size=32)
+    tower = model.vision_model
+    assert published.resize == (30, 30) and published.mean == (0.1, 0.2, 0.3)
+    assert tower.image_transform() == dataclasses.replace(published, resize=(32, 32))
+    assert model.config.vision.image_size == tower.image_size == 32
+    assert tower.new_parts == ["position table (resized)"]
+    assert model.encode_image(torch.randn(1, 3, 32, 32)).shape == (1, 8)
+
+
+@pytest.mark.parametrize(
+    "family, size, resize, crop",
+    [
+        ("deit", 224, (256, 256), (224, 224)),
+        ("deit", 448, (512, 512), (448, 448)),
+        ("vit", 32, (32, 32), None),
+        ("clip_vision_model", 336, 336, (336, 336)),
+        ("vit", (24, 16), (24, 16), None),
+    ],
+)
+def test_without_an_image_processor_sizes_are_the_familys_in_proportion(family, size, resize, crop):
+    keys = dualenc.HF_VISION[family].defaults.items()
+    args = {key: value for key, value in keys if key not in ("image_size", "num_channels")}
+    args |= {"hidden_size": 12, "num_hidden_layers": 1, "patch_size": 8}
+    pooling = "token" if "pooler_act" in args else None
+    tower = dualenc.vision_tower(dualenc.VisionConfig(family, args, size, pooling=pooling))
+    transform = tower.image_transform()
+    assert (transform.resize, transform.crop) == (resize, crop)
+
+
+# ---- Tokens --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_ids_masks_and_types_are_those_of_transformers(name, tmp_path):
+    """Accents, Chinese, emoji, [MASK] and <mask>, nothing, too much; and again after saving."""
+    expected = json.loads((FIXTURES / "tokens" / name / "expected.json").read_text())
+    texts = expected.pop("texts")
+    processor = dualenc.Processor(None, *dualenc.read_tokenizer(FIXTURES / "tokens" / name))
+    processor.save_pretrained(tmp_path, format="hf")
+    for one in (processor, dualenc.Processor(None, *dualenc.read_tokenizer(tmp_path))):
+        assert {key: tensor.tolist() for key, tensor in one(text=texts).items()} == expected
+
+
+def tokenizer_folder(tmp_path, name, files=(), **settings):
+    """A copy of a fixture's tokenizer with other settings, and further json files."""
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(FIXTURES / "tokens" / name, folder)
+    (folder / "tokenizer_config.json").unlink()
+    for file, values in {**dict(files), "tokenizer_config.json": settings}.items():
+        if values:
+            (folder / file).write_text(json.dumps(values))
+    return folder
+
+
+def test_older_places_of_special_tokens_are_read(tmp_path):
+    """special_tokens_map.json, and a class that only config.json tells."""
+    files = {"config.json": {"model_type": "mpnet"}}
+    files["special_tokens_map.json"] = {"pad_token": {"content": "<unk>"}}
+    folder = tokenizer_folder(tmp_path, "mpnet-old", files)
+    tokenizer, token_types = dualenc.read_tokenizer(folder)
+    assert (tokenizer.padding["pad_token"], token_types) == ("<unk>", False)
+    assert tokenizer.encode("").tokens == ["<s>", "</s>"]
+
+
+def test_a_caption_is_cut_at_the_side_the_files_say(tmp_path):
+    settings = {"truncation_side": "left", "model_max_length": 4}
+    folder = tokenizer_folder(tmp_path, "bert-old", tokenizer_class="BertTokenizer", **settings)
+    processor = dualenc.Processor(None, *dualenc.read_tokenizer(folder))
+    assert processor.decode(processor(text="two dogs and a cat")["input_ids"][0]) == "a cat"
+
+
+@pytest.mark.parametrize(
+    "name, files, settings, message",
+    [
+        ("bert-old", {}, {"tokenizer_class": "BertJapaneseTokenizer"}, "class BertJapaneseToken"),
+        (
+            "bert-saved",
+            {},
+            {"tokenizer_class": "PhobertTokenizer"},
+            "class PhobertTokenizer, .*read",
+        ),
+        ("bert-old", {"config.json": {"tokenizer_class": "XTokenizer"}}, {}, "class XTokenizer"),
+        ("bert-old", {"config.json": {"model_type": "funnel"}}, {}, "class funnel"),
+        ("bert-saved", {}, {"pad_token": "<none>"}, "no pad_token '<none>' in the vocabulary"),
+        ("xlm-roberta-old", {}, {"tokenizer_class": "XLMRobertaTokenizer"}, "tokenizer.json"),
+    ],
+)
+def test_tokenizers_of_other_kinds_are_refused_by_name(name, files, settings, message, tmp_path):
+    with pytest.raises(ValueError, match=f"cannot read .*tokenizer/.*: .*{message}"):
+        dualenc.read_tokenizer(tokenizer_folder(tmp_path, name, files, **settings))
+
+
+def test_a_vocab_txt_of_sentencepiece_is_refused(tmp_path):
+    folder = tokenizer_folder(tmp_path, "bert-old")
+    with open(folder / "vocab.txt", "a", encoding="utf-8") as file:
+        file.write("\u2581the\n")
+    with pytest.raises(ValueError, match="vocab.txt: these are sentencepiece's pieces"):
+        dualenc.read_tokenizer(folder)
+
+
+# ---- Refusals ------------------------------------------------------------------------------------
+
+
+def change(side, **values):
+    return lambda config: config[f"{side}_config"].update(values)
+
+
+def without(key):
+    return lambda weights: {name: tensor for name, tensor in weights.items() if name != key}
+
+
+def shorter(key):
+    return lambda weights: {name: t[:-1] if name == key else t for name, t in weights.items()}
+
+
+POOLER, QUERY = "vision_model.pooler.dense.weight", "attention.attention.query.weight"
+WORDS = "text_model.embeddings.word_embeddings.weight"
+BROKEN = [
+    (change("vision", model_type="resnet"), None, "unknown vision model_type .*'resnet'; expected"),
+    (change("vision", model_type="dinov2_with_registers"), None, "timm has more by name"),
+    (
+        change("text", model_type="albert"),
+        None,
+        "unknown text model_type 'albert'; expected bert, ",
+    ),
+    (change("vision", hidden_act="mish"), None, "unknown activation 'mish'; expected gelu"),
+    (change("text", position_embedding_type="relative_key"), None, "only 'absolute' is read"),
+    (change("text", is_decoder=True), None, "is_decoder = True: only False"),
+    (change("text", add_cross_attention=True), None, "add_cross_attention = True: only False"),
+    (change("vision", hidden_size="x"), None, "cannot build the model of"),
+    (change("vision", num_attention_heads=7), None, "cannot build the model of"),
+    (change("vision", image_size="224"), None, "cannot build the model of"),
+    (lambda config: config.update(vision_config=[1]), None, "cannot build the model of"),
+    (lambda config: config.pop("text_config"), None, "unknown text model_type None"),
+    (None, without("logit_scale"), 'does not fit .*Missing.*"logit_scale"'),
+    (None, without(POOLER), 'does not fit .*Missing.*"vision_model.pooler.dense.weight"'),
+    (None, without(f"vision_model.encoder.layer.0.{QUERY}"), "does not fit .*attn.qkv.weight"),
+    (None, lambda weights: weights | {"visual_bias": torch.zeros(2)}, 'Unexpected.*"visual_bias"'),
+    (None, shorter(WORDS), f"size mismatch for {WORDS}"),
+    (None, shorter("visual_projection.weight"), "size mismatch for visual_projection.weight"),
+    (None, lambda weights: {}, "does not fit .*Missing"),
+]
+
+
+@pytest.mark.parametrize("config, weights, message", BROKEN)
+def test_what_cannot_be_loaded_exactly_is_refused(config, weights, message, copy):
+    folder = copy("dual/vit-bert", weights, config)
+    with pytest.raises(ValueError, match=message) as caught:
+        dualenc.DualEncoder.from_pretrained(folder)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["beit-camembert", "dinov2-bert", "clip-mpnet"])
+def test_oblong_images_are_refused_where_transformers_gets_them_wrong(name, copy):
+    folder = copy(f"dual/{name}", config=change("vision", image_size=[24, 16]))
+    with pytest.raises(ValueError, match="tower for images of 24 x 16: only square ones work"):
+        dualenc.DualEncoder.from_pretrained(folder)
+
+
+def test_settings_a_family_does_not_have_are_refused():
+    with pytest.raises(ValueError, match="unknown clip_vision_model pooling 'avg'; expected None"):
+        two_towers("clip", "bert-classifier", vision_pooling="avg")
+    with pytest.raises(ValueError, match="unknown family for patch dropout 'beit'"):
+        two_towers("beit-classifier", "bert-classifier", vision_patch_dropout=0.5)
+    with pytest.raises(ValueError, match="unknown field of TextConfig 'size'"):
+        two_towers("clip", "bert-classifier", text_size=3)
+
+
+def test_a_full_clip_is_no_dual_encoder_but_lends_its_vision_tower():
+    with pytest.raises(ValueError, match="model_type 'clip', .* to from_vision_text_pretrained"):
+        dualenc.DualEncoder.from_pretrained(FIXTURES / "tower" / "clip")
+    with pytest.raises(ValueError, match="unknown text model_type 'clip'"):
+        dualenc.TextEncoder.from_pretrained(FIXTURES / "tower" / "clip")
+
+
+@pytest.mark.parametrize("side", ["vision", "text"])
+def test_a_tower_whose_config_makes_no_sense_is_refused_by_name(side, copy):
+    towers = {"vision": "vit-classifier", "text": "bert-classifier"}
+    folder = copy(f"tower/{towers[side]}", config=lambda config: config.update(hidden_size="wide"))
+    towers[side] = folder
+    with pytest.raises(ValueError, match=f"cannot build the model of {folder}"):
+        two_towers(*towers.values())
+
+
+def test_a_folder_without_weights_or_with_code_in_them_is_refused(copy):
+    folder = copy("dual/vit-bert")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no weights in .*: expected model.safetensors or pytorch"):
+        dualenc.DualEncoder.from_pretrained(folder)
+    torch.save({"logit_scale": Path("anything")}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot read weights .*pytorch_model.bin"):
+        dualenc.DualEncoder.from_pretrained(folder)
+
+
+def test_a_folder_without_an_image_processor_loads_without_a_processor(copy):
+    folder = copy("dual/vit-bert")
+    shutil.copy(FIXTURES / "tokens" / "bert-saved" / "tokenizer.json", folder)
+    assert dualenc.DualEncoder.from_pretrained(folder).processor is None
