@@ -2,7 +2,6 @@
 
     python notebooks/make_assignment.py ~/handout
     python notebooks/make_assignment.py ~/handout --exercises 1,2,5
-    python notebooks/make_assignment.py ~/staff --with-solutions
 
 A docstring row `Exercise n` marks a function to write; tests/scores.py says how. Its body becomes
 `raise NotImplementedError("Exercise n: ...")`, and everything else stays as it is, to the letter.
@@ -42,9 +41,8 @@ def statements(function):
 def body_lines(source, function):
     """(first, last) line of a body, from 0 and past the end: after the docstring, with comments."""
     lines = source.splitlines()
-    first = statements(function)[0]
-    first = min([first.lineno, *(d.lineno for d in getattr(first, "decorator_list", ()))]) - 1
-    while lines[first - 1].lstrip().startswith("#") or not lines[first - 1].strip():
+    first = statements(function)[0].lineno - 1
+    while not lines[first - 1].strip() or lines[first - 1].lstrip().startswith(("#", "@")):
         first -= 1
     return first, function.end_lineno
 
@@ -71,10 +69,10 @@ def stubs(exercises, file):
     return {name: f"raise NotImplementedError({json.dumps(text)})" for name, text in bodies.items()}
 
 
-def write_sources(folder, exercises, with_solutions=False):
+def write_sources(folder, exercises):
     for file in scores.SOURCES:
-        bodies = {} if with_solutions else stubs(exercises, file)
-        (folder / file).write_text(replace_bodies((ROOT / file).read_text(), bodies))
+        source = replace_bodies((ROOT / file).read_text(), stubs(exercises, file))
+        (folder / file).write_text(source)
 
 
 def copy_tests(folder, exercises):
@@ -85,7 +83,7 @@ def copy_tests(folder, exercises):
         shutil.copy(ROOT / file, folder / file)
 
 
-def student_notebook(notebook, exercises, with_solutions=False):
+def student_notebook(notebook, exercises):
     """A notebook of the chosen exercises, without cells that show an answer.
 
     Tags say which: "exercise 3" belongs to that exercise, "answer 3" shows what to write there.
@@ -97,45 +95,41 @@ def student_notebook(notebook, exercises, with_solutions=False):
         if belongs and not any(f"exercise {number}" in tags for number in exercises):
             continue
         shows = [number for number in exercises if f"answer {number}" in tags]
-        if shows and not with_solutions:
+        if shows:
             text = f"# left out: it looks like the answer of Exercise {shows[0]}"
             cell = cell | {"source": [text]}
-        if cell["cell_type"] == "code" and (belongs or shows) and not with_solutions:
+        if cell["cell_type"] == "code" and (belongs or shows):
             cell = cell | {"outputs": [], "execution_count": None}
         cells.append(cell)
     return notebook | {"cells": cells}
 
 
-def copy_notebooks(folder, exercises, with_solutions=False):
+def copy_notebooks(folder, exercises):
     (folder / "notebooks").mkdir()
     for pattern in NOTEBOOK_FILES:
         for path in (ROOT / "notebooks").glob(pattern):
-            shutil.copy(path, folder / "notebooks")
-    for path in (folder / "notebooks").glob("*.ipynb"):
-        notebook = student_notebook(json.loads(path.read_text()), exercises, with_solutions)
-        path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+            text = path.read_bytes()
+            if path.suffix == ".ipynb":
+                notebook = student_notebook(json.loads(text), exercises)
+                text = json.dumps(notebook, indent=1, ensure_ascii=False).encode() + b"\n"
+            (folder / "notebooks" / path.name).write_bytes(text)
 
 
-def write_readme(folder, exercises, with_solutions=False):
+def write_readme(folder, exercises):
     rows = []
-    for number, e in exercises.items():
+    for e in exercises.values():
         places = ", ".join(f"`{name}` in `{file}`" for file, name in e.places)
-        row = (number, e.task, places, e.difficulty, e.points, e.minutes)
-        rows.append(f"| {' | '.join(map(str, row))} |")
-    where = "A function too like one of them is gone too." if LOOK_ALIKES.keys() & exercises else ""
-    text = (
-        (ROOT / "notebooks" / "handout.md")
-        .read_text()
-        .format(
-            count=f"{len(exercises)} exercise{'s' * (len(exercises) > 1)}",
-            where="This copy holds the solutions." if with_solutions else where,
-            table="\n".join(rows),
-            points=sum(e.points for e in exercises.values()),
-            minutes=sum(e.minutes for e in exercises.values()),
-            first=min(exercises),
-            seconds=SECONDS,
-            memory=MEMORY,
-        )
+        numbers = f"{e.difficulty} | {e.points} | {e.minutes}"
+        rows.append(f"| {e.number} | {e.task} | {places} | {numbers} |")
+    template = (ROOT / "notebooks" / "handout.md").read_text()
+    text = template.format(
+        count=f"{len(exercises)} exercise{'s' * (len(exercises) > 1)}",
+        table="\n".join(rows),
+        points=sum(e.points for e in exercises.values()),
+        minutes=sum(e.minutes for e in exercises.values()),
+        first=min(exercises),
+        seconds=SECONDS,
+        memory=MEMORY,
     )
     (folder / "README.md").write_text(text)
 
@@ -151,18 +145,18 @@ def start_tests(folder, **options):
 def run_exercises(folder):
     """The score (see scores.total) of the exercises in a folder."""
     start_tests(folder).wait()
-    if not (folder / "score.json").exists():
-        raise ValueError(f"pytest gave no score: {(folder / 'output.txt').read_text()[-2000:]}")
-    results = json.loads((folder / "score.json").read_text())
-    for name in ("score.json", "output.txt"):
-        (folder / name).unlink()
+    output, score = folder / "output.txt", folder / "score.json"
+    if not score.exists():
+        raise ValueError(f"pytest gave no score: {output.read_text()[-2000:]}")
+    results = json.loads(score.read_text())
+    output.unlink(), score.unlink()
     return results
 
 
 def check_colour(results, exercises, green):
     """ValueError unless every test of every exercise passed (green), or every single one failed."""
-    wrong = set(exercises) - {row["exercise"] for row in results["exercises"]}
-    wrong = [f"Exercise {number} has no test" for number in wrong]
+    tested = {row["exercise"] for row in results["exercises"]}
+    wrong = [f"Exercise {number} has no test" for number in exercises if number not in tested]
     for row in results["exercises"]:
         if row["passed"] != (row["tests"] if green else 0):
             wrong.append(
@@ -191,17 +185,16 @@ def check_secrecy(folder, exercises):
                     raise ValueError(f"{path} shows the answer of Exercise {number}: {shown}")
 
 
-def build(folder, exercises, with_solutions=False):
+def build(folder, exercises):
     """Fill an empty folder and check it."""
     copy_tests(folder, exercises)
-    copy_notebooks(folder, exercises, with_solutions)
-    write_readme(folder, exercises, with_solutions)
-    write_sources(folder, exercises, with_solutions=True)
+    copy_notebooks(folder, exercises)
+    write_readme(folder, exercises)
+    write_sources(folder, {})
     check_colour(run_exercises(folder), exercises, green=True)
-    if not with_solutions:
-        write_sources(folder, exercises)
-        check_secrecy(folder, exercises)
-        check_colour(run_exercises(folder), exercises, green=False)
+    write_sources(folder, exercises)
+    check_secrecy(folder, exercises)
+    check_colour(run_exercises(folder), exercises, green=False)
 
 
 def choose(words):
@@ -211,15 +204,14 @@ def choose(words):
         numbers = {int(word) for word in words.split(",")} if words else exercises
         return {number: exercises[number] for number in sorted(numbers)}
     except (ValueError, KeyError):
-        expected = f"expected numbers up to {max(exercises)}: 1,2,5"
-        raise ValueError(f"--exercises is {words!r}, {expected}") from None
+        message = f"--exercises is {words!r}, expected numbers up to {max(exercises)}: 1,2,5"
+        raise ValueError(message) from None
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("dest", type=Path, help="the folder to write: new, or empty")
     parser.add_argument("--exercises", default="", help="numbers such as 1,2,5 (default: all)")
-    parser.add_argument("--with-solutions", action="store_true", help="a copy for staff")
     args = parser.parse_args(argv)
     dest = args.dest.expanduser().resolve()
     try:
@@ -228,13 +220,11 @@ def main(argv=None):
             raise ValueError(f"{dest} is there and not empty; name another folder")
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "handout"
-            build(folder, exercises, args.with_solutions)
+            build(folder, exercises)
             shutil.copytree(folder, dest, dirs_exist_ok=True)
     except (ValueError, OSError) as error:
         sys.exit(f"make_assignment.py: error: {error}")
-    state = "with the answers" if args.with_solutions else "all red; all green with the answers"
-    points = sum(exercise.points for exercise in exercises.values())
-    print(f"{dest}: {len(exercises)} exercises, {points} points; {state}")
+    print(f"{dest}: {len(exercises)} exercises, all red; all green with the answers")
 
 
 if __name__ == "__main__":

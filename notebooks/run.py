@@ -56,9 +56,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     begins = tuple(args.names) or ("",)
     chosen = [path for path in sorted(HERE.glob("*.ipynb")) if path.name.startswith(begins)]
-    if not chosen:
-        sys.exit(f"run.py: error: no notebook begins with {' or '.join(args.names)}")
-    for path in chosen:
+    for path in chosen or sys.exit(f"run.py: error: no notebook begins with {args.names}"):
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             notebook = execute(path, Path(folder).resolve())

@@ -132,15 +132,14 @@ def test_notebooks_handed_out_hold_the_chosen_exercises_and_no_answer():
 
     cells = [cell("test(3)", "exercise 3"), cell("test(4)", "exercise 4"), cell("own", "answer 4")]
 
-    def shown(exercises, **options):
-        found = make_assignment.student_notebook({"cells": cells}, exercises, **options)["cells"]
+    def shown(exercises):
+        found = make_assignment.student_notebook({"cells": cells}, exercises)["cells"]
         return [(c["source"][0], bool(c["outputs"])) for c in found]
 
     left_out = "# left out: it looks like the answer of Exercise 4"
     assert shown([4, 7]) == [("test(4)", False), (left_out, False)] and shown([7]) == [
         ("own", True)
     ]
-    assert len(shown([3, 4], with_solutions=True)) == 3
 
 
 def test_the_assignments_notebook_tests_every_exercise():
@@ -188,7 +187,7 @@ def test_right_and_wrong_answers_are_told_apart_and_written_down(submit, tmp_pat
     four, five = results["exercises"]
     assert (results["points"], results["out_of"]) == (5, 10)
     assert five["points"] == 5 and five["stopped"] is None
-    assert four["points"] == 0 < four["passed"] < four["tests"]
+    assert four["points"] == 0 and four["passed"] < four["tests"]
     assert any("but counted in the number" in said for said in four["failures"].values())
 
 
@@ -221,7 +220,7 @@ FIRST = "import os, sys, time, pytest\nif pad_token_id == 9:\n    {}\n"  # in on
 )
 def test_an_answer_that_leaves_or_eats_everything_is_reported(submit, line, message):
     body = FIRST.format(line) + body_of(5)["positions_after_pad"]
-    row = graded(submit({5: body}), 5, seconds=20)[5]
+    row = graded(submit({5: body}), 5, seconds=20 if "sleep" in line else 90, memory=3.0)[5]
     assert row["points"] == 0
     assert any(re.search(message, said) for said in row["failures"].values()), row["failures"]
 
