@@ -1,4 +1,7 @@
-"""Claims about large batches: tiles, pieces and ranks give what the plain computation gives."""
+"""Claims about large batches: tiles and pieces give what the plain computation gives.
+
+test_runs.py has the steps of several processes.
+"""
 
 import copy
 import math
@@ -6,8 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support import CAPTIONS, TINY_TEXT, TINY_VIT, Memory, fails_like, in_processes
-from torch.nn.parallel import DistributedDataParallel
+from support import CAPTIONS, TINY_TEXT, TINY_VIT, Memory, fails_like
 
 import dualenc
 
@@ -23,11 +25,9 @@ B = 11  # pairs of a batch, which neither pieces nor ranks divide
 def loss_inputs(name, count, scale=14.28):
     """[image_embeds, text_embeds, logit_scale, and logit_bias or group_ids where they belong]."""
     rng = torch.Generator().manual_seed(0)
-    images, texts = (
-        F.normalize(torch.randn(count, 16, generator=rng, dtype=torch.float64), dim=-1)
-        for _ in range(2)
-    )
-    texts[::2] = images[::2] * torch.tensor([1.0, -1.0]).repeat(count)[: len(texts[::2]), None]
+    sides = torch.randn(2, count, 16, generator=rng, dtype=torch.float64)
+    images, texts = F.normalize(sides, dim=-1)
+    texts[::4], texts[1::4] = images[::4], -images[1::4]  # the best pairs and the worst
     inputs = [images, texts, torch.tensor(math.log(scale))]
     inputs += [torch.tensor(-3.0)] if name == "siglip" else []
     inputs = [tensor.double().requires_grad_() for tensor in inputs]
@@ -63,8 +63,9 @@ def test_tiled_losses_never_hold_the_matrix(name):
     """Forward or backward; SigLIP's blocks are rows of the matrix, the others' are square."""
     count, seen = 512, []
     for loss, options in zip(LOSSES[name], ({}, {"tile": 16})):
+        inputs = loss_inputs(name, count)
         with Memory() as memory:
-            value_and_gradients(loss, loss_inputs(name, count), **options)
+            value_and_gradients(loss, inputs, **options)
         seen.append(memory)
     assert [memory.largest for memory in seen] == [count**2, count * 16]
     assert seen[1].most_alive < seen[0].most_alive / 8
@@ -104,14 +105,13 @@ def make_batch(model, own=slice(None)):
     return images, captions
 
 
-def take_step(model, size, precision="fp32", loss=dualenc.clip_loss, wrap=None, own=slice(None)):
+def take_step(model, size, precision="fp32"):
     """(loss, {name: gradient})."""
-    embed = dualenc.MicroBatches(model, size, precision)
-    embed = wrap(embed) if wrap else embed
-    value = loss(*embed(*make_batch(model, own)), model.logit_scale)
-    value.backward()
+    embeds = dualenc.MicroBatches(model, size, precision)(*make_batch(model))
+    loss = dualenc.clip_loss(*embeds, model.logit_scale)
+    loss.backward()
     named = model.named_parameters()
-    return value.detach(), {n: weight.grad for n, weight in named if weight.grad is not None}
+    return loss.detach(), {n: weight.grad for n, weight in named if weight.grad is not None}
 
 
 @pytest.mark.parametrize("locked", [(), ("vision",), ("text",), ("vision", "text")])
@@ -159,72 +159,3 @@ def test_pieces_are_computed_again_in_bf16_and_with_the_same_dropout():
     for name, weight in twin.named_parameters():
         assert got[name].dtype == torch.float32
         torch.testing.assert_close(got[name], weight.grad, rtol=1e-3, atol=1e-5, msg=name)
-
-
-# ---- Ranks ---------------------------------------------------------------------------------------
-
-SHARES = (9, 5)  # pairs of each rank, for the losses
-STEPS = {  # pairs a piece, locked towers, loss of this rank's rows
-    "at once": (0, (), "gathered"),
-    "pieces": (2, (), "gathered"),
-    "pieces, tiles": (2, (), "sharded"),
-    "cached images, pieces": (2, ("vision",), "sharded"),
-    "cached captions, at once": (0, ("text",), "sharded"),
-}
-
-
-def loss_of_all_ranks(name, way, images, texts, scale, *rest):
-    """The loss of this rank's rows in the batch of all."""
-    plain, tiled = LOSSES[name]
-    if way == "sharded":
-        return tiled(images, texts, scale, *rest, tile=5, sharded=True)
-    if name == "multi-positive":
-        rest = [dualenc.gather_embeds(rest[0])]
-    return plain(dualenc.gather_embeds(images), dualenc.gather_embeds(texts), scale, *rest)
-
-
-def in_one_rank(rank):
-    """{(loss, way): [value, gradients]} for this rank's rows, and {step: [value, gradients]}."""
-    losses, steps, own = {}, {}, slice(sum(SHARES[:rank]), sum(SHARES[: rank + 1]))
-    for name in LOSSES:
-        for way in ("gathered", "sharded"):
-            images, texts, *rest = loss_inputs(name, sum(SHARES))
-            inputs = [side[own].detach().requires_grad_() for side in (images, texts)] + rest
-            if name == "multi-positive":
-                inputs[-1] = inputs[-1][own]
-            loss = lambda *inputs, kind=(name, way): loss_of_all_ranks(*kind, *inputs)  # noqa: E731
-            losses[name, way] = value_and_gradients(loss, inputs)
-    for name, (size, locked, way) in STEPS.items():
-        loss = lambda *inputs, way=way: loss_of_all_ranks("clip", way, *inputs)  # noqa: E731
-        options = {"loss": loss, "wrap": DistributedDataParallel, "own": dualenc.share(B)}
-        steps[name] = take_step(make_towers(locked=locked), size, **options)
-    return losses, steps
-
-
-@pytest.fixture(scope="module")
-def two_ranks():
-    return in_processes(2, in_one_rank)
-
-
-@pytest.mark.parametrize("way", ["gathered", "sharded"])
-@pytest.mark.parametrize("name", LOSSES)
-def test_the_mean_over_ranks_is_the_loss_of_one_process(name, way, two_ranks):
-    """With uneven shares: value and gradients of rows, temperature and bias."""
-    right = value_and_gradients(LOSSES[name][0], loss_inputs(name, sum(SHARES)))
-    for n, expected in enumerate(right):
-        ranks = [losses[name, way][n] for losses, _ in two_ranks]
-        # A row has one rank, whose weights it reaches: the mean over ranks counts it by half.
-        got = torch.cat(ranks) / 2 if n in (1, 2) else sum(ranks) / 2
-        mistakes = {"a factor of the ranks": expected * 2, "divided by them": expected / 2}
-        fails_like(got, expected, mistakes, f"{name}, {way}: value {n}", 1e-10)
-
-
-@pytest.mark.parametrize("name", STEPS)
-def test_pieces_under_ddp_give_the_gradient_of_one_process(name, two_ranks):
-    value, right = take_step(make_towers(locked=STEPS[name][1]), 0)
-    (one, got), (two, also) = (steps[name] for _, steps in two_ranks)
-    assert ((one + two) / 2).item() == pytest.approx(value.item(), abs=1e-9)
-    assert got.keys() == also.keys() == right.keys() and "logit_scale" in got
-    for weight, gradient in right.items():
-        fails_like(got[weight], gradient, {"doubled": 2 * gradient}, weight, 1e-8)
-        assert torch.equal(got[weight], also[weight])

@@ -136,6 +136,23 @@ def test_models_of_another_type_take_the_processors_pixels(make_model, batch, dt
         assert torch.allclose(getattr(got, side).float(), getattr(right, side), atol=5e-2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_towers_take_one_graph_each_for_captions_of_any_length(make_model, precision):
+    """Without a break inside a tower; test_train.py compares what they compute."""
+    model, graphs = make_model().train(), []
+    options = {"backend": lambda graph, _: graphs.append(graph) or graph, "fullgraph": True}
+    model.vision_model.compile(**options)
+    model.text_model.compile(dynamic=True, **options)
+    for length in (7, 9, 12, 5, 20, 31):
+        mask = torch.ones(4, length, dtype=torch.long)
+        inputs = {"input_ids": 5 * mask, "attention_mask": mask}
+        with dualenc.autocast(torch.device("cpu"), precision):
+            output = model(**inputs, pixel_values=torch.randn(4, 3, 32, 32), return_loss=True)
+        output.loss.backward()
+    assert len(graphs) == 2
+
+
 # ---- Configurations and their tables -------------------------------------------------------------
 
 
@@ -143,37 +160,33 @@ def mlp_head(width, projection_dim):
     return nn.Sequential(nn.Linear(width, 48), nn.GELU(), nn.Linear(48, projection_dim))
 
 
-def last_token(tower, hidden, attention_mask):
-    return hidden[torch.arange(len(hidden)), attention_mask.sum(dim=1) - 1]
-
-
 def test_a_new_head_and_a_new_pooling_are_a_row_each(make_model, batch, monkeypatch, tmp_path):
     """Built, trained, saved and loaded by name."""
     monkeypatch.setitem(dualenc.PROJECTION_HEADS, "mlp", mlp_head)
-    monkeypatch.setitem(dualenc.TEXT_POOLING, "last", last_token)
-    model, (pixel_values, captions) = make_model(projection_head="mlp", text_pooling="last"), batch
+    monkeypatch.setitem(dualenc.TEXT_POOLING, "second", lambda tower, hidden, mask: hidden[:, 1])
+    model, (pixel_values, captions) = (
+        make_model(projection_head="mlp", text_pooling="second"),
+        batch,
+    )
     output = model.train()(**captions, pixel_values=pixel_values, return_loss=True)
     output.loss.backward()
     assert all(weight.grad.any() for weight in model.visual_projection.parameters())
-    tower, length = output.text_model_output, captions["attention_mask"][1].sum()
-    assert torch.equal(tower.pooler_output[1], tower.last_hidden_state[1, length - 1])
-    model.save_pretrained(tmp_path)
+    tower = output.text_model_output
+    assert torch.equal(tower.pooler_output, tower.last_hidden_state[:, 1])
+    model.eval().save_pretrained(tmp_path)
     loaded = dualenc.DualEncoder.from_pretrained(tmp_path)
     assert loaded.config == model.config
-    assert torch.equal(model.eval().encode_text(**captions), loaded.encode_text(**captions))
-    assert torch.equal(model.encode_image(pixel_values), loaded.encode_image(pixel_values))
+    one, two = (m(**captions, pixel_values=pixel_values).logits_per_image for m in (model, loaded))
+    assert torch.equal(one, two)
 
 
-def test_configurations_survive_json():
-    config = dualenc.DualEncoderConfig(
-        vision=dualenc.VisionConfig("resnet18", {"layers": [1, 1, 1, 1]}, (64, 32), channels=1),
-        text=dualenc.TextConfig(width=32, heads=2, dropout=0.1),
-        logit_bias_init=-3.0,
-    )
+def test_configurations_survive_json_and_older_ones_load():
+    vision = dualenc.VisionConfig("resnet18", {"layers": [1, 1, 1, 1]}, (64, 32), channels=1)
+    config = dualenc.DualEncoderConfig(vision, dualenc.TextConfig(width=32, heads=2), 8)
     values = json.loads(json.dumps(config.to_dict()))
     assert dualenc.DualEncoderConfig.from_dict(values) == config
-    older = {**values["text"], "embedding_width": 32, "layer_groups": None}
-    assert dualenc.DualEncoderConfig.from_dict({**values, "text": older}) == config
+    values["text"] |= {"embedding_width": 32, "layer_groups": None}
+    assert dualenc.DualEncoderConfig.from_dict(values) == config
 
 
 @pytest.mark.parametrize(
