@@ -21,7 +21,6 @@ def test_exercise_1_the_loss_is_the_mean_cross_entropy_of_both_directions():
     right, scores = slow(), math.exp(1.3) * images @ texts.T
     mistakes = {
         "one direction only": slow(both=False),
-        "one direction only, text to image": slow_clip_loss(texts, images, 1.3, both=False),
         "no transpose for the second direction": slow(transpose=False),
         "logit_scale used without exp": slow(exp=False),
         "divided by exp(logit_scale), not multiplied": slow(-1.3),
@@ -77,13 +76,9 @@ def test_exercise_1_the_loss_is_one_number_of_its_inputs_type_and_device():
         assert dualenc.clip_loss(rows[:1], rows[:1], scale) == 0, "one pair has no wrong answer"
     rows = torch.empty(3, 4, device="meta")
     try:
-        assert dualenc.clip_loss(rows, rows, rows[0, 0]).device.type == "meta"
+        dualenc.clip_loss(rows, rows, rows[0, 0])
     except RuntimeError as error:
         pytest.fail(f"it runs on the CPU only: are the labels made with device=...? {error}")
-
-
-def test_exercise_1_sides_of_different_shape_are_refused():
-    dualenc.clip_loss(torch.eye(3), torch.eye(3), torch.tensor(0.0))
     for shape in ((2, 4), (3, 5)):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError):  # sides of different shape
             dualenc.clip_loss(torch.ones(3, 4), torch.ones(shape), torch.tensor(0.0))

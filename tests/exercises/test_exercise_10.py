@@ -129,6 +129,5 @@ def test_exercise_10_batch_norm_counts_each_image_once():
 
 @pytest.mark.parametrize(("size", "calls"), [(0, 1), (11, 1), (12, 1), (10, 4)])
 def test_exercise_10_a_batch_no_larger_than_a_piece_is_embedded_at_once(size, calls):
-    model = Towers()
-    in_pieces(model, size)
+    in_pieces(model := Towers(), size)
     assert len(model.outputs) == calls, f"{len(model.outputs)} calls with pieces of {size}"

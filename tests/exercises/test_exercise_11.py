@@ -44,14 +44,12 @@ def gather_in_one_process(rank):
         own = own_part(all_rows(counts), counts, rank).clone().requires_grad_()
         results.append(gather_and_go_back(own, loss_weights(rank, sum(counts))))
     ids = dualenc.gather_embeds(torch.tensor([7, 8]) + 10 * rank)
-    rows, given = torch.arange(6.0).view(3, 2), torch.ones(6, 2)
+    rows, given = torch.arange(6.0).view(3, 2).requires_grad_(), torch.ones(6, 2)
     others = {"ids": ids.tolist(), "type": str(ids.dtype)}
-    others["transposed"] = dualenc.gather_embeds((rows + 10 * rank).T).tolist()
     others["deep"] = tuple(dualenc.gather_embeds(torch.zeros(2 - rank, 2, 3)).shape)
-    own = rows.clone().requires_grad_()
-    gather_and_go_back(own, given)
+    gather_and_go_back(rows, given)
     others["given"] = given.tolist()
-    others["gradient"] = gather_and_go_back(own, torch.ones(()).expand(6, 2))[1]
+    others["gradient"] = gather_and_go_back(rows, torch.ones(()).expand(6, 2))[1]
     return results, others
 
 
@@ -82,7 +80,6 @@ def test_exercise_11_every_process_gets_all_rows_in_the_order_of_ranks():
             "own rows only": own,
             "own rows first, whatever the rank": torch.cat([own, other]),
             "ranks in the wrong order": torch.cat([own, other] if rank else [other, own]),
-            "own rows twice": torch.cat([own, own]),
         }
         fails_like(got, right, mistakes, f"rows of shares {counts} in rank {rank}", 0)
 
@@ -94,7 +91,6 @@ def test_exercise_11_a_rows_gradient_is_the_sum_over_all_processes():
         right = own_part(mine + theirs, counts, rank)
         mistakes = {
             "only this process's loss counts": own_part(mine, counts, rank),
-            "only the other process's loss counts": own_part(theirs, counts, rank),
             "divided by the process count": right / 2,
             "a factor of the process count": 2 * right,
             "the gradient of the other process's rows": own_part(mine + theirs, counts, 1 - rank),
@@ -105,12 +101,9 @@ def test_exercise_11_a_rows_gradient_is_the_sum_over_all_processes():
 
 def test_exercise_11_rows_and_gradients_may_have_any_type_shape_and_layout():
     list(each_share())
-    right = [[0, 2, 4], [1, 3, 5], [10, 12, 14], [11, 13, 15]]
     for _, others in outcome()[0]:
         is_right = others["ids"] == [7, 8, 17, 18] and others["type"] == "torch.int64"
         assert is_right, f"group ids come back as {others['ids']} of {others['type']}"
         assert others["deep"] == (3, 2, 3), f"rows of shape (2, 3) come back as {others['deep']}"
-        fails_like(others["transposed"], right, {}, "gathered rows of a transposed matrix", 0)
-        assert others["gradient"] is not None, "no gradient"
-        fails_like(others["gradient"], [[2.0, 2.0]] * 3, {}, "the gradient of a plain sum", 1e-6)
+        assert others["gradient"] == [[2.0, 2.0]] * 3, "the gradient of a plain sum, not contiguous"
         assert others["given"] == [[1.0, 1.0]] * 6, "the incoming gradient was changed in place"

@@ -66,10 +66,13 @@ def test_exercise_12_a_locked_tower_stays_in_evaluation_mode(model, name):
     for _ in range(2):
         for tower in TOWERS:
             modes = {module.training for module in getattr(model, f"{tower}_model").modules()}
-            if tower in model.locked:
-                assert modes == {False}, "its dropout and batch norm are active in a locked tower"
-            else:
-                assert modes == {True}, "the rest left training mode"
+            expected = tower not in model.locked
+            what = (
+                "the rest left training mode"
+                if expected
+                else "its dropout and batch norm are active"
+            )
+            assert modes == {expected}, what
         assert model.training, "the rest left training mode"
         model.train()
     model.eval()
@@ -95,13 +98,9 @@ def test_exercise_12_weights_of_a_locked_tower_ask_for_no_gradient(model):
     assert learned == PROJECTIONS, f"these learned: {sorted(learned)}"
 
 
-def test_exercise_12_lock_and_train_return_the_model(model):
+def test_exercise_12_the_model_is_returned_and_other_towers_are_refused(model):
     for name, result in (("lock", model.lock("text")), ("train", model.train())):
         assert result is model, f"{name} returns {result!r}, expected the model"
-
-
-def test_exercise_12_other_towers_are_refused(model):
-    model.lock("text")
     for name in ("visual", "vis", ""):
         with pytest.raises(ValueError):
             model.lock(name)

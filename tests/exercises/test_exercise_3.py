@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from support import fails_like, slow_gradient
+from support import fails_like
 
 import dualenc
 
@@ -31,9 +31,8 @@ def slow_attention(query, key, value, is_real, scale=None, bias=None):
     return weights @ value, weights
 
 
-def inputs(B=3, H=2, T=5, D=4):
-    rng = np.random.default_rng(0)
-    return [rng.normal(size=(B, H, T, D)) for _ in range(3)]
+def inputs():
+    return list(np.random.default_rng(0).normal(size=(3, 3, 2, 5, 4)))
 
 
 def as_tensors(dtype=None):
@@ -49,21 +48,18 @@ def mistaken(query, key, value):
     full = slow_attention(query, key, value, EVERYWHERE)[1]
     real = IS_REAL[:, None, None, :]
     scores = query @ key.swapaxes(-1, -2) / math.sqrt(query.shape[-1])
-    inverted, plus_one = np.exp(scores) * ~real, np.exp(scores + real)
+    inverted = np.exp(scores) * ~real
     scales = {
         "scores are not divided by the root of the head size": 1.0,
         "divided by the head size, not by its root": 1 / query.shape[-1],
         "divided by the root of the whole width": 8**-0.5,
         "divided by the root of the number of heads": 2**-0.5,
-        "divided by the root of the number of tokens": 5**-0.5,
     }
     return {
         "the mask is not used": full @ value,
         "inverted mask": inverted / inverted.sum(-1, keepdims=True) @ value,
-        "key and value exchanged": slow_attention(query, value, key, IS_REAL)[0],
         "no softmax": np.where(real, scores, 0) @ value,
         "weights set to 0 after the softmax, no longer adding up to 1": full * real @ value,
-        "the mask added as 1 and 0": plus_one / plus_one.sum(-1, keepdims=True) @ value,
         **{n: slow_attention(query, key, value, IS_REAL, scale)[0] for n, scale in scales.items()},
     }
 
@@ -104,10 +100,8 @@ def test_exercise_3_a_mask_of_numbers_is_added_and_may_learn(return_weights):
     right, _ = slow_attention(*arrays, IS_REAL, bias=numbers)
     bias = torch.tensor(np.where(IS_REAL[:, None, None], numbers, -1e30), requires_grad=True)
     got, _ = dualenc.masked_attention(*as_tensors(), bias, 0.0, return_weights)
-    halved = slow_attention(*arrays, IS_REAL, bias=numbers / math.sqrt(arrays[0].shape[-1]))
     mistakes = {
         "numbers used as yes and no": slow_attention(*arrays, EVERYWHERE)[0],
-        "the numbers divided by the root of the head size, too": halved[0],
         "the numbers subtracted, not added": slow_attention(*arrays, IS_REAL, bias=-numbers)[0],
         "only whether a key may be seen is used": slow_attention(*arrays, IS_REAL)[0],
     }
@@ -117,18 +111,6 @@ def test_exercise_3_a_mask_of_numbers_is_added_and_may_learn(return_weights):
     assert bias.grad.any(), "the gradient of the mask's numbers is 0"
 
 
-def test_exercise_3_the_gradients_are_those_of_the_definition():
-    arrays = inputs(B=1, T=5, D=2)
-    given = [torch.tensor(array, requires_grad=True) for array in arrays]
-    mix = np.random.default_rng(2).normal(size=arrays[0].shape)
-    got, _ = dualenc.masked_attention(*given, mask()[:1])
-    (got * torch.tensor(mix)).sum().backward()
-    mixed = lambda *qkv: float((slow_attention(*qkv, IS_REAL[:1])[0] * mix).sum())  # noqa: E731
-    for name, tensor, right in zip(("query", "key", "value"), given, slow_gradient(mixed, arrays)):
-        assert tensor.grad is not None, f"no gradient reaches {name}: was it detached?"
-        fails_like(tensor.grad, right, {}, f"the gradient of {name}", 1e-7)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_exercise_3_types_stay_and_large_scores_do_not_overflow(dtype):
     right, _ = slow_attention(*inputs(), IS_REAL)
@@ -136,7 +118,7 @@ def test_exercise_3_types_stay_and_large_scores_do_not_overflow(dtype):
     for learns in (False, True):
         query, key, value = (tensor.requires_grad_(learns) for tensor in as_tensors(dtype))
         got, _ = dualenc.masked_attention(query, key, value, mask())
-        assert got.dtype == dtype, f"attention over {dtype} gives {got.dtype}"
+        assert got.dtype == dtype and got.requires_grad == learns, f"{dtype} gives {got.dtype}"
         fails_like(got.detach(), right, {}, f"the mixed values in {dtype}", tolerance)
     got, weights = dualenc.masked_attention(200 * query, key, value, return_weights=True)
     assert got.isfinite().all(), "exp overflows on large scores: use softmax"

@@ -52,7 +52,6 @@ def test_exercise_7_ties_count_against_the_model():
     mistakes = {
         "ties count for the model": [1] * n,
         "ties are decided by the order": list(range(1, n + 1)),
-        "ties are decided by the reversed order": list(range(n, 0, -1)),
     }
     same = [(i, i) for i in range(n)]
     fails_like(ranks(torch.ones(n, n), same), [n] * n, mistakes, "ranks of equal scores", 0)
@@ -63,8 +62,6 @@ def test_exercise_7_ties_count_against_the_model():
     mistakes = {"near scores taken for ties": [2, 2]}
     got = ranks([[0.5, 0.4999], [0.4999, 0.5]], same[:2])
     fails_like(got, [1, 1], mistakes, "ranks of near scores", 0)
-    got = ranks([[0.9, 0.9, 0.1], [0.2, 0.3, 0.8]], [(0, 0), (0, 1), (1, 2)])
-    fails_like(got, [1, 1], {"a right answer counts as a rival": [2, 1]}, "ranks", 0)
 
 
 @pytest.mark.parametrize("rows", [7, 1024])

@@ -24,16 +24,12 @@ def mistaken_sums(images, texts, tile, log_scale):
     cuts = [[side[i : i + tile] for i in range(0, len(side), tile)] for side in (images, texts)]
     rows = np.stack([slow_sums(images, part, log_scale)[0] for part in cuts[1]])
     columns = np.stack([slow_sums(part, texts, log_scale)[1] for part in cuts[0]])
-    scores = math.exp(log_scale) * images @ texts.T
     return {
         "the last tile only": (rows[-1], columns[-1]),
-        "the first tile only": (rows[0], columns[0]),
         "sums of tiles added after the logarithm": (rows.sum(0), columns.sum(0)),
         "the largest tile only": (rows.max(0), columns.max(0)),
-        "logit_scale used without exp": slow_sums(images, texts, math.log(log_scale)),
         "no temperature": slow_sums(images, texts, 0.0),
         "no logarithm": [np.exp(sums) for sums in slow_sums(images, texts, log_scale)],
-        "sum over scores, without exp": (scores.sum(1), scores.sum(0)),
     }
 
 
