@@ -281,7 +281,7 @@ def test_what_transformers_cannot_compute_is_not_written(
     if side:
         name, value = side, dataclasses.replace(getattr(config, side), **{name: value})
     model = dualenc.DualEncoder(dataclasses.replace(config, **{name: value}))
-    message = f"cannot hold {message}.*start from google/vit-base-patch16-224-in21k"
+    message = f"cannot hold {message}.*start from .*google/vit-base-patch16-224-in21k"
     with pytest.raises(ValueError, match=message):
         model.save_pretrained(tmp_path / "hf", format="hf")
     assert not (tmp_path / "hf").exists()
@@ -454,7 +454,7 @@ def test_a_caption_is_cut_at_the_side_the_files_say(tmp_path):
             "bert-saved",
             {},
             {"tokenizer_class": "PhobertTokenizer"},
-            "class PhobertTokenizer, .*read",
+            "class PhobertTokenizer, which",
         ),
         ("bert-old", {"config.json": {"tokenizer_class": "XTokenizer"}}, {}, "class XTokenizer"),
         ("bert-old", {"config.json": {"model_type": "funnel"}}, {}, "class funnel"),
