@@ -1,0 +1,504 @@
+"""Claims about runs: resuming, signals, kills, full disks, bad images, moved data, processes."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import support
+import torch
+from PIL import Image
+from support import TINY_TEXT, TINY_VIT
+
+import dualenc
+import train
+
+ROOT = Path(train.__file__).parent
+TINY = "--vision test_resnet --vision-args --image-size 32 --projection-dim 32 --text-width 32 "
+TINY += "--text-depth 1 --text-heads 1 --batch-size 8 --steps 12 --eval-every 5 --log-every 4 "
+TINY = (TINY + "--precision fp32 --device cpu --workers 0").split()
+VIT = ["--vision", "test_vit"]  # no batch norm: N processes compute what one does
+DROPOUT = [*VIT, "--patch-dropout", "0.5"]
+VARIANTS = {
+    "plain": [],
+    "cached": ["--lock", "both", "--cache-features"],
+    "workers": ["--workers", "2", "--crop-scale", "0.5", "--flip"],
+    "dropout, pieces": [*DROPOUT, "--micro-batch", "3"],
+    "fp16": [*VIT, "--precision", "fp16"],
+}
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+def write_images(folder, count=64, bad=()):
+    """Random images with a caption each, in captions.csv; those of the indices in bad are torn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng, lines = np.random.default_rng(0), ["image,caption"]
+    for i in range(count):
+        path = folder / f"{i:03}.png"
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+        if i in bad:
+            path.write_bytes(path.read_bytes()[:200])
+        lines.append(f"{path.name},caption number {i} of {rng.integers(100)}")
+    (folder / "captions.csv").write_text("\n".join(lines))
+    return ["--data", str(folder / "captions.csv"), "--val-fraction", "0.25"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+def run(*flags):
+    """train.py in this process; its exit status."""
+    try:
+        train.main([str(flag) for flag in flags])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def script(*flags, processes=1):
+    """train.py in a process group of its own, by torchrun if there are several processes."""
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *start * (processes > 1), str(ROOT / "train.py"), *map(str, flags)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, start_new_session=True, **pipes)
+
+
+def finish(process, status=0):
+    """What a script printed that must end with this status."""
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == status, f"status {process.returncode}\n{out}\n{error}"
+    return out
+
+
+def state_of(out):
+    return torch.load(out / "last" / train.STATE_FILE, weights_only=True)
+
+
+def outcome(out):
+    """All that a run leaves and that must not depend on its interruptions."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("pairs_per_s", None), line.pop("data_share", None)
+    files = [out / name / "model.safetensors" for name in ("last", "best")]
+    state = {name: value for name, value in state_of(out).items() if name != "sums"}
+    return [lines, state, [safetensors.torch.load_file(file) for file in files]]
+
+
+def assert_same(got, expected, where="run"):
+    """Equal to the bit, whatever is inside."""
+    if isinstance(expected, (dict, list, tuple)):
+        assert len(got) == len(expected), where
+        for name in expected if isinstance(expected, dict) else range(len(expected)):
+            assert_same(got[name], expected[name], f"{where}, {name}")
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(got, expected), where
+    else:
+        assert got == expected, where
+
+
+@contextlib.contextmanager
+def signal_at(step, *signals):
+    """Send this process signals in the middle of a step, counted from 1."""
+    original, steps = train.compute_loss, []
+
+    def compute_loss(*arguments):
+        steps.append(1)
+        for number in signals if len(steps) == step else ():
+            os.kill(os.getpid(), number)
+            time.sleep(0.02)  # two that are not yet handled would count as one
+        return original(*arguments)
+
+    train.compute_loss = compute_loss
+    yield
+    train.compute_loss = original
+
+
+@pytest.fixture
+def stopped(data, tmp_path):
+    """The folder of a run that SIGTERM ended in its third step."""
+    with signal_at(3, signal.SIGTERM):
+        assert run(*data, *TINY, "--out", tmp_path / "stopped") == 143
+    return tmp_path / "stopped"
+
+
+# ---- Resuming ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_stopped_and_resumed_run_ends_like_one_that_was_not(variant, data, tmp_path, capsys):
+    """SIGTERM in step 7, between two printed lines and two evaluations: to the bit."""
+    flags, cut = [*data, *TINY, *VARIANTS[variant]], tmp_path / "cut"
+    assert run(*flags, "--out", tmp_path / "whole") == 0
+    with signal_at(7, signal.SIGTERM):
+        assert run(*flags, "--out", cut) == 143
+    said = f"stopped  SIGTERM; step 7 is saved; go on with --resume {cut}\n"
+    assert capsys.readouterr().out.endswith(said)
+    assert run("--resume", cut) == 0
+    assert_same(outcome(cut), outcome(tmp_path / "whole"))
+
+
+def test_sigint_stops_after_the_step_and_a_second_one_at_once(data, tmp_path):
+    # A shell that starts something in the background has it ignore SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with signal_at(2, signal.SIGINT):
+        assert run(*data, *TINY, "--out", tmp_path / "once") == 130
+    assert state_of(tmp_path / "once")["step"] == 2
+    with pytest.raises(KeyboardInterrupt), signal_at(2, signal.SIGINT, signal.SIGINT):
+        run(*data, *TINY, "--out", tmp_path / "twice")
+    assert not (tmp_path / "twice" / "last").exists()
+    with signal_at(12, signal.SIGINT):
+        assert run(*data, *TINY, "--out", tmp_path / "end") == 0, "nothing is left to stop"
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("moment", [("last", 5), ("metrics", 10)], ids=str)
+def test_a_kill_around_an_evaluation_leaves_no_trace(moment, data, tmp_path, monkeypatch):
+    """Before the first checkpoint; and between the metrics of step 10 and its checkpoint."""
+    assert run(*data, *TINY, "--out", tmp_path / "whole") == 0
+    save, log = train.save_checkpoint, train.log
+
+    def dying_save(folder, model, state=None):
+        if (folder.name, (state or {}).get("step")) == moment:
+            raise Killed
+        save(folder, model, state)
+
+    def dying_log(out, line, text):
+        log(out, line, text)
+        if ("metrics", line["step"]) == moment and "i2t_r1" in line:
+            (out / "metrics.jsonl").open("a").write('{"ste')  # a line that was cut
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "save_checkpoint", dying_save)
+        patch.setattr(train, "log", dying_log)
+        run(*data, *TINY, "--out", tmp_path / "cut")
+    assert run("--resume", tmp_path / "cut") == 0
+    assert_same(outcome(tmp_path / "cut"), outcome(tmp_path / "whole"))
+
+
+def test_resuming_refuses_flags_that_change_what_is_learned(stopped, data, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"--batch-size, --lr of a resumed run differ.*'lr': 0.001"
+    ):
+        run("--resume", stopped, "--lr", "0.1", "--batch-size", "4")
+    with pytest.raises(ValueError, match=r"--vision-args of a resumed run"):
+        run("--resume", stopped, "--vision-args", "layers=[1]")
+    harmless = ["--eval-every", "6", "--log-every", "3", "--workers", "1"]
+    assert run("--resume", stopped, *harmless, "--on-bad-image", "skip") == 0
+    assert run("--resume", stopped) == 0, "nothing is left to do"
+    args = ["--vision-args", "layers=(1,1,1,1)", "channels=(4,4,8,8)"]  # tuples, which json lacks
+    assert run(*data, *TINY, "--vision", "resnet18", *args, "--out", tmp_path / "args") == 0
+    assert run("--resume", tmp_path / "args", *args) == 0
+
+
+@pytest.mark.parametrize("spelling", ["relative", "absolute", "dotted"])
+def test_a_moved_run_goes_on_with_moved_data(spelling, stopped, data, tmp_path, monkeypatch):
+    """Data is known by the names of its images, wherever it lies and however that is spelled."""
+    moved = tmp_path / "another place" / "data"
+    shutil.copytree(Path(data[1]).parent, moved)
+    stopped.rename(moved.parent / "run")
+    monkeypatch.chdir(moved.parent)
+    dotted = f"{moved}/../data"
+    place = {"relative": "data", "absolute": str(moved), "dotted": dotted}[spelling]
+    assert run("--resume", "run", "--data", f"{place}/captions.csv") == 0
+    flags = json.loads(Path("run/train_config.json").read_text())["flags"]
+    assert flags["data"] == f"{place}/captions.csv", "where eval.py finds it"
+    table = moved / "captions.csv"
+    table.write_text(table.read_text().replace("005.png", "006.png"))
+    with pytest.raises(ValueError, match="began with data_names"):
+        run("--resume", "run", "--data", table)
+
+
+def test_a_broken_training_state_is_refused_by_name_and_nothing_in_it_runs(stopped, tmp_path):
+    state = stopped / "last" / train.STATE_FILE
+
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    for broken in (b"", {"step": 3}, Bomb()):
+        state.write_bytes(b"") if broken == b"" else torch.save(broken, state)
+        with pytest.raises(ValueError, match=f"cannot read {re.escape(str(state))}"):
+            run("--resume", stopped)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "processes", "kills"),
+    [("plain", 1, 20), ("cached", 1, 4), ("workers", 1, 4), ("dropout, pieces", 2, 6)],
+)
+def test_kills_at_random_moments_leave_no_trace(variant, processes, kills, data, tmp_path):
+    """SIGKILL to all processes of a run that writes a checkpoint each step."""
+    flags = [*data, *TINY, "--steps", "60", "--eval-every", "1", *VARIANTS[variant]]
+    finish(script(*flags, "--out", tmp_path / "whole", processes=processes))
+    rng, command, killed = random.Random(variant), [*flags, "--out", tmp_path / "cut"], 0
+    for _ in range(kills):
+        process = script(*command, processes=processes)
+        for _ in range(rng.randint(7, 12)):  # lines of the printout, six before the first step
+            process.stdout.readline()
+        time.sleep(rng.uniform(0, 0.05))
+        killed += process.poll() is None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+        command = ["--resume", tmp_path / "cut"]
+    assert killed >= kills // 2
+    finish(script(*command, processes=processes))
+    assert_same(outcome(tmp_path / "cut"), outcome(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_signal_to_the_script_saves_and_resuming_ends_the_same(processes, number, data, tmp_path):
+    """Ctrl-C reaches the workers too; torchrun hands SIGTERM on, and fails by its own status."""
+    flags = [*data, *TINY, *DROPOUT, "--steps", "60", "--eval-every", "60", "--workers", "1"]
+    finish(script(*flags, "--out", tmp_path / "whole", processes=processes))
+    process = script(*flags, "--out", tmp_path / "cut", processes=processes)
+    while not process.stdout.readline().startswith("step"):
+        assert process.poll() is None, process.stderr.read()
+    send = os.killpg if processes == 1 else os.kill
+    send(process.pid, number)
+    assert "is saved; go on with --resume" in finish(process, 130 if processes == 1 else 1)
+    finish(script("--resume", tmp_path / "cut", processes=processes))
+    assert_same(outcome(tmp_path / "cut"), outcome(tmp_path / "whole"))
+
+
+# ---- Writing -------------------------------------------------------------------------------------
+
+
+def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(make_model, tmp_path, monkeypatch):
+    """The old one or the new one, weights and training state belonging together."""
+    models = {"old": make_model(seed=1), "new": make_model(seed=2)}
+    operations = [(os, "replace"), (os, "fsync"), (Path, "rename"), (Path, "mkdir")]
+
+    def attempt(folder, die_at):
+        count = iter(range(1, 1000))
+
+        def deadly(original):
+            def operation(*arguments, **more):
+                if next(count) == die_at:
+                    raise Killed
+                return original(*arguments, **more)
+
+            return operation
+
+        with monkeypatch.context() as patch:
+            for owner, name in [*operations, (shutil, "rmtree")]:
+                patch.setattr(owner, name, deadly(getattr(owner, name)))
+            train.save_checkpoint(folder, models["new"], {"model": "new"})
+
+    seen = set()
+    for die_at in range(1, 1000):
+        out = tmp_path / str(die_at)
+        train.save_checkpoint(out / "last", models["old"], {"model": "old"})
+        (out / "train_config.json").write_text("{}")
+        with contextlib.suppress(Killed):
+            attempt(out / "last", die_at)
+            break
+        with train.claim_run(train.TrainConfig(resume=str(out))):
+            found = state_of(out)["model"]
+        weights = dualenc.DualEncoder.from_pretrained(out / "last").text_projection.weight
+        assert torch.equal(weights, models[found].text_projection.weight), f"killed at {die_at}"
+        train.save_checkpoint(out / "last", models["new"], {"model": "after"})
+        assert state_of(out)["model"] == "after", "what is left is no obstacle"
+        seen.add(found)
+    assert seen == {"old", "new"} and die_at > 12
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(make_model, tmp_path, monkeypatch):
+    def disk_is_full(*_):
+        raise OSError(28, "No space left on device")
+
+    model, folder = make_model(), tmp_path / "last"
+    train.save_checkpoint(folder, model, {"step": 1})
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with monkeypatch.context() as patch, pytest.raises((OSError, ValueError), match="No space"):
+        patch.setattr(os, "fsync", disk_is_full)
+        train.save_checkpoint(folder, model, {"step": 2})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    train.save_checkpoint(folder, model, {"step": 3})
+    assert [path.name for path in tmp_path.iterdir()] == ["last"], "no rubbish stays"
+
+
+HOLD = """
+import sys, train
+with train.claim_run(train.TrainConfig(out=sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_is_for_one_run_at_a_time_and_overwritten_only_on_request(data, tmp_path):
+    """The lock goes with the process that holds it, even if that is killed."""
+    out, pipes = tmp_path / "run", {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(out)], cwd=ROOT, **pipes)
+    assert holder.stdout.readline() == b"held\n"
+    flags = [*data, *TINY, "--steps", "1", "--out", out]
+    with pytest.raises(ValueError, match="another process trains into"):
+        run(*flags)
+    holder.kill()
+    holder.communicate()
+    assert run(*flags) == 0
+    before = outcome(out)
+    with pytest.raises(ValueError, match="run holds a run: --resume .*, or --overwrite"):
+        run(*flags, "--seed", "1")
+    assert_same(outcome(out), before)
+    assert run(*flags, "--seed", "1", "--overwrite") == 0
+    lines, state, _ = outcome(out)
+    assert len(lines) == 2 and lines[0]["loss"] != before[0][0]["loss"]
+
+
+# ---- Bad images ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cached", [[], ["--lock", "vision", "--cache-features"]], ids=["plain", "cached"]
+)
+def test_a_bad_image_stops_training_by_name_or_is_skipped_and_counted(cached, tmp_path):
+    data = write_images(tmp_path / "data", 160, bad=[111])
+    flags = [*data, *TINY, "--steps", "20", "--log-every", "20", *cached]
+    with pytest.raises(ValueError, match=r"111.png.*\(--on-bad-image; 1 of 1\d\d images"):
+        run(*flags, "--out", tmp_path / "run")
+    for workers in (0, 2):
+        skip = ["--on-bad-image", "skip", "--workers", workers]
+        assert run(*flags, *skip, "--out", tmp_path / f"run{workers}") == 0
+    found = outcome(tmp_path / "run0")
+    assert_same(outcome(tmp_path / "run2"), found)
+    assert [line["bad_images"] for line in found[0] if "loss" in line] == [0, 1]
+    if not cached:
+        write_images(tmp_path / "data", 160, bad=range(111, 116))  # more than 1% of 120
+        with pytest.raises(ValueError, match=r"[2-5] of 1\d\d images; skip allows 1%"):
+            run(*flags, *skip, "--out", tmp_path / "run", "--overwrite")
+
+
+# ---- Several processes ---------------------------------------------------------------------------
+
+CASES = [
+    {"batch": 12},
+    {},
+    {"tiled": True},
+    {"micro_batch": 2, "tiled": True},
+    {"lock": "vision", "micro_batch": 3},
+    {"lock": "text", "tiled": True},
+    {"lock": "both"},
+    {"loss": "siglip", "micro_batch": 2},
+    {"loss": "siglip", "tiled": True},
+    {"loss": "multi-positive"},
+    {"loss": "multi-positive", "micro_batch": 2, "tiled": True},
+    {"batch": 3},
+]
+
+
+def take_step(loss="clip", tiled=False, micro_batch=0, lock="", batch=11):
+    """The loss and the gradients of this rank's share of a batch, in float64."""
+    torch.manual_seed(0)
+    words = [f"{word} {i % 7}" for i, word in enumerate(("ant", "bee", "cat", "dog") * 3)]
+    tokenizer = dualenc.train_tokenizer(words, vocab_size=300, max_length=32)
+    more = {"vision_args": TINY_VIT, "vision_image_size": 32, **TINY_TEXT}
+    more |= {"text_vocab_size": tokenizer.get_vocab_size()}
+    more |= {"logit_bias_init": -2.0 if loss == "siglip" else None}
+    build = dualenc.DualEncoder.from_vision_text_pretrained
+    model = build("vit_tiny_patch16_224", "scratch", 16, pretrained=False, **more)
+    model.processor = dualenc.Processor(model.vision_model.image_transform(), tokenizer)
+    model = (model.lock(lock) if lock else model).double().train()
+    train.TILED_FROM = 1 if tiled else 10_000
+    embed, own = dualenc.MicroBatches(model, micro_batch), dualenc.share(batch)
+    if dualenc.world_size() > 1:
+        embed = torch.nn.parallel.DistributedDataParallel(embed)
+    pixels = torch.randint(0, 256, (batch, 3, 32, 32), generator=torch.Generator().manual_seed(1))
+    groups, texts = torch.arange(batch)[own] % 7, model.processor(text=words[own])
+    images, texts = embed(pixels[own].to(torch.uint8), texts)
+    value = train.compute_loss(loss, model, images, texts, groups)
+    value.backward()
+    results = {name: w.grad for name, w in model.named_parameters() if w.grad is not None}
+    results["loss"] = dualenc.all_reduce_sum(value.detach()) / dualenc.world_size()
+    results["accuracy"] = torch.tensor(train.in_batch_accuracy(images, texts, groups))
+    return results
+
+
+def take_steps(rank):
+    config = train.TrainConfig(batch_size=8, steps=14, seed=3, neighbours=1)
+    return list(train.batch_keys(config, range(50), 2)), [take_step(**case) for case in CASES]
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_the_step_of_several_processes_is_that_of_one_on_the_whole_batch(count, monkeypatch):
+    """Every gradient, logit_scale's and logit_bias's too, the loss, the accuracy, the batches."""
+    monkeypatch.setattr(train, "TILED_FROM", train.TILED_FROM)
+    plain = ("batch", "loss", "lock")
+    expected = [take_step(**{k: v for k, v in case.items() if k in plain}) for case in CASES]
+    keys, results = zip(*support.in_processes(count, take_steps))
+    for rank, steps in enumerate(results):
+        for case, got, wanted in zip(CASES, steps, expected):
+            assert got.keys() == wanted.keys(), case
+            for name, value in wanted.items():
+                message = f"{case}, rank {rank}, {name}: " + "{}"
+                torch.testing.assert_close(
+                    got[name], value, rtol=1e-7, atol=1e-11, msg=message.format
+                )
+    config = train.TrainConfig(batch_size=8, steps=14, seed=3, neighbours=1)
+    whole = list(train.batch_keys(config, range(50), 2))
+    assert [sum(shares, []) for shares in zip(*keys)] == whole
+
+
+def train_here(rank, flags, happening=None):
+    """The best metrics, or the exit status and the last line; "signal" or "nan" meets rank 1."""
+    loss, steps = train.compute_loss, []
+
+    def compute_loss(*arguments):
+        steps.append(torch.initial_seed())
+        if happening == "signal" and rank == 1 and len(steps) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        broken = happening == "nan" and rank == 1 and len(steps) == 7
+        return loss(*arguments) + (float("nan") if broken else 0.0)
+
+    train.compute_loss, printed = compute_loss, io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            return train.main([str(flag) for flag in flags]), steps
+    except SystemExit as stop:
+        return stop.code, printed.getvalue().splitlines()[-1]
+    except ValueError as error:
+        return str(error)
+
+
+def test_two_processes_stop_together_and_resume_to_the_bit(data, tmp_path):
+    """Dropout differs between ranks and is replayed; SIGTERM to one of them stops both."""
+    flags, cut = [*data, *TINY, *DROPOUT, "--micro-batch", "3"], tmp_path / "cut"
+    one, other = support.in_processes(2, train_here, [*flags, "--out", tmp_path / "whole"])
+    assert one[0] == other[0] and len(set(one[1] + other[1])) == 24
+    stopped = support.in_processes(2, train_here, [*flags, "--out", cut], "signal")
+    said = f"stopped  SIGTERM; step 7 is saved; go on with --resume {cut}"
+    assert stopped == [(143, said)] * 2
+    with pytest.raises(ValueError, match="began with processes 2, not 1"):
+        train.main(["--resume", str(cut)])
+    support.in_processes(2, train_here, ["--resume", cut])
+    assert_same(outcome(cut), outcome(tmp_path / "whole"))
+
+
+def test_a_run_of_two_processes_is_that_of_one_and_nan_stops_both(data, tmp_path):
+    flags, two = [*data, *TINY, *VIT], tmp_path / "two"
+    assert run(*flags, "--out", tmp_path / "one") == 0
+    support.in_processes(2, train_here, [*flags, "--out", two])
+    for line, other in zip(outcome(tmp_path / "one")[0], outcome(two)[0], strict=True):
+        assert line == pytest.approx(other, rel=1e-4, abs=1e-4)
+    errors = support.in_processes(2, train_here, [*flags, "--out", tmp_path / "nan"], "nan")
+    assert errors[0] == errors[1] and "step 7: loss or gradient are not finite" in errors[0]
+    assert state_of(tmp_path / "nan")["step"] == 5
