@@ -1,0 +1,164 @@
+"""The printout and the report page: tables, shaded matrices, cards; everything on one page."""
+
+import base64
+import html.parser
+import io
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dualenc
+import eval as evaluation
+
+
+class Page(html.parser.HTMLParser):
+    """Every tag of a page with its attributes, and its words; tags must close in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.words = [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Class folders with a name that must be shown, not interpreted."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("test", 3)):
+        for name, colour in (("<b>dog & cat", (200, 40, 40)), ("fox", (40, 200, 40))):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(colour + rng.integers(-40, 40, (32, 32, 3)), 0, 255)
+                path = tmp_path / "photos" / split / name / f"{i}.png"
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def context(make_model, folder):
+    return evaluation.EvalContext(make_model(), dualenc.load_pairs(folder, "test"))
+
+
+@pytest.mark.parametrize("task", ["all", "search"])
+def test_the_report_is_one_page_with_everything_inside(make_model, folder, tmp_path, task):
+    """No script, nothing to fetch; every image can be decoded; words are shown as they are."""
+    make_model().save_pretrained(tmp_path / "model")
+    report, query = tmp_path / "report", "<i>dogs & foxes"
+    flags = ["--data", str(folder), "--task", task, "--report", str(report)]
+    flags += ["--query", query] if task == "search" else []
+    results = evaluation.main([str(tmp_path / "model"), *flags])
+    assert os.listdir(report) == ["index.html"]
+    text = (report / "index.html").read_text()
+    page, words = Page(text), []
+    assert not re.search(r"<script|javascript:|@import|url\(|https?:|\son\w+=", text)
+    assert {tag for tag, _ in page.tags}.isdisjoint({"a", "link", "b", "i"})
+    sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
+    assert len(sources) > 5
+    for source in sources:
+        kind, content = re.fullmatch(r"data:image/(png);base64,(.+)", source).groups()
+        Image.open(io.BytesIO(base64.b64decode(content))).verify()
+    words = " ".join(page.words)
+    assert "<b>dog & cat" in words and (query in words) == (task == "search")
+    assert "width=device-width" in text and "overflow-x: auto" in text, "narrow windows"
+    for name, metrics in results.items():
+        assert evaluation.TASKS[name].title in words
+        for value in metrics.values():
+            if isinstance(value, float) and value not in (0, 1):
+                assert f"{value:.3f}" in words, "every number of the json file"
+
+
+def test_a_table_aligns_its_columns():
+    table = evaluation.Table("scores", "two of them", ("", "a"), [("x", "1.5"), ("long", "22.25")])
+    assert table.lines() == [
+        "scores      two of them",
+        "             a",
+        "  x        1.5",
+        "  long   22.25",
+    ]
+
+
+def test_metrics_become_tables_of_numbers_intervals_and_shares():
+    metrics = {"n": 5, "chance_r1": 0.2, "r1": 0.5, "r1_low": 0.25, "r1_high": 0.75, "medr": 2.0}
+    first, second = evaluation.metric_tables("task", {**metrics, "by_class": {"a": 0.1, "b": 0.9}})
+    assert first.note == "n 5   chance_r1 0.2000"
+    assert first.rows == [("r1", "0.500", "0.250 to 0.750"), ("medr", "2.000", "")]
+    assert second.rows == [("b", "0.900"), ("a", "0.100")], "the best first"
+
+
+def test_the_similarity_table_has_captions_in_rows_and_images_in_columns(context):
+    table = evaluation.retrieval_blocks(context, {})[0]
+    values = torch.tensor([[float(cell) for cell in row[1:]] for row in table.rows])
+    captions = [row[0] for row in table.rows]
+    with torch.no_grad():
+        texts = context.model.encode_text(**context.model.processor(text=captions))
+        pixels = context.model.processor(images=list(table.columns[1:]))["pixel_values"]
+        expected = texts @ context.model.encode_image(pixels).T
+    assert values.shape == (6, 6) and torch.allclose(values, expected, atol=0.006)
+    for i, caption in enumerate(captions):
+        assert caption in context.pairs.captions[i]
+    shades = torch.tensor(table.shades)
+    assert (shades.min(), shades.max()) == (0, 1)
+    assert shades.argmax() == expected.argmax() and shades.argmin() == expected.argmin()
+
+
+def test_cells_are_darker_where_values_are_larger():
+    page = Page(evaluation.Table("t", "", ("", "a", "b"), [("x", "1", "2")], [[0.1, 0.9]]).html())
+    styles = [attributes["style"] for tag, attributes in page.tags if tag == "td"]
+    alphas = [float(re.search(r"/([\d.]+)\)", style)[1]) for style in styles]
+    assert alphas == [0.1, 0.9] and ["#fff" in style for style in styles] == [False, True]
+
+
+def test_best_and_worst_captions_show_what_they_found(context):
+    """Each image is its own caption's best, but captions 0 and 1 are exchanged."""
+    context.image_embeds, n = torch.eye(6), 6
+    context.captions, context.text_embeds = (
+        [f"caption {i}" for i in range(n)],
+        torch.eye(6)[[1, 0, 2, 3, 4, 5]],
+    )
+    context.right = torch.arange(n)[:, None].repeat(1, 2)
+    blocks = [Page(block) for block in evaluation.retrieval_blocks(context, {})[1:]]
+    titles = [page.words[0] for page in blocks]
+    assert titles[0] == "Best: “caption 2”, right at rank 1"
+    assert titles[3:] == [
+        "Worst: “caption 1”, right at rank 6",
+        "Worst: “caption 0”, right at rank 6",
+    ]
+    for page in blocks:
+        framed = [attributes["class"] for tag, attributes in page.tags if tag == "figure"]
+        assert framed.count("right") == 1 and 5 <= len(framed) <= 6, "the right one is shown too"
+    assert blocks[0].words[1] == f"1.000 {context.pairs.names[2]}"
+
+
+def test_confusion_has_right_classes_in_rows(context):
+    """Two of three dogs are taken for foxes."""
+    context.class_embeds = torch.eye(2)
+    context.image_embeds = torch.eye(2)[[1, 1, 0, 1, 1, 1]]
+    (table,) = evaluation.zeroshot_blocks(context, {})
+    assert table.rows == [("<b>dog & cat", "33%", "67%"), ("fox", "", "100%")]
+    assert table.shades[0] == pytest.approx([1 / 3, 2 / 3])
+
+
+def test_images_are_drawn_in_a_grid_of_squares():
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    images = [Image.new("RGB", (20, 40), colour) for colour in colours]
+    grid = evaluation.image_grid(images, columns=2, side=40)
+    assert grid.size == (2 * 40 + 3 * 8, 2 * 40 + 3 * 8)
+    centres = [(28, 28), (76, 28), (28, 76)]
+    assert [grid.getpixel(place) for place in centres] == colours
+    assert grid.getpixel((10, 28)) == (255, 255, 255), "padded, not stretched"
