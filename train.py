@@ -84,7 +84,7 @@ LOSSES = {
         inputs=("logit_scale", "logit_bias"),
         chance=lambda sizes: siglip_guess(sum(sizes)),
         floor=mean_over_groups(siglip_guess),
-        tiled=dualenc.tiled_siglip_loss,
+        tiled=None,
         start={"logit_scale_init": math.log(10), "logit_bias_init": -10.0},  # SigLIP, section 3.2
     ),
     "multi-positive": Loss(
@@ -92,7 +92,7 @@ LOSSES = {
         inputs=("logit_scale", "group_ids"),
         chance=lambda sizes: math.log(sum(sizes)) - mean_over_groups(math.log)(sizes),
         floor=lambda sizes: 0.0,
-        tiled=dualenc.tiled_multi_positive_clip_loss,
+        tiled=None,
     ),
 }
 
@@ -217,9 +217,9 @@ def train(config, run, model, optimizer, state):
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
             loss = dualenc.all_reduce_sum(loss.detach()).item() / dualenc.world_size()
             skipped = not norm.isfinite().item()
-            if not math.isfinite(loss) or (skipped and scaler.get_scale() <= 1):
-                what = f"step {state['step'] + 1}: loss or gradient are not finite"
-                raise ValueError(f"{what}: lower --lr ({config.lr:.1e}) or take --precision fp32")
+            broken = not math.isfinite(loss) or (skipped and scaler.get_scale() <= 1)
+            where = f"step {state['step'] + 1}: loss or gradient are not finite"
+            refuse(broken, f"{where}: lower --lr ({config.lr:.1e}) or take --precision fp32")
             scaler.step(optimizer)
             scaler.update()
             with torch.no_grad():
@@ -272,14 +272,14 @@ def compute_loss(name, model, image_embeds, text_embeds, group_ids):
     returns                    ()      nats; the mean over ranks is the loss, also of gradients
     """
     row, all_groups = LOSSES[name], dualenc.gather_embeds(group_ids)
-    given = {"logit_scale": model.logit_scale, "group_ids": group_ids}
+    tiled = row.tiled is not None and len(all_groups) >= TILED_FROM
+    given = {"logit_scale": model.logit_scale, "group_ids": group_ids if tiled else all_groups}
     given["logit_bias"] = getattr(model, "logit_bias", None)
-    if row.tiled and len(all_groups) >= TILED_FROM:
-        inputs = [given[name] for name in row.inputs]
+    inputs = [given[name] for name in row.inputs]
+    if tiled:
         return row.tiled(image_embeds, text_embeds, *inputs, sharded=dualenc.world_size() > 1)
     image_embeds, text_embeds = map(dualenc.gather_embeds, (image_embeds, text_embeds))
-    given["group_ids"] = all_groups
-    return row.function(image_embeds, text_embeds, *[given[name] for name in row.inputs])
+    return row.function(image_embeds, text_embeds, *inputs)
 
 
 def learning_rate(step, steps, warmup, peak):
@@ -376,9 +376,9 @@ def fetch(config, run, model, first_step, bad_images):
     allowed = BAD_SHARE * len(run.pairs) if config.on_bad_image == "skip" else 0
     for keys, (images, indices, errors) in zip(batches(), loader):
         bad_images.update({i: error for (_, i), error in zip(keys, errors) if error})
-        if len(bad_images) > allowed:
-            count = f"{len(bad_images)} of {len(run.pairs):,} images; skip allows {BAD_SHARE:.0%}"
-            raise ValueError(f"{next(iter(bad_images.values()))} (--on-bad-image; {count})")
+        reason = next(iter(bad_images.values()), "")
+        count = f"{len(bad_images)} of {len(run.pairs):,} images; skip allows {BAD_SHARE:.0%}"
+        refuse(len(bad_images) > allowed, f"{reason} (--on-bad-image; {count})")
         rngs = [random.Random(f"caption {config.seed} {key}") for key in keys]
         captions = [rng.choice(run.pairs.captions[i]) for rng, i in zip(rngs, indices)]
         yield images, indices, captions
@@ -440,10 +440,6 @@ def towers(model):
 def make_model(config, pairs):
     """The model that the flags name, with a processor; a new text tower learns its tokenizer."""
     if config.init:
-        fields = [f for f in dataclasses.fields(config) if f.metadata["group"] == "towers"]
-        changed = [f.name for f in fields if getattr(config, f.name) != vars(TrainConfig())[f.name]]
-        if changed:
-            raise ValueError(f"--init brings its own towers: leave out {flag_names(changed)}")
         model = dualenc.DualEncoder.from_pretrained(config.init)
         for tower in towers(model).values():
             tower.source, tower.new_parts = config.init, []
@@ -509,9 +505,10 @@ def load_run(config, pairs, out, device):
         state["towers"] = {name: (t.source, t.new_parts) for name, t in towers(model).items()}
     needs_bias = "logit_bias" in LOSSES[config.loss].inputs
     halves = [getattr(model.processor, name, None) for name in ("tokenizer", "image_transform")]
-    if None in halves or (needs_bias and not hasattr(model, "logit_bias")):
-        lacks = "half of a processor" if None in halves else f"the logit_bias of {config.loss}"
-        raise ValueError(f"{config.init or config.text} lacks {lacks}")
+    start = config.init or config.text
+    refuse(None in halves, f"{start} lacks a tokenizer or preprocessor_config.json")
+    lacks_bias = needs_bias and not hasattr(model, "logit_bias")
+    refuse(lacks_bias, f"{start} lacks the logit_bias that --loss {config.loss} learns")
     if hasattr(model, "logit_bias"):
         model.logit_bias.requires_grad_(needs_bias)
     if config.lock:
@@ -529,6 +526,11 @@ def load_run(config, pairs, out, device):
 # ---- The run folder and the printout -------------------------------------------------------------
 
 
+def refuse(wrong, message):
+    if wrong:
+        raise ValueError(message)
+
+
 def flag_names(fields):
     return ", ".join("--" + name.replace("_", "-") for name in fields)
 
@@ -543,8 +545,7 @@ def read_flags(argv):
         config = dualenc.config_from_dict(TrainConfig, vars(parser.parse_args(argv)))
         now = json.loads(json.dumps(vars(config)))  # without tuples, like what is stored
         changed = {n: v for n, v in stored.items() if now[n] != v and n not in FREE_ON_RESUME}
-        if changed:
-            raise ValueError(f"{flag_names(changed)} of a resumed run differ from {changed}")
+        refuse(changed, f"{flag_names(changed)} of a resumed run differ from {changed}")
     return config
 
 
@@ -555,8 +556,8 @@ def claim_run(config):
     lock = filelock.FileLock(out / LOCK_FILE)
     try:
         if dualenc.rank() == 0:
-            if (out / dualenc.RUN_CONFIG).exists() and not (config.resume or config.overwrite):
-                raise ValueError(f"{out} holds a run: --resume {out}, or --overwrite, or new --out")
+            held = (out / dualenc.RUN_CONFIG).exists() and not (config.resume or config.overwrite)
+            refuse(held, f"{out} holds a run: --resume {out}, or --overwrite, or another --out")
             out.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
             for name in ("last", "best"):  # undo a swap that was cut short
@@ -584,8 +585,8 @@ def open_run(out, config, run, argv, device, step):
     if config.resume:
         begun = dualenc.read_json(out / dualenc.RUN_CONFIG)
         for name in ("data_names", "processes"):
-            if begun[name] != record[name]:
-                raise ValueError(f"{out} began with {name} {begun[name]}, not {record[name]}")
+            changed = f"{out} began with {name} {begun[name]}, not {record[name]}"
+            refuse(begun[name] != record[name], changed)
         record = {**begun, "flags": record["flags"]}  # the data may have moved
         # Lines after the last checkpoint come again; a kill may have cut the last one.
         whole = (out / METRICS_FILE).read_text(encoding="utf-8").split("\n")[:-1]
@@ -659,11 +660,12 @@ def introduce(config, run, model, optimizer, flags):
     pairs, text, sides = run.pairs, model.config.text, towers(model).items()
     captions = list(itertools.chain.from_iterable(pairs.captions))
     size = f"{len(pairs):,} images, {len(captions):,} captions"
+    size += (
+        f", {len(pairs.classes)} classes: {', '.join(pairs.classes[:6])}" if pairs.classes else ""
+    )
     print(f"data     {config.data}   {size}; {len(run.held_out):,} images held out")
-    if pairs.classes:
-        print(f"classes  {len(pairs.classes)}: {', '.join(pairs.classes[:6])} ...")
-    if same := dualenc.count_same_ids(model.processor, captions):
-        print(f"tokens   {same:,} captions have the token ids of a different caption")
+    same = dualenc.count_same_ids(model.processor, captions)
+    print(f"tokens   {text.vocab_size:,}; {same:,} captions have the token ids of a different one")
     vision, language = (sum(w.numel() for w in tower.parameters()) / 1e6 for _, tower in sides)
     sizes = f"({vision:.1f}M) + {text.family} {text.depth}x{text.width} ({language:.1f}M)"
     print(f"model    {model.config.vision.name} {sizes} -> {model.config.projection_dim}")
@@ -678,9 +680,9 @@ def introduce(config, run, model, optimizer, flags):
     seen = math.ceil(config.batch_size / dualenc.world_size())
     seen = min(seen, config.micro_batch or seen)
     norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-    if seen < config.batch_size and any(norm.training for norm in norms):
-        print(f"norm     batch norm sees {seen} images at a time, not {config.batch_size}")
-    where = f"{model.logit_scale.device} {config.precision}, {dualenc.world_size()} processes"
+    in_parts = seen < config.batch_size and any(norm.training for norm in norms)
+    norm = f"; batch norm sees {seen} images at a time" if in_parts else ""
+    where = f"{model.logit_scale.device} {config.precision}, {dualenc.world_size()} processes{norm}"
     size = f"batch_size={config.batch_size} steps={config.steps}"
     print(f"run      {size}   torch {torch.__version__}   {where}   seed {config.seed}")
     changed = [f"{k}={v}" for k, v in vars(flags).items() if v != vars(TrainConfig())[k]]
@@ -693,19 +695,19 @@ def check_recipe(config, pairs, held_out):
     for name, value in vars(config).items():
         if isinstance(value, (int, float)) and name != "workers":
             dualenc.check_min(flag_names([name]), value, least.get(name, 0))
-    if max(config.crop_scale, config.warmup) > 1:
-        raise ValueError("--crop-scale and --warmup are shares, expected at most 1")
-    if len(pairs) < config.batch_size:
-        raise ValueError(f"{len(pairs)} training images are fewer than --batch-size: lower it")
-    if not len(held_out):
-        raise ValueError(f"no images are held out of {config.data}: raise --val-fraction")
-    if len(set(pairs.labels or itertools.chain.from_iterable(pairs.captions))) == 1:
-        raise ValueError(f"all images of {config.data} share their caption or class")
-    if config.cache_features and not config.lock:
-        raise ValueError("--cache-features keeps what a locked tower computes: add --lock")
+    refuse(max(config.crop_scale, config.warmup) > 1, "--crop-scale and --warmup are at most 1")
+    few = f"{len(pairs)} training images are fewer than --batch-size: lower it"
+    refuse(len(pairs) < config.batch_size, few)
+    refuse(not len(held_out), f"no images are held out of {config.data}: raise --val-fraction")
+    kinds = set(pairs.labels or itertools.chain.from_iterable(pairs.captions))
+    refuse(len(kinds) == 1, f"all images of {config.data} share their caption or class")
+    refuse(config.cache_features and not config.lock, "--cache-features needs a tower to --lock")
     views = flag_names(f.name for f in augmentations(config))
-    if config.cache_features and config.lock != "text" and views:
-        raise ValueError(f"--cache-features keeps one view of each image: leave out {views}")
+    one_view = config.cache_features and config.lock != "text"
+    refuse(one_view and views, f"--cache-features keeps one view of each image: leave out {views}")
+    fields = [f.name for f in dataclasses.fields(config) if f.metadata["group"] == "towers"]
+    built = [name for name in fields if getattr(config, name) != vars(TrainConfig())[name]]
+    refuse(config.init and built, f"--init brings its own towers: leave out {flag_names(built)}")
 
 
 def keep_freed_memory():
