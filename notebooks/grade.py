@@ -45,8 +45,7 @@ def student_sources(folder, exercise):
             sources[file] = make_assignment.replace_bodies(sources[file], {name: body})
             compile(sources[file], file, "exec")  # a `break` outside a loop parses
         except Exception as error:  # whatever parsing a student's file may raise
-            what = f"{type(error).__name__}: {error}"
-            raise ValueError(f"no usable {name} in {file}: {what}") from None
+            raise ValueError(f"no usable {name} in {file}: {error!r}") from None
     return sources
 
 
@@ -101,8 +100,7 @@ def grade(folder, exercises, seconds=SECONDS, memory=MEMORY):
         except ValueError as error:
             row, stopped = scores.score(exercise, {"all": str(error)}), str(error)
         rows.append({**row, "stopped": stopped})
-    limits = {"seconds": seconds, "memory": memory}
-    return {"submission": str(folder), **scores.total(rows), "limits": limits}
+    return {**scores.total(rows), "limits": {"seconds": seconds, "memory": memory}}
 
 
 def main(argv=None):

@@ -26,7 +26,7 @@ METADATA = {
 
 
 def execute(path, folder):
-    """The notebook after a run in folder/notebooks; raises CellExecutionError at a failing cell."""
+    """The notebook after a run in folder/notebooks; raises CellExecutionError if a cell fails."""
     working = folder / "notebooks"
     working.mkdir()
     for name in BESIDE:

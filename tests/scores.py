@@ -79,8 +79,8 @@ def score(exercise, outcomes):
 
 def total(rows):
     """The content of the results file."""
-    sums = {name: sum(row[name] for row in rows) for name in ("points", "out_of")}
-    return {**sums, "exercises": rows}
+    points, out_of = (sum(row[name] for row in rows) for name in ("points", "out_of"))
+    return {"points": points, "out_of": out_of, "exercises": rows}
 
 
 def score_lines(results):
@@ -130,16 +130,12 @@ def pytest_terminal_summary(terminalreporter, config):
     for test, message in messages.items():
         if named := re.search(r"::test_exercise_(\d+)_(.*)", test):
             outcomes.setdefault(int(named[1]), {})[named[2]] = message
-    asked = config.option.score_file or len(messages) == sum(map(len, outcomes.values()))
-    if not (asked and outcomes):
+    only_exercises = len(messages) == sum(map(len, outcomes.values()))
+    if not outcomes or not (only_exercises or config.option.score_file):
         return
     exercises = find_exercises(Path(__file__).parent.parent)
-    results = total(
-        [
-            score(exercises[number], outcomes[number])
-            for number in sorted(outcomes.keys() & exercises)
-        ]
-    )
+    numbers = sorted(outcomes.keys() & exercises)
+    results = total([score(exercises[number], outcomes[number]) for number in numbers])
     terminalreporter.section("score")
     terminalreporter.write("\n".join(score_lines(results)) + "\n")
     if config.option.score_file:
