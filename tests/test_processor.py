@@ -223,8 +223,14 @@ def test_dark_deep_images_are_noticed_once(tmp_path, capsys):
         dualenc.open_image(tmp_path / f"{name}.png")
     gray(np.uint16([100, 40_000]))(tmp_path / "c.png")
     dualenc.open_image(tmp_path / "c.png")
+    gray(np.uint16([0, 200]))(tmp_path / "d.png")
+    assert_looks(dualenc.open_image(tmp_path / "d.png"), (0,) * 3, (0,) * 3, tolerance=1)
     note = capsys.readouterr().out
-    assert note.count("note:") == 1 and "a.png is dark: it uses 6.2% of the range" in note and "rescale" in note
+    assert (
+        note.count("note:") == 1
+        and "a.png is dark: it uses 6.2% of the range" in note
+        and "rescale" in note
+    )
 
 
 def png():
