@@ -658,11 +658,9 @@ def describe_step(line, config):
 def introduce(config, run, model, optimizer, flags):
     """The head of the printout: data, model, what learns, run, and flags that are not defaults."""
     pairs, text, sides = run.pairs, model.config.text, towers(model).items()
-    captions = list(itertools.chain.from_iterable(pairs.captions))
+    known, captions = pairs.classes, list(itertools.chain.from_iterable(pairs.captions))
     size = f"{len(pairs):,} images, {len(captions):,} captions"
-    size += (
-        f", {len(pairs.classes)} classes: {', '.join(pairs.classes[:6])}" if pairs.classes else ""
-    )
+    size += f", {len(known)} classes: {', '.join(known[:6])}" if known else ""
     print(f"data     {config.data}   {size}; {len(run.held_out):,} images held out")
     same = dualenc.count_same_ids(model.processor, captions)
     print(f"tokens   {text.vocab_size:,}; {same:,} captions have the token ids of a different one")
