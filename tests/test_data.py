@@ -110,10 +110,10 @@ def test_an_unreadable_image_gives_its_place_to_the_next(folder):
     pixels, used, error = dataset[5, 1]
     assert torch.equal(pixels, transform.resize_and_crop(dualenc.to_pixels(images[2])) + 5)
     assert "cannot read image" in error and "b.png" in error and dataset[5, 2][2] == ""
-    for name in "ac":
-        write(folder / f"{name}.png", "no image")
-    assert dataset[0, 1][0].shape == (3, 4, 4) and dataset[0, 1][1] == 1
-    assert "b.png" in dataset[0, 1][2], "the image that was asked for"
+    write(folder / "c.png", "no image")
+    assert dataset[0, 1][1] == 0 and "b.png" in dataset[0, 1][2], "the image that was asked for"
+    write(folder / "a.png", "no image")
+    assert dataset[0, 1][0].shape == (3, 4, 4) and dataset[0, 1][1] == 1 and dataset[0, 1][2]
 
 
 @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
