@@ -17,7 +17,7 @@ import dualenc
 
 @pytest.fixture
 def tokenizer():
-    return dualenc.train_tokenizer(CAPTIONS, vocab_size=200, max_length=32)
+    return dualenc.train_tokenizer(CAPTIONS, vocab_size=500, max_length=32)
 
 
 @pytest.fixture
