@@ -7,6 +7,7 @@ import resource
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import timm
@@ -105,11 +106,13 @@ def test_tables_that_are_in_no_file_are_computed_again(name, make_model, tmp_pat
     assert torch.equal(load(tmp_path).encode_image(pixels), model.encode_image(pixels))
 
 
-def test_half_precision_is_loaded_in_float32_from_a_file_that_may_then_change(saved):
+@pytest.mark.parametrize("half", [True, False])
+def test_weights_are_float32_and_the_file_may_change_afterwards(half, saved):
     folder, model = saved
-    model.half().save_pretrained(folder)
-    again = load(folder)
-    (folder / "model.safetensors").write_bytes(b"0" * 9_000_000)  # in place
+    (model.half() if half else model).save_pretrained(folder)
+    again, path = load(folder), folder / "model.safetensors"
+    with open(path, "r+b") as file:  # in place: a mapped file would change the weights
+        file.write(b"0" * path.stat().st_size)
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor.float()), name
 
@@ -164,6 +167,23 @@ def test_hub_ids_are_found_in_the_local_cache_and_missing_ones_explained(saved, 
     for place in (folder / "missing", "./missing"):
         with pytest.raises(ValueError, match="no folder .*missing"):
             load(place)
+
+
+def test_only_what_can_be_read_is_downloaded(monkeypatch, tmp_path):
+    """Safetensors, else the pickle; of folders 1_Pooling/ alone."""
+    wanted, chosen = [], huggingface_hub.utils.filter_repo_objects
+    files = ["config.json", "1_Pooling/config.json", "onnx/config.json", "model.safetensors"]
+    files += ["pytorch_model.bin", "training_args.bin", "vocab.txt", "tf_model.h5", "2/vocab.txt"]
+
+    def download(name, revision=None, **patterns):
+        wanted.append((name, revision, list(chosen(files, **patterns))))
+        return tmp_path
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert dualenc.find_folder("owner/name@v1") == tmp_path
+    expected = ["config.json", "1_Pooling/config.json", "model.safetensors", "vocab.txt"]
+    assert wanted[0] == ("owner/name", "v1", expected)
+    assert wanted[1][2] == ["pytorch_model.bin"], "the folder got no safetensors"
 
 
 @pytest.fixture

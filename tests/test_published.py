@@ -81,6 +81,9 @@ def test_a_published_dual_encoder_gives_transformers_numbers(name):
     """Embeddings to 1e-5, hidden states to 1e-4, loss and gradients to 1e-4 relative."""
     model = assert_reproduces(FIXTURES / "dual" / name, name)
     assert not model.training, "dropout and drop path of the config must be off after loading"
+    after_pad = isinstance(model.text_model, dualenc.RobertaEncoder)
+    unused = model.config.text.pad_token_id + 1 if after_pad else 0
+    assert model.text_model.max_tokens == model.config.text.max_positions - unused
     inputs, right = expected_of(FIXTURES / "dual" / name)
     inputs.pop("larger", None)
     output = model(**inputs, return_loss=True, output_hidden_states=True)
@@ -626,3 +629,16 @@ def test_processors_of_both_libraries_agree_on_files_of_either(tokens, hf, tmp_p
         assert right.keys() == got.keys()
         for key in got:
             assert largest_difference(got[key], right[key]) < 1e-6, key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*dualenc.HF_VISION, *dualenc.HF_TEXT])
+def test_defaults_are_those_of_transformers_configurations(name, hf):
+    config = hf.AutoConfig.for_model(name)
+    if name in dualenc.HF_VISION:
+        ours = dualenc.HF_VISION[name].defaults
+    else:
+        values = dualenc.read_text_config({"model_type": name}, {})
+        keys = dualenc.HF_TEXT[name].keys
+        ours = {key: getattr(values, field) for field, key in keys.items()}
+    assert ours == {key: getattr(config, key) for key in ours}
