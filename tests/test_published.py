@@ -312,6 +312,11 @@ def test_a_text_tower_is_read_from_below_its_task_head(name):
     assert largest_difference(output.pooler_output, pooled) < 1e-4
 
 
+def test_a_pooler_that_is_not_used_is_said_to_be_left_out():
+    with pytest.warns(UserWarning, match="left out: classifier.* pooler.dense.weight"):
+        dualenc.TextEncoder.from_pretrained(FIXTURES / "tower/bert-classifier", pooling="mean")
+
+
 @pytest.mark.parametrize("name", ["vit-classifier", "deit-teacher", "beit-classifier", "clip"])
 def test_a_vision_tower_is_read_from_below_its_task_head(name):
     """A pooler is never invented: a ViT or DeiT without one gives its class token."""
