@@ -191,6 +191,7 @@ def timm_folder(tmp_path):
     """(a timm model's folder, for grayscale images of 48 pixels, the model)"""
     args = {**TINY_VIT, "img_size": 48, "in_chans": 1, "global_pool": "avg"}
     trunk = timm.create_model("vit_tiny_patch16_224", num_classes=0, **args)
+    del args["img_size"]  # pretrained_cfg says it too, and older folders say it only there
     record = {"architecture": "vit_tiny_patch16_224", "model_args": args, "num_classes": 0}
     mean = {"mean": [0.1], "std": [0.2]}
     record["pretrained_cfg"] = {"input_size": [1, 48, 48], "fixed_input_size": True, **mean}

@@ -454,6 +454,15 @@ def test_a_caption_is_cut_at_the_side_the_files_say(tmp_path):
     assert processor.decode(processor(text="two dogs and a cat")["input_ids"][0]) == "a cat"
 
 
+def test_tokenizer_json_does_not_say_where_to_cut_as_in_transformers(tmp_path):
+    folder = tokenizer_folder(tmp_path, "bert-saved", tokenizer_class="BertTokenizer")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    strategy = {"direction": "Right", "strategy": "LongestFirst", "stride": 0}
+    tokenizer["truncation"] = {"max_length": 3, **strategy}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert dualenc.read_tokenizer(folder)[0].truncation is None
+
+
 @pytest.mark.parametrize(
     "name, files, settings, message",
     [
