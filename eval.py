@@ -313,7 +313,7 @@ def with_interval(name, values, per_image=None):
     return {name: mean.item(), f"{name}_low": low.item(), f"{name}_high": high.item()}
 
 
-def ranks(queries, gallery, right, rows=1024):
+def ranks(queries, gallery, right, rows=512):
     """The rank of each query's best right answer in the whole gallery: 1 is first.
 
     A tie counts against the model: wrong answers with the score of the right one stand before it.
@@ -322,7 +322,7 @@ def ranks(queries, gallery, right, rows=1024):
     queries     (Q, E)  unit-norm rows
     gallery     (G, E)  unit-norm rows
     right       (R, 2)  int64, (query index, gallery index) of every right answer
-    rows        queries at a time: at most rows x G scores are in memory
+    rows        queries at a time: at most twice rows x G scores are in memory
     returns     (Q,)    int64 on the CPU, from 1; computed where the embeddings are
     raises      ValueError if a query has no right answer
     Exercise 7  medium, 45 minutes: ranks with several right answers, run `pytest -k exercise_7`
