@@ -3,7 +3,6 @@
 test_runs.py has the steps of several processes.
 """
 
-import copy
 import math
 
 import pytest
@@ -13,57 +12,44 @@ from support import CAPTIONS, TINY_TEXT, TINY_VIT, Memory, fails_like
 
 import dualenc
 
-# Each loss with its tiled form.
-LOSSES = {
-    "clip": (dualenc.clip_loss, dualenc.tiled_clip_loss),
-    "siglip": (dualenc.siglip_loss, dualenc.tiled_siglip_loss),
-    "multi-positive": (dualenc.multi_positive_clip_loss, dualenc.tiled_multi_positive_clip_loss),
-}
 B = 11  # pairs of a batch, which neither pieces nor ranks divide
 
 
-def loss_inputs(name, count, scale=14.28):
-    """[image_embeds, text_embeds, logit_scale, and logit_bias or group_ids where they belong]."""
+def loss_inputs(count, scale=14.28):
+    """[image_embeds, text_embeds, logit_scale] in float64."""
     rng = torch.Generator().manual_seed(0)
     sides = torch.randn(2, count, 16, generator=rng, dtype=torch.float64)
     images, texts = F.normalize(sides, dim=-1)
     texts[::4], texts[1::4] = images[::4], -images[1::4]  # the best pairs and the worst
     inputs = [images, texts, torch.tensor(math.log(scale))]
-    inputs += [torch.tensor(-3.0)] if name == "siglip" else []
-    inputs = [tensor.double().requires_grad_() for tensor in inputs]
-    groups = torch.randint(100, 100 + count // 4, (count,), generator=rng)
-    return inputs + ([groups] if name == "multi-positive" else [])
+    return [tensor.double().requires_grad_() for tensor in inputs]
 
 
 def value_and_gradients(loss, inputs, **options):
     """Of the loss times 3: a forgotten outer gradient shows."""
     value = 3 * loss(*inputs, **options)
-    learned = [tensor for tensor in inputs if tensor.requires_grad]
-    return [value.detach(), *torch.autograd.grad(value, learned)]
+    return [value.detach(), *torch.autograd.grad(value, inputs)]
 
 
 @pytest.mark.parametrize(("count", "tile"), [(50, 16), (48, 16), (7, 16), (5, 1)])
-@pytest.mark.parametrize("name", LOSSES)
-def test_tiled_losses_equal_the_plain_ones(name, count, tile):
+def test_tiled_clip_loss_equals_the_plain_one(count, tile):
     """Value and gradients; at the clamp of 100, exp of a score overflows float32."""
-    plain, tiled = LOSSES[name]
     for scale in (1.0, 14.28, 100.0):
-        inputs = loss_inputs(name, count, scale)
-        right = value_and_gradients(plain, inputs)
-        single = [t.detach().float().requires_grad_() if t.requires_grad else t for t in inputs]
+        inputs = loss_inputs(count, scale)
+        right = value_and_gradients(dualenc.clip_loss, inputs)
+        single = [tensor.detach().float().requires_grad_() for tensor in inputs]
         for given, tolerance in ((inputs, 1e-7), (single, 1e-4)):
-            got = value_and_gradients(tiled, given, tile=tile)
-            for one, other, what in zip(got, right, ("loss", "images", "texts", "scale", "bias")):
+            got = value_and_gradients(dualenc.tiled_clip_loss, given, tile=tile)
+            for one, other, what in zip(got, right, ("loss", "images", "texts", "scale")):
                 mistakes = {"a forgotten outer gradient": other / 3, "sum": count * other}
                 fails_like(one, other, mistakes, f"{what} at scale {scale}", tolerance)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_tiled_losses_never_hold_the_matrix(name):
-    """Forward or backward; SigLIP's blocks are rows of the matrix, the others' are square."""
+def test_tiled_clip_loss_never_holds_the_matrix():
+    """Neither forward nor backward."""
     count, seen = 512, []
-    for loss, options in zip(LOSSES[name], ({}, {"tile": 16})):
-        inputs = loss_inputs(name, count)
+    for loss, options in ((dualenc.clip_loss, {}), (dualenc.tiled_clip_loss, {"tile": 16})):
+        inputs = loss_inputs(count)
         with Memory() as memory:
             value_and_gradients(loss, inputs, **options)
         seen.append(memory)
@@ -83,9 +69,6 @@ def make_towers(vision="vit_tiny_patch16_224", locked=(), **overrides):
     model = dualenc.DualEncoder.from_vision_text_pretrained(
         vision, "scratch", 16, pretrained=False, **{**fields, **overrides}
     )
-    for weight in model.text_model.parameters():
-        if weight.ndim == 2:
-            torch.nn.init.normal_(weight, std=0.3)
     for tower in locked:
         model.lock(tower)
     model.processor = dualenc.Processor(model.vision_model.image_transform(), tokenizer)
@@ -130,24 +113,10 @@ def test_pieces_of_images_captions_and_cached_features_equal_the_batch(locked):
             fails_like(got[name], weight.grad, {}, f"the gradient of {name}", 1e-8)
 
 
-def test_batch_norm_in_a_convnet_moves_once_an_image():
-    """By the pieces it sees, as if they had been embedded once."""
-    model = make_towers("test_resnet")
-    twin, (images, _) = copy.deepcopy(model), make_batch(model)
-    take_step(model, 4)
-    for part in images.split(4):
-        twin.encode_image(twin.processor.image_transform.normalize(part))
-    moved = {name: rows for name, rows in twin.named_buffers() if "running" in name}
-    for name, buffer in model.named_buffers():
-        if "running" in name:
-            torch.testing.assert_close(buffer, moved[name], msg=name)
-            assert not torch.equal(buffer, torch.full_like(buffer, "var" in name)), name
-    assert {getattr(module, "momentum", 0.1) for module in model.modules()} == {0.1}
-
-
-def test_pieces_are_computed_again_in_bf16_and_with_the_same_dropout():
-    """As one graph through all of them, from the same state of the generator."""
-    model, twin, other = (make_towers(text_dropout=0.3).float() for _ in range(3))
+def test_pieces_are_computed_again_as_they_were_and_batch_norm_counts_them_once():
+    """In bf16, with the same dropout: as one graph through all pieces, from the same seed."""
+    options = {"vision": "test_resnet", "text_dropout": 0.3}
+    model, twin, other = (make_towers(**options).float() for _ in range(3))
     torch.manual_seed(5)
     loss, got = take_step(model, 4, "bf16")
     torch.manual_seed(5)
@@ -159,3 +128,7 @@ def test_pieces_are_computed_again_in_bf16_and_with_the_same_dropout():
     for name, weight in twin.named_parameters():
         assert got[name].dtype == torch.float32
         torch.testing.assert_close(got[name], weight.grad, rtol=1e-3, atol=1e-5, msg=name)
+    for (name, buffer), moved in zip(model.named_buffers(), twin.buffers()):
+        assert torch.equal(buffer, moved) or "num_batches" in name, name
+        assert buffer.any(), f"{name} has not moved"
+    assert {getattr(module, "momentum", 0.1) for module in model.modules()} == {0.1}

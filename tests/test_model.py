@@ -29,11 +29,12 @@ def test_temperature_and_projections_start_as_published(make_model):
     for head in (model.visual_projection, model.text_projection):
         assert head.bias is None and head.weight.shape == (2000, 32)
         assert head.weight.std().item() == pytest.approx(32**-0.5, rel=0.02)
-    for name, weight in dualenc.TextEncoder(
-        dualenc.TextConfig(width=60, depth=1)
-    ).named_parameters():
-        std = 0 if weight.ndim == 1 else 0.02  # BERT's
-        assert weight.std().item() == pytest.approx(std, rel=0.2), name
+    tower = dualenc.TextEncoder(dualenc.TextConfig(width=60, depth=1))
+    for name, weight in tower.named_parameters():  # BERT's
+        if weight.ndim == 1:
+            assert (weight == name.endswith("Norm.weight")).all(), name
+        else:
+            assert weight.std().item() == pytest.approx(0.02, rel=0.2), name
 
 
 @pytest.mark.parametrize("side", ["image", "text"])
@@ -97,16 +98,8 @@ def test_low_rank_adapters_in_the_last_block_learn(make_model, batch, locked):
     attention = model.text_model.encoder["layer"][-1].attention["self"]
     attention["query"] = LoRA(attention["query"])
     adapters = {name: w for name, w in model.named_parameters() if ".up." in name}
-    optimizer = torch.optim.SGD(adapters.values(), lr=0.1)
-    losses = []
-    for _ in range(4):
-        output = model.train()(**captions, pixel_values=pixel_values, return_loss=True)
-        optimizer.zero_grad()
-        output.loss.backward()
-        optimizer.step()
-        losses.append(output.loss.item())
-    assert len(adapters) == 2 and all(weight.any() for weight in adapters.values())
-    assert losses[-1] < losses[0]
+    model.train()(**captions, pixel_values=pixel_values, return_loss=True).loss.backward()
+    assert len(adapters) == 2 and all(weight.grad.any() for weight in adapters.values())
 
 
 @pytest.mark.filterwarnings("ignore")  # torch announces another place for quantisation
@@ -170,7 +163,8 @@ def test_a_new_head_and_a_new_pooling_are_a_row_each(make_model, batch, monkeypa
     )
     output = model.train()(**captions, pixel_values=pixel_values, return_loss=True)
     output.loss.backward()
-    assert all(weight.grad.any() for weight in model.visual_projection.parameters())
+    grads = [weight.grad.any() for weight in model.visual_projection.parameters()]
+    assert len(grads) == 4 and all(grads)
     tower = output.text_model_output
     assert torch.equal(tower.pooler_output, tower.last_hidden_state[:, 1])
     model.eval().save_pretrained(tmp_path)

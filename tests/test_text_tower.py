@@ -151,12 +151,17 @@ def test_towers_leave_the_fused_kernel_where_a_cpu_trains_in_bf16(
         assert torch.allclose(getattr(got, side), getattr(right, side), atol=3e-2 * in_bf16)
 
 
-@pytest.mark.parametrize("name", ["dropout", "attention_dropout"])
-def test_dropout_acts_in_training_only(name):
-    encoder, ids = make_encoder(**{name: 0.5}), torch.tensor(CAPTION_IDS[:1])
-    assert torch.equal(encoder(ids).last_hidden_state, encoder(ids).last_hidden_state)
-    encoder.train()
-    assert not torch.equal(encoder(ids).last_hidden_state, encoder(ids).last_hidden_state)
+def test_dropout_acts_in_training_only():
+    """Where all is dropped, embeddings too, each norm sees only what the last one made of 0."""
+    ids, right = torch.tensor(CAPTION_IDS[:1]), torch.zeros(1, 3, 24, dtype=torch.float64)
+    encoder, attention = make_encoder(dropout=1.0), make_encoder(attention_dropout=0.5)
+    for tower in (encoder, attention):
+        first, second = (tower(ids).last_hidden_state for _ in range(2))
+        assert torch.equal(first, second)
+        assert not torch.equal(first, tower.train()(ids).last_hidden_state)
+    for layer in encoder.encoder["layer"]:
+        right = layer.output.LayerNorm(layer.attention["output"].LayerNorm(right))
+    assert torch.allclose(encoder(ids).last_hidden_state, right)
 
 
 @pytest.mark.parametrize(("family", "limit"), [("bert", 20), ("roberta", 18)])

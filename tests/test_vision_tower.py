@@ -203,8 +203,8 @@ def test_pixels_of_another_shape_are_refused_but_convnets_take_any_size(family):
         ({"args": {"img_size": 32}}, "vision args hold img_size; here that is image_size"),
         ({"args": {"in_chans": 1}}, "vision args hold in_chans; here that is channels"),
         ({"args": {"global_pool": "avg"}}, "vision args hold global_pool; here that is pooling"),
-        ({"args": {"num_classes": 10}}, "vision args hold num_classes; here that is no classes"),
-        ({"args": {"checkpoint_path": "a"}}, "vision args hold checkpoint_path; here that is no f"),
+        ({"args": {"num_classes": 10}}, "vision args hold num_classes; here that is fixed"),
+        ({"args": {"checkpoint_path": "a"}}, "vision args hold checkpoint_path; here"),
     ],
 )
 def test_models_and_arguments_that_timm_lacks_are_refused(config, message):
