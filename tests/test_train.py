@@ -317,6 +317,31 @@ def test_a_run_learns_and_writes_what_the_readme_promises(run, captions_file, ca
     assert "scale 14." in printed and "text tower from random weights; new: projections" in printed
 
 
+def test_a_step_clips_its_gradient_and_clamps_the_temperature(run, monkeypatch):
+    norms, make_model, make_optimizer = [], train.make_model, train.make_optimizer
+
+    def hot_model(config, pairs):
+        model = make_model(config, pairs)
+        torch.nn.init.constant_(model.logit_scale, 9.0)
+        return model
+
+    def watched_optimizer(model, config):
+        optimizer = make_optimizer(model, config)
+        optimizer.register_step_pre_hook(
+            lambda *_: norms.append(
+                torch.cat([w.grad.flatten() for w in model.parameters()]).norm()
+            )
+        )
+        return optimizer
+
+    monkeypatch.setattr(train, "make_model", hot_model)
+    monkeypatch.setattr(train, "make_optimizer", watched_optimizer)
+    _, out = run(clip_grad=0.5, steps=2)
+    assert max(norms) == pytest.approx(0.5, abs=1e-3)
+    scale = weights(out / "last")["logit_scale"].item()
+    assert scale == pytest.approx(math.log(100), abs=2e-3)
+
+
 def test_the_same_seed_gives_the_same_run_whatever_the_workers(run):
     _, one = run("one", crop_scale=0.5)
     _, two = run("two", crop_scale=0.5, workers=2)
