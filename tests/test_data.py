@@ -58,10 +58,8 @@ def test_pairs_of_an_image_a_class_or_a_text_are_positives():
     labels = rng.integers(0, 6, 30).tolist()
     for own in (None, labels):
         pairs = dualenc.Pairs([str(i) for i in range(30)], [None] * 30, [["x"]] * 30, own)
-        indices, captions = (
-            rng.integers(0, 30, 12).tolist(),
-            [str(c) for c in rng.integers(0, 9, 12)],
-        )
+        indices = rng.integers(0, 30, 12).tolist()
+        captions = list(map(str, rng.integers(0, 9, 12)))
         images = [labels[i] if own else i for i in indices]
         same = np.array([[a == b or c == d for b, d in zip(images, captions)]
                          for a, c in zip(images, captions)])  # fmt: skip
@@ -89,9 +87,6 @@ def test_stamps_change_with_the_image(folder, tmp_path):
     one = dualenc.load_pairs(path, "all").stamps()
     write_shard(path, samples(0, 3))
     assert not set(one) & set(dualenc.load_pairs(path, "all").stamps())
-
-
-def test_images_without_stamps_are_refused_for_storing():
     images = [Image.new("RGB", (2, 2))]
     for given in (images, dualenc.Lazy([0], images.__getitem__)):
         with pytest.raises(ValueError, match="their Lazy has no stamp"):
@@ -121,13 +116,10 @@ def test_an_unreadable_image_gives_its_place_to_the_next(folder):
 def test_workers_read_what_one_process_reads(kind, context, tmp_path):
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    if kind == "shapes":
-        pairs = dualenc.ShapesPairs(count=20)
-    else:
-        spec = str(write_shard(tmp_path / "s.tar", samples(0, 20)))
-        spec = "fashionmnist" if kind == "set" else spec
-        fashion(tmp_path, 20)
-        pairs = dualenc.load_pairs(spec, "train", data_root=tmp_path, val_fraction=0)
+    fashion(tmp_path, 20)
+    shard = write_shard(tmp_path / "s.tar", samples(0, 20))
+    spec = {"shapes": "shapes", "shards": shard, "set": "fashionmnist"}[kind]
+    pairs = dualenc.load_pairs(spec, data_root=tmp_path, val_fraction=0)
     transform = dualenc.ImageTransform(resize=8, crop=(8, 8))
     dataset = dualenc.ImageDataset(pairs.images, transform)
     batches = [[(0, i) for i in batch] for batch in ([3, 1], [19, 0], [7, 7])]
@@ -143,8 +135,9 @@ def test_workers_read_what_one_process_reads(kind, context, tmp_path):
 def test_large_jpegs_are_decoded_smaller_wherever_they_lie(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     large = Image.fromarray(noise).resize((640, 640), Image.Resampling.BICUBIC)
-    large.save(tmp_path / "large" / "a.jpg") if (tmp_path / "large").mkdir() is None else None
-    content = (tmp_path / "large" / "a.jpg").read_bytes()
+    large.save(buffer := io.BytesIO(), "JPEG")
+    content = buffer.getvalue()
+    write(tmp_path / "large" / "a.jpg", content)
     shard = write_shard(tmp_path / "s.tar", {"a.jpg": content, "a.txt": b"x"})
     transform = dualenc.ImageTransform(resize=64, crop=(64, 64))
     for spec in (tmp_path, shard):
@@ -211,13 +204,11 @@ def test_shapes_look_like_their_captions():
 def test_an_image_does_not_give_its_wording_away():
     """The background must not say which of the two wordings was drawn."""
     pairs = dualenc.ShapesPairs("train", count=400)
-    said = {wording[1] for wording in pairs.wordings}
-    assert said == {*dualenc.OPPOSITE}
-    as_drawn = torch.tensor([wording[1] in ("left of", "above") for wording in pairs.wordings])
+    told = [wording[1] for wording in pairs.wordings]
+    as_drawn = torch.tensor([relation in ("left of", "above") for relation in told]).float()
+    assert {*told} == {*dualenc.OPPOSITE} and 0.4 < as_drawn.mean() < 0.6
     backgrounds = torch.tensor([image.getpixel((0, 0)) for image in pairs.images]).float()
-    assert 0.4 < as_drawn.float().mean() < 0.6
-    rows = torch.corrcoef(torch.cat([as_drawn[None].float(), backgrounds.T]))[0, 1:]
-    assert rows.abs().max() < 0.2
+    assert torch.corrcoef(torch.cat([as_drawn[None], backgrounds.T]))[0, 1:].abs().max() < 0.2
 
 
 def test_hard_negatives_differ_in_one_thing():
@@ -272,21 +263,19 @@ def test_a_split_column_is_followed(folder):
     path.write_text("image,caption,split\na.png,x,test")
     with pytest.raises(ValueError, match="has no train part, only test"):
         dualenc.load_pairs(path, "train")
-    for cell in ("fold1", ""):
-        path.write_text(f"image,caption,split\na.png,x,train\nb.png,y,{cell}")
-        with pytest.raises(ValueError, match=f"line 3: split is '{cell}', expected train"):
+    rows = {"b.png,y,fold1": "line 3: split is 'fold1', expected train", "b.png,y,": "split is ''"}
+    for row, message in {**rows, "a.png,y,test": "split is .*'test'"}.items():
+        path.write_text(f"image,caption,split\na.png,x,train\n{row}")
+        with pytest.raises(ValueError, match=message):
             dualenc.load_pairs(path)
-    path.write_text("image,caption,split\na.png,x,train\na.png,y,test")
-    with pytest.raises(ValueError, match="split is .*'test'"):
-        dualenc.load_pairs(path)
 
 
 def test_a_group_stays_on_one_side(tmp_path):
-    rows = ["image,caption,group"]
-    for i in range(40):
-        save_image(tmp_path / f"{i}.png")
-        rows.append(f"{i}.png,x,{i // 4}")
-    splits = names_by_split(write(tmp_path / "c.csv", "\n".join(rows)), val_fraction=0.5)
+    rows = [{"image": f"{i}.png", "caption": "x", "group": i // 4} for i in range(40)]
+    for row in rows:
+        save_image(tmp_path / row["image"])
+    path = write(tmp_path / "c.jsonl", "\n".join(map(json.dumps, rows)))
+    splits = names_by_split(path, val_fraction=0.5)
     train, test = ({int(name[:-4]) // 4 for name in splits[part]} for part in ("train", "test"))
     assert train and test and not train & test
 
@@ -294,13 +283,12 @@ def test_a_group_stays_on_one_side(tmp_path):
 # ---- Tables
 
 
-@pytest.mark.parametrize(
-    "header", [("image", "caption"), ("filepath", "title"), (" Path", "Text ")]
-)
+@pytest.mark.parametrize("header", ["image caption", "filepath title", "Path TEXT"])
 @pytest.mark.parametrize("separator", [",", "\t", ";", "|"])
 def test_columns_are_found_by_name_and_separators_sniffed(tmp_path, header, separator):
     save_image(tmp_path / "sub" / "a.png", "blue")
-    lines = [separator.join([*header, "id"]), separator.join(["sub/a.png", '"a, b; c | d"', "1"])]
+    cells = [*header.split(), " id"], ["sub/a.png", '"a, b; c | d"', "1"]
+    lines = [separator.join(row) for row in cells]
     path = write(tmp_path / "c.txt", "\r\n".join(lines).encode("utf-8-sig"))
     pairs = dualenc.load_pairs(path, "all")
     assert pairs[0][1] == ["a, b; c | d"] and pairs[0][0].getpixel((0, 0)) == (0, 0, 255)
@@ -314,18 +302,12 @@ def test_captions_are_text_whatever_they_look_like(folder):
     assert load_all(folder / "c.csv") == {"a.png": captions}
     (folder / "d.jsonl").write_text(json.dumps({"path": "a.png", "text": captions}) + "\n\n")
     assert load_all(folder / "d.jsonl") == {"a.png": captions}
-    lines = ["a.jpg#0\tOne dog , running .", 'a.jpg#1\t"Two" dogs']
-    save_image(folder / "a.jpg")
-    path = write(folder / "Flickr8k.token.txt", "\n".join(lines))
-    assert load_all(path) == {"a.jpg": ["One dog , running .", '"Two" dogs']}
 
 
 def test_spellings_of_a_path_are_one_image_and_equal_rows_one(folder):
     text = "image,caption,,\na.png,a dog,,\n./a.png,a dog,,\nb.png,a dog\nx/../a.png, a cat \n"
-    assert load_all(write(folder / "c.csv", text)) == {
-        "a.png": ["a dog", "a cat"],
-        "b.png": ["a dog"],
-    }
+    found = load_all(write(folder / "c.csv", text))
+    assert found == {"a.png": ["a dog", "a cat"], "b.png": ["a dog"]}
     path = write(folder / "sub" / "c.csv", f"image,caption\n../a.png,x\n{folder / 'b.png'},y\n")
     assert load_all(path) == {"../a.png": ["x"], "../b.png": ["y"]}
     assert load_all(write(folder / "sub" / "c.csv", "image,caption\na.png,x"), images=folder)
@@ -337,26 +319,20 @@ START = "image,caption\na.png,a dog\n"
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("c.csv", START + "b.png,\n", "c.csv, line 3: caption is '', expected text"),
+        ("c.csv", START + "b.png,\n", "c.csv, line 3: caption is '', expected one text a row"),
         ("c.csv", START + "b.png\n", "line 3: caption is None"),
-        ("c.csv", START + "b.png,\"['a dog', 'a cat']\"\n", "line 3: a list of captions"),
-        ("c.csv", START + ",a dog\n", "line 3: no image named"),
+        ("c.csv", START + "b.png,\"['a dog', 'a cat']\"\n", "line 3: caption is .*one text a row"),
+        ("c.csv", START + ",a dog\n", "line 3: missing image"),
         ("c.csv", START + "d.png,a dog\n", "line 3: missing image .*d.png"),
         ("c.csv", START + "b.png,a dog, running\n", "line 3: more cells than the header .*; quote"),
         ("c.csv", START + 'b.png,"a dog\nb.png,a cat\n', "line 3: .*; quote captions"),
         ("c.csv", "image,words\na.png,x", "no caption column in image, words; expected .* caption"),
         ("c.csv", "photo,caption\na.png,x", "no image column in photo, caption; expected .* image"),
-        ("c.csv", "image,caption\n", "no images with captions below"),
         ("c.csv", "", "no images with captions below"),
         ("c.csv", START.encode("utf-16"), "is not UTF-8 text .*; save it as UTF-8"),
-        ("c.csv", START.encode() + b"a.png,caf\xe9\n", "is not UTF-8 text"),
         ("c.jsonl", '\n{"image": "a.png", "caption": null}', "line 2: caption is None"),
         ("c.jsonl", '{"image": "a.png", "caption": []}', r"line 1: caption is \[\]"),
-        ("c.jsonl", '{"image": "a.png", "caption": 5}', "line 1: caption is 5"),
-        ("c.jsonl", '{"image": ["a.png"], "caption": "x"}', "line 1: no image named"),
-        ("c.jsonl", '{"image": "a.png"}', "line 1: no caption column in image"),
-        ("c.jsonl", '["a.png", "x"]', "no json object in .*line 1"),
-        ("c.jsonl", '{"image": ', "no json object in .*line 1"),
+        ("c.jsonl", '{"image": ["a.png"], "caption": "x"}', "line 1: missing image"),
         ("c.jsonl", "[" * 100_000, "no json object in .*line 1: RecursionError"),
     ],
 )
@@ -372,7 +348,7 @@ def test_mistakes_in_tables_are_named_with_file_and_line(name, content, message,
         ({"spec": "cifar11"}, "no data 'cifar11': .*did you mean cifar10"),
         ({"spec": "no_such_folder/"}, "no data 'no_such_folder/': expected a folder"),
         ({"spec": "missing.csv"}, "missing.csv"),
-        ({"spec": "https://host/{0..3}.tar"}, "4 of 4 shards are missing: https://host/0.tar"),
+        ({"spec": "https://host/{08..9}.tar"}, "cannot read https://host/08.tar: .*No such file"),
         ({"spec": "shapes", "split": "valid"}, "unknown split 'valid'; expected train, val, test"),
         ({"spec": "shapes", "val_fraction": 5}, "val_fraction is 5, expected a share from 0 to 1"),
     ],
@@ -401,16 +377,14 @@ def test_a_reader_is_one_row_and_one_function(folder, monkeypatch):
 
 
 def test_class_folders_become_captions_through_templates(tmp_path, capsys):
-    for name in ("big_dog/0.jpg", "big_dog/part/1.JPEG", "cat/0.jfif", "cat/1.avif", "cat/2.ppm"):
-        save_image(tmp_path / name)
-    for name in ("cat/.2.png", ".thumbs/cat/3.png", "__MACOSX/cat/4.png", "cat/._0.jpg"):
+    found = ["big_dog/0.jpg", "big_dog/part/1.JPEG", "cat/0.jfif", "cat/1.avif", "cat/2.ppm"]
+    hidden = ["cat/.2.png", ".thumbs/cat/3.png", "__MACOSX/cat/4.png", "cat/._0.jpg"]
+    for name in (*found, *hidden, "top.png"):
         save_image(tmp_path / name)
     write(tmp_path / "cat" / "notes.md", "")
-    save_image(tmp_path / "top.png")
     pairs = dualenc.load_pairs(tmp_path, "all", templates=("a {}.", "one {}"))
     assert pairs.classes == ["big dog", "cat"] and pairs.labels == [0, 0, 1, 1, 1]
-    assert pairs.names[:2] == ["big_dog/0.jpg", "big_dog/part/1.JPEG"]
-    assert pairs.captions[0] == ["a big dog.", "one big dog"]
+    assert pairs.names == found and pairs.captions[0] == ["a big dog.", "one big dog"]
     notes = capsys.readouterr().out
     assert "1 files below" in notes and "top.png is left out: it lies in no folder" in notes
     new = dualenc.load_pairs(tmp_path, "all", class_names={"cat": "tom_cat"}, templates=("a {}",))
@@ -427,10 +401,9 @@ def test_class_folders_become_captions_through_templates(tmp_path, capsys):
 def test_own_splits_of_a_folder_are_used(words, tmp_path):
     for word in words:
         save_image(tmp_path / word / "dog" / "0.png")
-    splits = {part: "".join(names) for part, names in names_by_split(tmp_path).items()}
-    right = {"train": words[0], "val": words[1], "test": words[-1]}
-    assert right.items() <= {p: n.removesuffix("/dog/0.png") for p, n in splits.items()}.items()
-    assert dualenc.load_pairs(tmp_path).classes == ["dog"]
+    for split, word in (("train", words[0]), ("val", words[1]), ("test", words[-1])):
+        pairs = dualenc.load_pairs(tmp_path, split)
+        assert pairs.names == [f"{word}/dog/0.png"] and pairs.classes == ["dog"]
     save_image(tmp_path / "extra" / "dog" / "0.png")
     with pytest.raises(ValueError, match=f"has .*{words[0]}.*, but also extra"):
         dualenc.load_pairs(tmp_path)
@@ -446,7 +419,7 @@ def test_images_with_text_files_have_a_caption_a_line(tmp_path):
     save_image(tmp_path / "a.png")
     save_image(tmp_path / "sub" / "b.jpg")
     write(tmp_path / "a.txt", "one\n\n two \n")
-    with pytest.raises(ValueError, match=r"b.jpg has no caption file .*b.txt beside it"):
+    with pytest.raises(FileNotFoundError, match="b.txt"):
         dualenc.load_pairs(tmp_path)
     write(tmp_path / "sub" / "b.txt", "three")
     assert load_all(tmp_path) == {"a.png": ["one", "two"], "sub/b.jpg": ["three"]}
@@ -459,14 +432,12 @@ def test_images_with_text_files_have_a_caption_a_line(tmp_path):
 
 def test_coco_captions_are_joined_by_image_id(tmp_path):
     save_image(tmp_path / "images" / "x.jpg")
-    notes = [
-        {"id": i, "image_id": 7, "caption": caption} for i, caption in enumerate(["one ", "two"])
-    ]
+    notes = [{"id": i, "image_id": 7, "caption": text} for i, text in enumerate(("one ", "two"))]
     data = {"images": [{"id": 7, "file_name": "x.jpg"}], "annotations": notes}
     path = write(tmp_path / "captions.json", json.dumps(data))
     assert load_all(path, images=tmp_path / "images") == {"x.jpg": ["one", "two"]}
     notes[1]["image_id"] = 8
-    with pytest.raises(ValueError, match="annotation 1: no image named"):
+    with pytest.raises(ValueError, match="annotation 1: missing image"):
         load_all(write(path, json.dumps(data)), images=tmp_path / "images")
     for wrong, message in (({"info": 1}, "it has info; expected"), ({"images": 5}, "TypeError")):
         with pytest.raises(ValueError, match=f"cannot read .*captions.json: {message}"):
@@ -489,10 +460,8 @@ def fashion(root, count):
     folder = root / "FashionMNIST" / "raw"
     for part, n in (("train", count), ("t10k", 3)):
         values = np.random.default_rng(0).integers(0, 256, (n, 28, 28), dtype=np.uint8)
-        for kind, array in (
-            ("images-idx3", values),
-            ("labels-idx1", np.arange(n, dtype=np.uint8) % 10),
-        ):
+        labels = np.arange(n, dtype=np.uint8) % 10
+        for kind, array in (("images-idx3", values), ("labels-idx1", labels)):
             header = bytes([0, 0, 8, array.ndim])
             header += b"".join(size.to_bytes(4, "big") for size in array.shape)
             write(folder / f"{part}-{kind}-ubyte", header + array.tobytes())
@@ -501,9 +470,7 @@ def fashion(root, count):
 def test_torchvision_sets_are_read_by_name(tmp_path):
     fashion(tmp_path, 6)
     splits = names_by_split("fashionmnist", data_root=tmp_path)
-    assert {part: len(names) for part, names in splits.items()} == {
-        "train": 6, "val": 3, "test": 3, "all": 9
-    }  # fmt: skip
+    assert [len(names) for names in splits.values()] == [6, 3, 3, 9]
     test = dualenc.load_pairs("fashionmnist", "test", data_root=tmp_path, templates=("a {}",))
     assert test.captions == [["a T-shirt/top"], ["a Trouser"], ["a Pullover"]]
     assert test[0][0].mode == "L" and splits["val"][0] == "fashionmnist/test/0"
@@ -551,25 +518,24 @@ def samples(first, last):
 def test_shards_hold_what_the_same_images_in_files_hold(tmp_path):
     for shard, (first, last) in enumerate([(0, 7), (7, 9), (9, 12)]):
         write_shard(tmp_path / f"s-{shard + 8:02}.tar", samples(first, last))
-    for spec in ("s-{08..10}.tar", "s-*.tar"):
-        pairs = dualenc.load_pairs(tmp_path / spec, "all")
-        assert pairs.names[0] == "s-08.tar/00000" and pairs.names[11] == "s-10.tar/00011"
-        for i in range(12):
-            content = samples(i, i + 1)
-            with Image.open(io.BytesIO(content[f"{i:05d}.png"])) as image:
-                assert np.array_equal(np.asarray(pairs[i][0]), np.asarray(image)), i
-            assert (
-                pairs[i][1] == content[f"{i:05d}.txt"].decode().replace("\n\n", "\n").splitlines()
-            )
-    with pytest.raises(ValueError, match="2 of 5 shards are missing: .*s-11.tar"):
-        dualenc.load_pairs(tmp_path / "s-{08..12}.tar")
+    pairs = dualenc.load_pairs(tmp_path / "s-{08..10}.tar", "all")
+    assert pairs.names[0] == "s-08.tar/00000" and pairs.names[11] == "s-10.tar/00011"
+    for i in range(12):
+        content = samples(i, i + 1)
+        with Image.open(io.BytesIO(content[f"{i:05d}.png"])) as image:
+            assert np.array_equal(np.asarray(pairs[i][0]), np.asarray(image)), i
+        assert pairs[i][1] == content[f"{i:05d}.txt"].decode().replace("\n\n", "\n").splitlines()
 
 
 def test_other_members_of_a_shard_are_left_alone(tmp_path):
     png = samples(0, 1)["00000.png"]
     members = {"d/a.PNG": png, "d/a.json": b"{", "./d/a.txt": "\ufeff one\r\n".encode()}
     members |= {"d/b.seg.png": png, "d/.hidden.png": png, "README": b"words"}
-    assert load_all(write_shard(tmp_path / "a.tar", members)) == {"a.tar/d/a": ["one"]}
+    members |= {"broken.png": b"x", "broken.txt": b"x"}
+    pairs = dualenc.load_pairs(write_shard(tmp_path / "a.tar", members), "all")
+    assert pairs.names == ["a.tar/d/a", "a.tar/broken"] and pairs.captions == [["one"], ["x"]]
+    with pytest.raises(ValueError, match=r"cannot read image \d+ of .*a.tar: cannot identify"):
+        pairs[1]
 
 
 @pytest.mark.parametrize(
@@ -598,11 +564,3 @@ def test_shards_cut_anywhere_are_refused_by_name(tmp_path):
             dualenc.load_pairs(path)
     path.write_bytes(content[: end + 512])
     assert len(dualenc.load_pairs(path, "all")) == 3
-
-
-def test_a_broken_image_in_a_shard_is_named(tmp_path):
-    pairs = dualenc.load_pairs(
-        write_shard(tmp_path / "s.tar", {"a.png": b"x", "a.txt": b"x"}), "all"
-    )
-    with pytest.raises(ValueError, match=r"cannot read image [\d,]+ of .*s.tar"):
-        pairs[0]

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import random
 import subprocess
 import sys
 import zlib
@@ -33,10 +32,8 @@ def image():
 
 
 @pytest.fixture(autouse=True)
-def notices():
-    """The kinds of messages that this run has given, of which there are none yet."""
+def no_notices_yet():
     dualenc.NOTICED.clear()
-    return dualenc.NOTICED
 
 
 def two_halves(mode="RGB", left=RED, right=BLUE, size=(40, 20)):
@@ -49,8 +46,7 @@ def assert_looks(image, left, right, tolerance=12):
     values = np.asarray(image.convert("RGB")).astype(float)
     middle = values.shape[1] // 2
     for half, expected in ((values[:, :middle], left), (values[:, middle:], right)):
-        got = half.mean((0, 1))
-        assert np.abs(got - np.array(expected)).max() <= tolerance, f"{got}, not {expected}"
+        assert half.mean((0, 1)) == pytest.approx(expected, abs=tolerance)
 
 
 # ---- The transform
@@ -66,20 +62,16 @@ def test_the_transform_is_pillows_resize_crop_and_normalise(image):
 
 
 def test_every_form_of_an_image_gives_the_same_pixels(image):
-    array = np.asarray(image)
-    tensor = torch.tensor(array).permute(2, 0, 1)
-    for form in (image, array, tensor):
-        assert torch.equal(make_transform()(form), make_transform()(image))
-
-
-def test_batches_and_mixed_sizes_are_stacked(image):
-    processor = dualenc.Processor(make_transform(), None)
-    one = processor(images=image)["pixel_values"]
-    assert one.shape == (1, 3, 20, 20)
+    array, transform = np.asarray(image), make_transform()
+    one = transform(image)
+    assert torch.equal(transform(array), one)
+    assert torch.equal(transform(torch.tensor(array).permute(2, 0, 1)), one)
+    processor = dualenc.Processor(transform, None)
+    assert torch.equal(processor(images=image)["pixel_values"], one[None])
     mixed = processor(images=[image, np.zeros((50, 25), np.uint8)])["pixel_values"]
-    assert mixed.shape == (2, 3, 20, 20) and torch.equal(mixed[:1], one)
-    stacked = processor(images=np.stack([np.asarray(image)] * 2))["pixel_values"]
-    assert torch.equal(stacked, torch.cat([one, one]))
+    assert mixed.shape == (2, 3, 20, 20) and torch.equal(mixed[0], one)
+    stacked = processor(images=np.stack([array, array]))["pixel_values"]
+    assert torch.equal(stacked, torch.stack([one, one]))
 
 
 def test_odd_margins_of_crops_and_borders_are_at_the_end():
@@ -101,30 +93,39 @@ def test_proportions_are_kept_or_ignored_as_asked(resize, size, expected):
 
 
 @pytest.mark.parametrize(
-    ("image", "message"),
+    ("message", "function", "given"),
     [
-        ("cat.jpg", "no image in a str: .*PIL|no image in a str: .*Tensor"),
-        (np.zeros((5, 6, 2, 1), np.uint8), "no image in a ndarray"),
-        (np.zeros((4, 4, 3), np.float64), "no image in values of float64, expected uint8"),
+        ("no image in a str: .*Tensor", dualenc.to_pixels, {"image": "cat.jpg"}),
+        ("no image in a ndarray: values are float", dualenc.to_pixels, {"image": np.ones((4, 4))}),
+        ("image side of 0 pixels, expected 1 to 8192", make_transform, {"resize": 0}),
+        ("image side of 9000 pixels", make_transform, {"crop": (20, 9000)}),
+        ("expected 1 or 3 channels", make_transform, {"std": (1.0, 0.0, 1.0)}),
+        ("unknown interpolation 'cubic'; .*bicubic", make_transform, {"interpolation": "cubic"}),
+        ("no captions to learn", dualenc.train_tokenizer, {"captions": [], "vocab_size": 300}),
     ],
 )
-def test_what_is_no_image_is_refused(image, message):
+def test_mistakes_are_refused(message, function, given):
     with pytest.raises(ValueError, match=message):
-        dualenc.to_pixels(image)
+        function(**given)
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("message", "half", "given"),
     [
-        ({"resize": 0}, "image side of 0 pixels, expected 1 to 8192"),
-        ({"crop": (20, 9000)}, "image side of 9000 pixels"),
-        ({"std": (1.0, 0.0, 1.0)}, "expected 1 or 3 channels"),
-        ({"interpolation": "cubic"}, "unknown interpolation 'cubic'; .*bicubic"),
+        ("nothing to process: give text, images or both", "both", {}),
+        ("nothing to process", "both", {"text": [], "images": []}),
+        ("max_length is 1, expected at least 2", "both", {"text": "two dogs", "max_length": 1}),
+        ("no tokenizer: make a Processor", "images", {"text": "two dogs"}),
+        ("no image_transform: make a Processor", "text", {"images": Image.new("L", (2, 2))}),
+        ("no padding: call tokenizer.enable_padding", "no padding", {}),
     ],
 )
-def test_impossible_transforms_are_refused(values, message):
+def test_what_cannot_be_processed_is_refused(message, half, given, tokenizer):
+    if half == "no padding":
+        tokenizer.no_padding()
+    transform = None if half == "text" else make_transform()
     with pytest.raises(ValueError, match=message):
-        make_transform(**values)
+        dualenc.Processor(transform, None if half == "images" else tokenizer)(**given)
 
 
 # ---- Image files as found
@@ -143,19 +144,6 @@ def palette(path):
     image.save(path, transparency=1)
 
 
-def deep_colour(path):
-    """Pillow cannot write 16-bit RGB, so one row of it is put together here."""
-
-    def chunk(kind, data):
-        ends = zlib.crc32(kind + data).to_bytes(4, "big")
-        return len(data).to_bytes(4, "big") + kind + data + ends
-
-    row = bytes([0, *(v for colour in [RED] * 20 + [BLUE] * 20 for v in colour for _ in "ab")])
-    size = (40).to_bytes(4, "big") + (1).to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])
-    body = chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
-
-
 def animation(path):
     other = two_halves(left=BLUE, right=RED)
     two_halves().save(path, save_all=True, append_images=[other, other])
@@ -164,13 +152,10 @@ def animation(path):
 FOUND = {
     "CMYK: a.jpg": (lambda p: two_halves().convert("CMYK").save(p, quality=95), RED, BLUE),
     "gray: a.png": (two_halves("L", 60, 180).save, (60,) * 3, (180,) * 3),
-    "bilevel: a.png": (two_halves("1", 0, 1).save, (0,) * 3, WHITE),
     "16-bit: a.png": (gray(np.uint16([12_800, 51_200])), (50,) * 3, (200,) * 3),
-    "16-bit: a.tif": (gray(np.uint16([12_800, 51_200])), (50,) * 3, (200,) * 3),
     "32-bit: a.tif": (gray(np.int32([50 * 257, 200 * 257])), (50,) * 3, (200,) * 3),
     "float to 1: a.tif": (gray(np.float32([50 / 255, 200 / 255])), (50,) * 3, (200,) * 3),
     "float to 255: a.tif": (gray(np.float32([50, 200])), (50,) * 3, (200,) * 3),
-    "deep colour: a.png": (deep_colour, RED, BLUE),
     "palette: a.png": (palette, RED, WHITE),
     "clear gray: a.png": (two_halves("LA", (100, 255), (100, 0)).save, (100,) * 3, WHITE),
     "clear: a.png": (two_halves("RGBA", (*RED, 255), (*BLUE, 0)).save, RED, WHITE),
@@ -201,67 +186,44 @@ def test_images_are_turned_upright(orientation, size, tmp_path):
     image = two_halves(size=(160, 80))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image = image if orientation == 1 else image.transpose(stored[orientation])
+    image = image.transpose(stored[orientation]) if orientation > 1 else image
     image.save(tmp_path / "a.jpg", exif=exif, quality=95)
     upright = dualenc.open_image(tmp_path / "a.jpg", size)
     assert upright.size == ((160, 80) if size is None else (80, 40))
     assert_looks(upright, RED, BLUE)
 
 
-@pytest.mark.parametrize(
-    ("side", "size", "decoded"), [(640, 80, 160), (640, 81, 320), (640, 161, 640), (252, 63, 126)]
-)
-def test_jpegs_are_decoded_at_twice_the_size_needed(side, size, decoded, tmp_path):
-    Image.new("L", (side, side)).save(tmp_path / "a.jpg")
-    assert dualenc.open_image(tmp_path / "a.jpg", size).size == (decoded, decoded)
-
-
 def test_dark_deep_images_are_noticed_once(tmp_path, capsys):
     """12 bits in a 16-bit file use 15 of 255 levels."""
-    for name in "ab":
-        gray(np.uint16([100, 4095]))(tmp_path / f"{name}.png")
-        dualenc.open_image(tmp_path / f"{name}.png")
-    gray(np.uint16([100, 40_000]))(tmp_path / "c.png")
-    dualenc.open_image(tmp_path / "c.png")
-    gray(np.uint16([0, 200]))(tmp_path / "d.png")
-    assert_looks(dualenc.open_image(tmp_path / "d.png"), (0,) * 3, (0,) * 3, tolerance=1)
+    for name, brightest in {"full": 40_000, "a": 4095, "b": 200}.items():
+        gray(np.uint16([0, brightest]))(tmp_path / f"{name}.png")
+        image = dualenc.open_image(tmp_path / f"{name}.png")
+    assert_looks(image, (0,) * 3, (0,) * 3, tolerance=1)
     note = capsys.readouterr().out
-    assert (
-        note.count("note:") == 1
-        and "a.png is dark: it uses 6.2% of the range" in note
-        and "rescale" in note
-    )
+    assert note.count("note:") == 1 and "/a.png is dark: it uses 6.2% of the range; resc" in note
 
 
-def png():
-    buffer = io.BytesIO()
-    two_halves().save(buffer, "PNG")
+def png(image):
+    image.save(buffer := io.BytesIO(), "PNG")
     return buffer.getvalue()
 
 
 def bomb():
     """A PNG that claims 30,000 x 30,000 pixels."""
-    data = bytearray(png())
+    data = bytearray(png(two_halves()))
     data[16:24] = (30_000).to_bytes(4, "big") * 2
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
     return bytes(data)
 
 
-def strip():
-    buffer = io.BytesIO()
-    Image.new("L", (1, 60_000)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (png()[:80], "."),
-        (b"", "cannot identify"),
+        (png(two_halves())[:80], "."),
         (b"<html>not found</html>", "cannot identify"),
         (bomb(), "decompression bomb"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "PostScript"),
-        (strip(), "more than 100 times as long as wide"),
+        (png(Image.new("L", (1, 60_000))), "more than 100 times as long as wide"),
     ],
 )
 def test_broken_images_are_named(content, reason, tmp_path):
@@ -273,29 +235,9 @@ def test_broken_images_are_named(content, reason, tmp_path):
 def test_what_is_no_file_is_no_image(tmp_path):
     """A pipe would be waited for, for ever."""
     os.mkfifo(tmp_path / "a.png")
-    for path in (tmp_path / "a.png", tmp_path, tmp_path / "missing.png"):
-        with pytest.raises(ValueError, match="no such file"):
+    for path in (tmp_path / "a.png", tmp_path, str(tmp_path / "missing.png")):
+        with pytest.raises(ValueError, match=f"cannot read image {path}: no such file"):
             dualenc.open_image(path)
-
-
-@pytest.mark.filterwarnings("ignore")  # Pillow warns of what it repairs
-@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"])
-def test_damaged_bytes_give_an_image_or_a_value_error(form, tmp_path):
-    """Pillow's decoders raise all kinds of errors."""
-    buffer = io.BytesIO()
-    two_halves().save(buffer, form)
-    rng, refused = random.Random(form), 0
-    for _ in range(150):
-        data = bytearray(buffer.getvalue())
-        for _ in range(rng.randint(1, 8)):
-            data[rng.randrange(min(len(data), 400))] = rng.randrange(256)
-        (tmp_path / "a").write_bytes(data)
-        try:
-            assert dualenc.open_image(tmp_path / "a").mode in ("RGB", "L")
-        except ValueError as error:
-            assert str(tmp_path / "a") in str(error)
-            refused += 1
-    assert refused > 5
 
 
 # ---- Captions
@@ -303,14 +245,13 @@ def test_damaged_bytes_give_an_image_or_a_value_error(form, tmp_path):
 
 def test_captions_are_padded_to_the_longest_of_the_batch(tokenizer):
     inputs = dualenc.Processor(None, tokenizer)(text=["two dogs", "the quick brown fox jumps"])
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
     assert set(inputs) == {"input_ids", "attention_mask"}
-    assert ids.dtype == mask.dtype == torch.int64
+    ids, mask = inputs.values()
     assert ids.shape == mask.shape and mask.sum(1).max() == mask.shape[1] > mask.sum(1).min()
-    pad, start, end = (tokenizer.token_to_id(token) for token in ("<pad>", "<s>", "</s>"))
     for row, real in zip(ids, mask.bool()):
-        assert (row[~real] == pad).all() and row[0] == start and row[real][-1] == end
-    assert pad == 0
+        words = [tokenizer.id_to_token(index) for index in row]
+        assert words[0] == "<s>" and words[real.sum() - 1] == "</s>"
+        assert set(words[real.sum() :]) <= {"<pad>"} and (row[~real] == 0).all()
 
 
 def test_long_captions_are_cut_and_counted_once(tokenizer, capsys):
@@ -339,26 +280,20 @@ def test_an_explicit_length_counts_up_to_the_towers_positions(tokenizer):
     assert length() == 32
 
 
-def test_captions_come_back_from_their_ids(tokenizer):
-    processor = dualenc.Processor(None, tokenizer)
-    ids = processor(text=list(CAPTIONS))["input_ids"]
-    assert processor.batch_decode(ids) == list(CAPTIONS)
-    assert processor.decode(ids[1]) == processor.decode(ids[1].tolist()) == "two dogs"
-
-
 WORDS = ("ma mã má", "schon schön", "ano año", "мой мои", "ไม ไม่ ไม้", "दिन दीन", "か が")
 
 
 @pytest.mark.parametrize("words", WORDS)
 def test_marks_that_make_words_are_kept(words):
-    tokenizer = dualenc.train_tokenizer(words.split(), 400)
-    ids = {tuple(tokenizer.encode(word).ids) for word in words.split()}
-    assert len(ids) == len(words.split())
-    for word in words.split():
-        assert dualenc.Processor(None, tokenizer).decode(tokenizer.encode(word).ids) == word
-    composed, apart = ("\u00e9", "e\u0301")
-    assert tokenizer.encode(composed).ids == tokenizer.encode(apart).ids
-    assert tokenizer.encode("Two Dogs").ids == tokenizer.encode("two dogs").ids
+    words = words.split()
+    tokenizer = dualenc.train_tokenizer(words, 400)
+    ids = [tokenizer.encode(word).ids for word in words]
+    assert len({*map(tuple, ids)}) == len(words)
+    processor = dualenc.Processor(None, tokenizer)
+    assert processor.batch_decode(ids) == words
+    assert processor.decode(torch.tensor(ids[1])) == words[1]
+    for one, other in (("\u00e9", "e\u0301"), ("Two Dogs", "two dogs")):
+        assert tokenizer.encode(one).ids == tokenizer.encode(other).ids
 
 
 def test_captions_that_become_the_same_ids_are_counted(tokenizer):
@@ -369,51 +304,14 @@ def test_captions_that_become_the_same_ids_are_counted(tokenizer):
 
 
 def test_the_learned_vocabulary_is_the_same_in_every_process():
-    captions = [f"a {colour} {shape}" for colour in dualenc.COLOURS for shape in dualenc.SHAPES]
-    code = "import dualenc, json, sys; captions = json.load(sys.stdin)\n"
-    code += "print(dualenc.train_tokenizer(captions, 300).to_str())"
-    root, given = Path(dualenc.__file__).parent, json.dumps(captions)
-    one, other = (
-        subprocess.run(
-            [sys.executable, "-c", code],
-            input=given,
-            capture_output=True,
-            text=True,
-            cwd=root,
-            env={**os.environ, "PYTHONHASHSEED": str(seed)},
-        ).stdout.strip()
-        for seed in range(2)
-    )
-    here = dualenc.train_tokenizer(captions, 300)
-    assert one == other == here.to_str() and here.get_vocab_size() == 300
+    code = "import dualenc as d\ncaptions = [f'a {c} {s}' for c in d.COLOURS for s in d.SHAPES]\n"
+    code += "tokenizer = d.train_tokenizer(captions, 300)\nprint(tokenizer.to_str())"
+    exec(code, names := {})
+    here = names["tokenizer"]
+    options = {"cwd": Path(dualenc.__file__).parent, "env": {**os.environ, "PYTHONHASHSEED": "7"}}
+    there = subprocess.check_output([sys.executable, "-c", code], text=True, **options)
+    assert there.strip() == here.to_str() and here.get_vocab_size() == 300
     assert here.decode(here.encode("日本 zebra").ids) == "日本 zebra", "no caption is unknown"
-    with pytest.raises(ValueError, match="no captions to learn"):
-        dualenc.train_tokenizer([], 300)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({}, "nothing to process: give text, images or both"),
-        ({"text": []}, "nothing to process: no captions"),
-        ({"images": []}, "nothing to process"),
-        ({"text": ["two dogs", float("nan")]}, "nan, expected strings"),
-        ({"text": "two dogs", "max_length": 1}, "captions of 1 tokens, but the special ones are 2"),
-    ],
-)
-def test_what_cannot_be_processed_is_refused(given, message, tokenizer):
-    with pytest.raises(ValueError, match=message):
-        dualenc.Processor(make_transform(), tokenizer)(**given)
-
-
-def test_a_processor_says_which_half_it_lacks(tokenizer, image):
-    with pytest.raises(ValueError, match="no tokenizer: make a Processor"):
-        dualenc.Processor(make_transform(), None)(text="two dogs")
-    with pytest.raises(ValueError, match="no image_transform: make a Processor"):
-        dualenc.Processor(None, tokenizer)(images=image)
-    tokenizer.no_padding()
-    with pytest.raises(ValueError, match="no padding: call tokenizer.enable_padding"):
-        dualenc.Processor(None, tokenizer)
 
 
 # ---- Saving
