@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -208,20 +207,11 @@ def png(image):
     return buffer.getvalue()
 
 
-def bomb():
-    """A PNG that claims 30,000 x 30,000 pixels."""
-    data = bytearray(png(two_halves()))
-    data[16:24] = (30_000).to_bytes(4, "big") * 2
-    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
-    return bytes(data)
-
-
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (png(two_halves())[:80], "."),
         (b"<html>not found</html>", "cannot identify"),
-        (bomb(), "decompression bomb"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "PostScript"),
         (png(Image.new("L", (1, 60_000))), "more than 100 times as long as wide"),
     ],
@@ -266,18 +256,17 @@ def test_an_explicit_length_counts_up_to_the_towers_positions(tokenizer):
     processor, long = dualenc.Processor(None, tokenizer), ("dogs " * 100).strip()
     processor.limit_length(64)
 
-    def length(**options):
-        return processor(text=long, **options)["input_ids"].shape[1]
+    def lengths(*limits):
+        return [processor(text=long, max_length=n)["input_ids"].shape[1] for n in limits]
 
-    assert (length(), length(max_length=4), length(max_length=50)) == (32, 4, 50)
-    assert length(max_length=100) == 64, "the tower has no more positions"
+    assert lengths(None, 4, 50, 100) == [32, 4, 50, 64], "the tower has 64 positions"
     processor.limit_length(16)
-    assert (length(), length(max_length=100)) == (16, 16)
+    assert lengths(None, 100) == [16, 16]
     tokenizer.no_truncation()
     processor = dualenc.Processor(None, tokenizer)
-    assert length() == 102 and length(max_length=7) == 7
+    assert lengths(None, 7) == [102, 7]
     processor.limit_length(32)
-    assert length() == 32
+    assert lengths(None) == [32]
 
 
 WORDS = ("ma mã má", "schon schön", "ano año", "мой мои", "ไม ไม่ ไม้", "दिन दीन", "か が")
@@ -351,14 +340,15 @@ def test_preprocessor_config_uses_the_published_words():
     written = json.loads(json.dumps(make_transform().to_dict()))
     assert written["size"] == {"shortest_edge": 24}
     assert written["crop_size"] == {"height": 20, "width": 20}
-    assert written["resample"] == Image.Resampling.BICUBIC
     assert written["image_mean"] == [0.5, 0.4, 0.3] and written["rescale_factor"] == 1 / 255
     for word, number in dualenc.INTERPOLATIONS.items():
         assert number == Image.Resampling[word.upper()]
-    with pytest.raises(ValueError, match="unknown resample 1; expected 0, 2, 3"):
-        dualenc.ImageTransform.from_dict({**written, "resample": Image.Resampling.LANCZOS.value})
-    with pytest.raises(ValueError, match="unknown image processor 'Donut'; expected ViT"):
-        dualenc.ImageTransform.from_dict({"image_processor_type": "DonutImageProcessor"})
+    for wrong, message in (
+        ({"resample": 1}, "unknown resample 1; expected 0, 2, 3"),
+        ({"image_processor_type": "DonutImageProcessor"}, "unknown image processor 'Donut'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dualenc.ImageTransform.from_dict({**written, **wrong})
 
 
 HALF, CLIP_MEAN = (0.5,) * 3, (0.48145466, 0.4578275, 0.40821073)
