@@ -113,7 +113,7 @@ def test_pieces_of_images_captions_and_cached_features_equal_the_batch(locked):
             fails_like(got[name], weight.grad, {}, f"the gradient of {name}", 1e-8)
 
 
-def test_pieces_are_computed_again_as_they_were_and_batch_norm_counts_them_once():
+def test_pieces_are_computed_again_alike_and_batch_norm_counts_them_once():
     """In bf16, with the same dropout: as one graph through all pieces, from the same seed."""
     options = {"vision": "test_resnet", "text_dropout": 0.3}
     model, twin, other = (make_towers(**options).float() for _ in range(3))

@@ -97,9 +97,9 @@ def test_low_rank_adapters_in_the_last_block_learn(make_model, batch, locked):
     attention.qkv = LoRA(attention.qkv)
     attention = model.text_model.encoder["layer"][-1].attention["self"]
     attention["query"] = LoRA(attention["query"])
-    adapters = {name: w for name, w in model.named_parameters() if ".up." in name}
+    adapters = [weight for name, weight in model.named_parameters() if ".up." in name]
     model.train()(**captions, pixel_values=pixel_values, return_loss=True).loss.backward()
-    assert len(adapters) == 2 and all(weight.grad.any() for weight in adapters.values())
+    assert len(adapters) == 2 and all(weight.grad.any() for weight in adapters)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch announces another place for quantisation
