@@ -1,96 +1,63 @@
-"""What padding costs: captions padded to the longest of the batch, as train.py does, against 77 and 128 tokens.
+"""What padding costs: captions padded to the longest of the batch, against 77 and 128 tokens.
 
-    python tests/bench/captions.py --emoji FOLDER/captions.csv
-    python tests/bench/captions.py                               # drawn captions of about the same lengths
+    python tests/bench/captions.py --emoji emoji/captions.csv
+    python tests/bench/captions.py                              # drawn captions of such lengths
 
-A whole training step (train.train_step) and the text tower alone (forward and backward), at the tiny preset, on the
-same batches of captions drawn from the file, in turn. 77 is the length of CLIP's and open_clip's tokenizers, 128 that
-of the example script of transformers. The tokenizer is learned from the captions; more pieces would lengthen none.
+A whole training step. 77 is the length of CLIP's and open_clip's tokenizers, 128 that of
+transformers' example script.
 """
 
 import random
-import sys
-from dataclasses import replace
 
 import common
-import torch
+from torch.nn.functional import pad
 
 import dualenc
-import train
 
 
-class Padding:
+class Padding(dualenc.Processor):
     """A Processor whose captions are all filled up to one length."""
 
-    def __init__(self, processor, length):
-        self.processor, self.length = processor, length
-        self.image_transform = processor.image_transform
+    length = 0
 
     def __call__(self, text):
-        inputs = self.processor(text=text)
-        return {name: torch.nn.functional.pad(rows, (0, self.length - rows.shape[1])) for name, rows in inputs.items()}
+        inputs = super().__call__(text=text)
+        missing = max(0, self.length - inputs["input_ids"].shape[1])
+        return {name: pad(rows, (0, missing)) for name, rows in inputs.items()}
 
 
 def read_captions(path):
-    """All captions of a caption file; without one, some as long as those of the emoji."""
+    """All captions of a table; without one, some about as long as those of the emoji."""
     if path:
-        pairs = [dualenc.load_pairs(path, split, val_fraction=0.1) for split in ("train", "val")]
-        return [caption for part in pairs for several in part.captions for caption in several]
+        return [text for several in dualenc.load_pairs(path, "all").captions for text in several]
     rng = random.Random(0)
-    lengths = rng.choices(range(1, 21), weights=[2 ** -abs((n - 4) / 2) for n in range(1, 21)], k=3600)
-    return [" ".join(rng.choices(common.WORDS, k=length)) for length in lengths]
+    return [" ".join(rng.choices(common.WORDS, k=rng.randint(1, 9))) for _ in range(3600)]
 
 
-def make_steps(preset, captions, precision, processor, seed):
-    """(a training step, forward and backward of the text tower) on the n-th batch; the batches turn with each call."""
-    model, optimizer, config = common.training_setup(preset, precision=precision)
-    processor.image_transform = model.processor.image_transform
-    model.processor = processor
-    images, _, _ = common.batch_of(preset, common.ours(common.PRESETS["smoke"]).processor)
-    batches = (random.Random(f"{seed} {n}").sample(captions, preset.batch) for n in range(10**9))
-    numbers = list(range(preset.batch))
-    groups = torch.arange(preset.batch)
+def make_step(preset, captions, tokenizer, length):
+    """A training step, on captions drawn each time."""
+    model, rng = common.our_model(preset), random.Random(0)
+    model.processor = Padding(model.processor.image_transform, tokenizer)
+    model.processor.length = length
+    precision = dualenc.pick_precision("auto", common.CPU)
 
-    def step():
-        batch = train.Batch(images, next(batches), numbers, {})
-        train.train_step(model, optimizer, config, batch, groups, precision)
+    def draw():
+        return rng.sample(captions, preset.batch)
 
-    def text():
-        inputs = model.processor(text=next(batches))
-        with dualenc.autocast(torch.device("cpu"), precision):
-            embeds = model.encode_text(**inputs)
-        embeds.square().mean().backward()
-
-    return step, text
+    return common.our_step(model, common.batch_of(preset)[0], draw, precision)
 
 
-def main(argv=None):
+def main():
     parser = common.flag_parser(__doc__, rounds=9)
-    parser.add_argument("--preset", choices=common.PRESETS, default="tiny")
-    parser.add_argument("--emoji", default="", help="caption file (drawn captions unless given)")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[77, 128], help="to pad to, beside the longest")
-    args = parser.parse_args(argv)
-    common.print_head(args, rates=False)
-    precision = dualenc.pick_precision(args.precision, torch.device("cpu"))
-    captions, preset = read_captions(args.emoji), replace(common.PRESETS[args.preset], tokens=8)
-    tokenizer = dualenc.train_tokenizer(dict.fromkeys(captions), preset.vocab, max(args.lengths))
-    ready = dualenc.Processor(common.ours(preset).processor.image_transform, tokenizer)
-    lengths = sorted(int(row.sum()) for row in ready(text=captions)["attention_mask"])
-    print(f"captions {len(captions):,} of {args.emoji or 'drawn words'}: {sum(lengths) / len(lengths):.1f} tokens in "
-          f"the mean, 99% up to {lengths[len(lengths) * 99 // 100]}, longest {lengths[-1]}; {precision}")  # fmt: skip
-
-    processors = {"longest of the batch": ready, **{str(n): Padding(ready, n) for n in args.lengths}}
-    for title, which in (("whole step", 0), ("text tower", 1)):
-        ways = {name: make_steps(preset, captions, precision, p, seed=0)[which] for name, p in processors.items()}
-        seconds = common.alternate(ways, args.rounds)
-        rows = []
-        for name, took in seconds.items():
-            time = common.spread(took)
-            ratio = f"{common.times_faster(took, seconds['longest of the batch']):.2f}"
-            rows.append([name, f"{1e3 * time.median:.0f}", f"{preset.batch / time.median:.0f}", ratio])
-        common.print_table([f"{title}, padded to", "ms", "pairs/s", "times the longest's time"], rows)
+    parser.add_argument("--emoji", default="", help="caption table (drawn captions unless given)")
+    args = parser.parse_args()
+    common.print_head()
+    captions, preset = read_captions(args.emoji), common.PRESETS[args.preset]
+    tokenizer = dualenc.train_tokenizer(dict.fromkeys(captions), common.VOCABULARY, 128)
+    lengths = {"the longest": 0, "77": 77, "128": 128}
+    ways = {name: make_step(preset, captions, tokenizer, n) for name, n in lengths.items()}
+    common.print_times("step, padded to", common.alternate(ways, args.rounds))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
