@@ -3,8 +3,7 @@
     python tests/bench/captions.py --emoji emoji/captions.csv
     python tests/bench/captions.py                              # drawn captions of such lengths
 
-A whole training step. 77 is the length of CLIP's and open_clip's tokenizers, 128 that of
-transformers' example script.
+77 is the length of CLIP's and open_clip's tokenizers, 128 that of transformers' example script.
 """
 
 import random
@@ -16,9 +15,7 @@ import dualenc
 
 
 class Padding(dualenc.Processor):
-    """A Processor whose captions are all filled up to one length."""
-
-    length = 0
+    """A Processor whose captions are all filled up to .length."""
 
     def __call__(self, text):
         inputs = super().__call__(text=text)

@@ -1,7 +1,4 @@
-"""What the benches share: towers of one size in three libraries, rounds in turn, memory, printing.
-
-Peers are imported where they are built: without them a bench measures ours alone.
-"""
+"""Shared: towers of one size in three libraries (peers are optional), rounds, memory, printing."""
 
 import argparse
 import ctypes
@@ -85,8 +82,7 @@ def open_clip_model(preset):
     vision = CLIPVisionCfg(timm_model_name=name, timm_pool="", image_size=size)
     model = CustomTextCLIP(PROJECTION, vision, text, output_dict=True)
     # The trunk again, as the configuration has no field for patch size and depth.
-    args = {"num_classes": 0, "img_size": size, **preset.timm_args}
-    model.visual.trunk = timm.create_model(name, **args)
+    model.visual.trunk = timm.create_model(name, num_classes=0, img_size=size, **preset.timm_args)
     return model.train()
 
 
@@ -132,10 +128,7 @@ def alternate(ways, rounds, warmup=1):
 
 
 def print_times(title, seconds, more=(), further=None):
-    """A row a way: median seconds, its time over the first way's (median [quartiles]), and more.
-
-    more, further  titles of other columns; {name: their cells}
-    """
+    """A row a way: median seconds, its time over the first way's, and {name: further cells}."""
     first, rows = next(iter(seconds)), []
     for name, took in seconds.items():
         ratios = [a / b for a, b in zip(took, seconds[first], strict=True)]
@@ -173,9 +166,8 @@ def in_child(function, *args):
 
 
 def flag_parser(description, rounds):
-    """A parser with the flags of all benches; --help prints the whole description."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=raw)
+    """A parser with the flags of all benches."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="sizes of the towers")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"counted rounds ({rounds})")
     return parser

@@ -3,8 +3,7 @@
     python tests/bench/loss.py                                  # B = 1,024 to 8,192
     python tests/bench/loss.py --sizes 16384 32768 --rounds 1   # ours alone from 16,384 on
 
-Unit-norm float32 rows of width 512, with gradients for both sides and logit_scale. Extra memory is
-the peak of a process of its own, the gradients of the embeddings included. All must give one loss.
+Float32 rows of width 512. Memory is the peak of a process of its own, gradients included.
 """
 
 import common
@@ -61,8 +60,8 @@ def main():
         ways = {name: make_way(name, size) for name in chosen}
         values = [way() for way in ways.values()]  # also the warm-up
         assert max(values) - min(values) < 1e-4 * max(values), values
-        # Short times vary more, and are measured more often.
-        seconds = common.alternate(ways, args.rounds * max(1, min(8, 8192 // size)), warmup=0)
+        rounds = args.rounds * max(1, min(8, 8192 // size))  # short times vary more
+        seconds = common.alternate(ways, rounds, warmup=0)
         memory = {name: [f"{common.in_child(peak, name, size):.0f}"] for name in ways}
         common.print_times(f"{size:,} pairs", seconds, ["extra MB"], memory)
 

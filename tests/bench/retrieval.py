@@ -3,9 +3,8 @@
     python tests/bench/retrieval.py                              # 5,000 images x 25,000 captions
     python tests/bench/retrieval.py --images 50000 --rounds 1    # ours alone; minutes
 
-Five captions an image, width 512. CLIP_benchmark's way: the whole score matrix and a mask of right
-answers as large; for each k and direction, in batches of 64 queries, the top k as one-hot rows over
-the gallery, counted where the mask is true. The shares must be equal.
+Five captions an image, width 512. CLIP_benchmark's way: the whole score matrix, a mask of right
+answers, and the top k of 64 queries as one-hot rows over the gallery, for each k and direction.
 """
 
 from functools import partial

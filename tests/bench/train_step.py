@@ -4,9 +4,8 @@
     python tests/bench/train_step.py --preset small --rounds 5   # ViT-S/16 at 224 pixels; minutes
 
 Ours is a step of train.train, from uint8 images and captions. The peers start from ready pixels and
-token ids and do what their own scripts do: transformers as its Trainer (autocast around model and
-loss, clipping, fused AdamW), open_clip as its train_one_epoch (AdamW with decay off gains and
-biases, no clipping). All keep freed memory, which the peers by themselves do not.
+token ids and do what transformers' Trainer and open_clip's train_one_epoch do. All keep freed
+memory, which the peers by themselves do not.
 """
 
 import math
@@ -74,8 +73,7 @@ def main():
     ways = {f"{n} {p}": STEPS[n](preset, p) for p in ("bf16", "fp32") for n in names}
     seconds = common.alternate(ways, args.rounds)
     for precision in ("bf16", "fp32"):
-        chosen = {name: took for name, took in seconds.items() if precision in name}
-        common.print_times("step", chosen)
+        common.print_times("step", {name: seconds[name] for name in ways if precision in name})
 
 
 if __name__ == "__main__":
