@@ -236,13 +236,10 @@ def test_overrides_reach_the_configuration_they_name():
     config = model.config
     assert (config.projection_dim, config.vision.image_size, config.text.width) == (8, 48, 16)
     assert model.logit_scale.item() == 1.0 and model.text_projection.weight.shape == (8, 16)
-    for name, message in (
-        ("vision_imagesize", "unknown field of VisionConfig 'imagesize'.*did you mean image_size"),
-        ("text_with", "unknown field of TextConfig 'with'"),
-        ("projection", "unknown field of DualEncoderConfig 'projection'.*mean projection_dim"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            build("test_resnet", "scratch", pretrained=False, **{name: 1})
+    with pytest.raises(ValueError, match="unknown field of VisionConfig 'imagesize'.*image_size"):
+        build("test_resnet", "scratch", pretrained=False, vision_imagesize=1)
+    with pytest.raises(ValueError, match="unknown field of DualEncoderConfig 'projection'"):
+        build("test_resnet", "scratch", pretrained=False, projection=1)
     with pytest.raises(ValueError, match="no folder no such tower"):
         build("test_resnet", "no such tower", pretrained=False)
 
@@ -252,17 +249,14 @@ def test_overrides_reach_the_configuration_they_name():
 
 def test_weights_that_do_not_fit_are_listed(saved):
     folder, model = saved
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    weights = {**model.state_dict(), "stranger": torch.zeros(1)}
     del weights["logit_scale"]
-    weights["stranger"] = torch.zeros(1)
     weights["text_projection.weight"] = torch.zeros(2, 3)
     weights["visual_projection.weight"] = weights["visual_projection.weight"].int()
     safetensors.torch.save_file(weights, folder / "model.safetensors")
     with pytest.raises(ValueError, match="does not fit its config.json: ") as caught:
         load(folder)
-    for part in ('Missing key(s) in state_dict: "logit_scale"', 'state_dict: "stranger"'):
-        assert part in str(caught.value)
-    for part in ("mismatch for text_projection.weight: ", "visual_projection.weight"):
+    for part in ("logit_scale", "stranger", "text_projection.weight", "visual_projection.weight"):
         assert part in str(caught.value)
     safetensors.torch.save_file({}, folder / "model.safetensors")
     with pytest.raises(ValueError, match="does not fit") as caught:
@@ -298,27 +292,19 @@ def test_a_config_that_lies_is_refused_before_memory_is_taken(changes, reason, s
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # kilobytes
 
 
-@pytest.mark.parametrize("content", [None, b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000])
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "tokenizer.json"])
-def test_missing_and_broken_files_are_refused_by_name(name, content, saved):
+def test_broken_files_are_refused_by_name(name, content, saved):
     folder, _ = saved
-    if content is not None:
-        (folder / name).write_bytes(content)
-    elif name == "config.json":
-        (folder / name).unlink()
-    else:
-        return  # a half without its file is no half
+    (folder / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"cannot read .*{name}"):
         load(folder)
 
 
-@pytest.mark.parametrize("keep", [None, 0, 5, 8, 100, 0.5, -1])
-def test_missing_and_truncated_weights_are_refused(keep, saved):
+@pytest.mark.parametrize("keep", [0, 5, 8, 100, -1])
+def test_truncated_weights_are_refused(keep, saved):
     path = saved[0] / "model.safetensors"
-    data = path.read_bytes()
-    path.unlink()
-    if keep is not None:
-        path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match="cannot read weights .*model.safetensors"):
         load(saved[0])
 
@@ -339,6 +325,9 @@ def test_a_pickle_is_not_opened(saved, tmp_path):
     with pytest.raises(ValueError, match="cannot read weights .*model.safetensors"):
         load(folder)
     assert not (tmp_path / "ran").exists()
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="cannot read .*config.json"):
+        load(folder)
 
 
 @pytest.mark.parametrize(
