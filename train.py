@@ -38,7 +38,7 @@ from dualenc import flag
 SCRATCH_VISION, SCRATCH_SIZE = "resnet18", 64
 SCRATCH_ARGS = {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256), "stem_width": 32}
 STATE_FILE, METRICS_FILE, LOCK_FILE = "training_state.pt", "metrics.jsonl", "run.lock"
-NEW = "random weights"  # the source of a tower that is not pretrained
+NEW = dualenc.RANDOM_WEIGHTS
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SHOWN = {"i2t_r1": "image->text R@1", "i2t_r5": "R@5", "t2i_r1": "text->image R@1"}
 SHOWN |= {"t2i_r5": "R@5", "chance_r1": "chance", "zs_top1": "zero-shot", "chance_top1": "chance"}

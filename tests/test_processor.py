@@ -372,3 +372,15 @@ def test_files_of_every_age_are_read_as_transformers_does(kind, written, resize,
     got = dualenc.ImageTransform.from_dict({name: kind, **written})
     assert (got.resize, got.crop) == (resize, crop)
     assert got.mean == pytest.approx(mean)
+
+
+def test_captions_of_unknown_tokens_are_noticed_once(capsys):
+    dualenc.NOTICED.clear()
+    folder = Path(__file__).parent / "fixtures/tokens/bert-saved"
+    processor = dualenc.Processor(None, *dualenc.read_tokenizer(folder))
+    processor(text=["a cat", "two dogs", "a 龘"])
+    assert capsys.readouterr().out == ""
+    for _ in range(2):
+        processor(text=["龘龘 鱻", "a"])
+    out = capsys.readouterr().out
+    assert out == "note: most tokens of the captions are the tokenizer's [UNK]\n"

@@ -225,6 +225,13 @@ def test_a_moved_run_goes_on_with_moved_data(spelling, stopped, data, tmp_path, 
         run("--resume", "run", "--data", table)
 
 
+def test_a_run_goes_on_where_its_device_is_missing(data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched, signal_at(3, signal.SIGTERM):
+        patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
+        assert run(*data, *TINY, "--out", tmp_path / "run") == 143
+    assert run("--resume", tmp_path / "run") == 0
+
+
 def test_a_broken_training_state_is_refused_by_name_and_nothing_in_it_runs(stopped, tmp_path):
     state = stopped / "last" / train.STATE_FILE
 
@@ -326,8 +333,10 @@ def test_a_full_disk_keeps_the_last_checkpoint(make_model, tmp_path, monkeypatch
     def disk_is_full(*_):
         raise OSError(28, "No space left on device")
 
-    model, folder = make_model(), tmp_path / "last"
+    model, folder, calls, fsync = make_model(), tmp_path / "last", [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append(file) or fsync(file))
     train.save_checkpoint(folder, model, {"step": 1})
+    assert len(calls) == len([*folder.iterdir()]), "each file is on the disk before the swap"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with monkeypatch.context() as patch, pytest.raises((OSError, ValueError), match="No space"):
         patch.setattr(os, "fsync", disk_is_full)

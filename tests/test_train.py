@@ -170,7 +170,9 @@ def test_each_image_arrives_with_one_of_its_own_captions(captions_file, make_mod
     config = train.TrainConfig(batch_size=8, workers=workers, steps=15)
     pairs, model, drawn = dualenc.load_pairs(captions_file, split="all"), make_model(), set()
     transform, of_run = model.processor.image_transform, train.Run("", pairs, pairs, (), {})
-    for images, indices, captions in train.fetch(config, of_run, model, 0, {}):
+    fetch = partial(train.fetch, config, of_run, model, 0, {})
+    for (images, indices, captions), (_, _, again) in zip(fetch(), fetch()):
+        assert captions == again, "the key alone decides"
         assert images.dtype == torch.uint8 and images.shape == (8, 3, 32, 32)
         for image, i, caption in zip(images, indices, captions):
             opened, own = pairs[i]
@@ -287,6 +289,11 @@ def test_init_starts_a_new_run_from_the_weights_of_another(run, capsys):
     _, clip = run("clip", {}, init=siglip, steps=1)
     biases = [weights(folder / "best")["logit_bias"] for folder in (siglip, clip)]
     assert torch.equal(*biases), "clip_loss has no use for it"
+    states = [torch.load(folder / "last" / train.STATE_FILE) for folder in (siglip, clip)]
+    learning = [
+        sum(len(g["params"]) for g in state["optimizer"]["param_groups"]) for state in states
+    ]
+    assert learning[0] == learning[1] + 1, "several processes would wait for its gradient"
 
 
 # ---- Whole runs ----------------------------------------------------------------------------------
@@ -342,8 +349,11 @@ def test_a_step_clips_its_gradient_and_clamps_the_temperature(run, monkeypatch):
     assert scale == pytest.approx(math.log(100), abs=2e-3)
 
 
-def test_the_same_seed_gives_the_same_run_whatever_the_workers(run):
+def test_the_same_seed_gives_the_same_run_whatever_the_workers(run, monkeypatch):
+    made, dataset = [], dualenc.ImageDataset
+    monkeypatch.setattr(dualenc, "ImageDataset", lambda *a: made.append(a) or dataset(*a))
     _, one = run("one", crop_scale=0.5)
+    assert made[0][3] == 2**0.5, "a crop of half the area is enlarged, so decoded larger"
     _, two = run("two", crop_scale=0.5, workers=2)
     _, other = run("other", crop_scale=0.5, seed=1)
     assert same_weights(one / "last", two / "last") and log_of(one) == log_of(two)
