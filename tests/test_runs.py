@@ -153,6 +153,16 @@ def test_a_stopped_and_resumed_run_ends_like_one_that_was_not(variant, data, tmp
     assert_same(outcome(cut), outcome(tmp_path / "whole"))
 
 
+def test_a_run_from_init_goes_on_with_its_own_learning_rates(stopped, data, tmp_path):
+    flags = ["--steps", "4", "--batch-size", "8", "--precision", "fp32", "--device", "cpu"]
+    flags = [*data, *flags, "--workers", "0", "--init", stopped]
+    assert run(*flags, "--out", tmp_path / "whole") == 0
+    with signal_at(3, signal.SIGTERM):
+        assert run(*flags, "--out", tmp_path / "cut") == 143
+    assert run("--resume", tmp_path / "cut") == 0
+    assert_same(outcome(tmp_path / "cut"), outcome(tmp_path / "whole"))
+
+
 def test_sigint_stops_after_the_step_and_a_second_one_at_once(data, tmp_path):
     # A shell that starts something in the background has it ignore SIGINT.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -517,6 +527,11 @@ def test_a_run_of_two_processes_is_that_of_one_and_nan_stops_both(data, tmp_path
     support.in_processes(2, train_here, [*flags, "--out", two])
     for line, other in zip(outcome(tmp_path / "one")[0], outcome(two)[0], strict=True):
         assert line == pytest.approx(other, rel=1e-4, abs=1e-4)
-    errors = support.in_processes(2, train_here, [*flags, "--out", tmp_path / "nan"], "nan")
+    out = tmp_path / "nan"  # with batch norm, of which each rank has statistics of its own
+    errors = support.in_processes(2, train_here, [*data, *TINY, "--out", out], "nan")
     assert errors[0] == errors[1] and "step 7: loss or gradient are not finite" in errors[0]
-    assert state_of(tmp_path / "nan")["step"] == 5
+    assert state_of(out)["step"] == 5
+    model, pairs = dualenc.DualEncoder.from_pretrained(out / "best"), data[1]
+    pairs = dualenc.load_pairs(pairs, "val", val_fraction=0.25)
+    measured = train.evaluation.evaluate(model, pairs)["retrieval"]["i2t_mrr"]
+    assert measured == pytest.approx(state_of(out)["best"]["i2t_mrr"], abs=1e-5)
