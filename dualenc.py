@@ -42,7 +42,6 @@ import math
 import os
 import random
 import re
-import signal
 import sys
 import tarfile
 import textwrap
@@ -2403,6 +2402,9 @@ class PublishedVisionEncoder(VisionEncoder):
         config, values = self.config, self.config.args
         if "hidden_size" not in values:
             raise ValueError(f"{config.name!r} is a family: name a folder, hub id or timm model")
+        known = [*HF_VISION[config.name].defaults, "use_mask_token"]
+        for key in values:
+            check_choice(f"argument of a {config.name} tower", key, known)
         poolings = ("pooler", "token") if "pooler_act" in values else (None,)
         check_choice(f"{config.name} pooling", config.pooling, poolings)
         width = values["hidden_size"]
@@ -3076,8 +3078,9 @@ def pick_workers(count, device):
 
 
 def worker_init(worker_id):
-    """Ctrl-C is for the run, which still needs its workers to finish the step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C and torchrun's SIGTERM reach process groups; the run still needs its workers."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 def pick_precision(name, device):

@@ -32,13 +32,13 @@ from torch import nn
 
 import dualenc
 import eval as evaluation
+from dualenc import RANDOM_WEIGHTS as NEW
 from dualenc import flag
 
 # The vision tower of --vision scratch: a ResNet-10 of half the width, quick on a CPU.
 SCRATCH_VISION, SCRATCH_SIZE = "resnet18", 64
 SCRATCH_ARGS = {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256), "stem_width": 32}
 STATE_FILE, METRICS_FILE, LOCK_FILE = "training_state.pt", "metrics.jsonl", "run.lock"
-NEW = dualenc.RANDOM_WEIGHTS
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SHOWN = {"i2t_r1": "image->text R@1", "i2t_r5": "R@5", "t2i_r1": "text->image R@1"}
 SHOWN |= {"t2i_r5": "R@5", "chance_r1": "chance", "zs_top1": "zero-shot", "chance_top1": "chance"}
@@ -191,7 +191,7 @@ def train(config, run, model, optimizer, state):
 
     with stop_signals() as received:
         for images, indices, captions in fetch(config, run, model, state["step"], bad_images):
-            # Who describes whom: pairs that do have equal group ids.
+            # Pairs whose captions fit each other's images get the same group id.
             fetched = time.perf_counter()
             pair_ids = dualenc.gather_embeds(run.pairs.pair_ids(indices, captions))
             all_groups = dualenc.positive_groups(pair_ids).to(device)
@@ -421,6 +421,8 @@ def cache_features(config, run, model):
         images = items.select(chosen).images
         return evaluation.embed_images(model, images, workers=config.workers, **how)
 
+    learning = {n.split("_model.")[0] for n, w in model.named_parameters() if w.requires_grad}
+    refuse(learning & model.locked, "--cache-features: weights of a locked tower learn (adapters?)")
     if "vision" in model.locked:
         jobs |= {"train": ("image_features", run.pairs), "val": ("image_features", run.held_out)}
     if "text" in model.locked:
@@ -481,7 +483,6 @@ def make_optimizer(model, config):
         if weight.requires_grad:
             learned = getattr(model, name.split(".")[0]) in pretrained
             peak = (config.tower_lr or config.lr / 10) if learned else config.lr
-            # Norms, biases, position tables and scalars are not decayed.
             decays = weight.ndim > 1 and "position_embeddings" not in name and name not in kept
             groups.setdefault((peak, config.weight_decay * decays), []).append(weight)
     groups = [{"params": w, "peak": peak, "weight_decay": d} for (peak, d), w in groups.items()]
@@ -675,8 +676,8 @@ def introduce(config, run, model, optimizer, flags):
     for group in optimizer.param_groups:
         size, decay = sum(w.numel() for w in group["params"]) / 1e6, group["weight_decay"]
         print(f"learns   {size:.2f}M weights at lr {group['peak']:.1e}, weight decay {decay:g}")
-    seen = math.ceil(config.batch_size / dualenc.world_size())
-    seen = min(seen, config.micro_batch or seen)
+    share = math.ceil(config.batch_size / dualenc.world_size())
+    seen = min(share, config.micro_batch or share)
     norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     in_parts = seen < config.batch_size and any(norm.training for norm in norms)
     norm = f"; batch norm sees {seen} images at a time" if in_parts else ""
@@ -694,8 +695,7 @@ def check_recipe(config, pairs, held_out):
         if isinstance(value, (int, float)) and name != "workers":
             dualenc.check_min(flag_names([name]), value, least.get(name, 0))
     refuse(max(config.crop_scale, config.warmup) > 1, "--crop-scale and --warmup are at most 1")
-    few = f"{len(pairs)} training images are fewer than --batch-size: lower it"
-    refuse(len(pairs) < config.batch_size, few)
+    refuse(len(pairs) < config.batch_size, f"{len(pairs)} training images: lower --batch-size")
     refuse(not len(held_out), f"no images are held out of {config.data}: raise --val-fraction")
     kinds = set(pairs.labels or itertools.chain.from_iterable(pairs.captions))
     refuse(len(kinds) == 1, f"all images of {config.data} share their caption or class")

@@ -445,6 +445,11 @@ def test_what_cannot_be_loaded_exactly_is_refused(config, weights, message, copy
     [
         ("clip", {"vision_pooling": "avg"}, "unknown clip_vision_model pooling 'avg'; expected No"),
         ("beit-classifier", {"vision_patch_dropout": 0.5}, "Beit.*argument 'patch_drop_rate'"),
+        (
+            "clip",
+            {"vision_args": {"lora": 4}},
+            "unknown argument of a clip_vision_model tower 'lora'",
+        ),
         ("clip", {"text_size": 3}, "unknown field of TextConfig 'size'"),
         ("clip", {"vision_image_size": 32}, "clip.*16 pixels; timm has towers of any size by name"),
     ],

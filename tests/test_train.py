@@ -460,7 +460,7 @@ REFUSED = [
     ({"cache_features": True}, "--cache-features needs a tower to --lock"),
     ({"cache_features": True, "lock": "both", "flip": True, "crop_scale": 0.5}, "crop-scale, --fl"),
     ({"batch_size": 1}, "--batch-size is 1, expected at least 2"),
-    ({"batch_size": 100}, r"3\d training images are fewer than --batch-size"),
+    ({"batch_size": 100}, r"3\d training images: lower --batch-size"),
     ({"lr": 1e30, "clip_grad": 0}, "step 2: loss or gradient are not finite: lower --lr"),
     ({"val_fraction": 0.0}, "no images are held out"),
     ({"crop_scale": 70.0}, "--crop-scale and --warmup are at most 1"),
@@ -549,3 +549,11 @@ def test_importing_has_no_side_effects_and_freed_memory_is_used_again():
     command = [sys.executable, "-c", FRESH_PROCESS]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0 and not ran.stdout, ran.stderr
+
+
+def test_features_of_a_locked_tower_that_learns_are_not_cached(make_model):
+    """Adapters that were added after locking would be trained past, without a word."""
+    model = make_model().lock("both")
+    model.vision_model.trunk.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="weights of a locked tower learn"):
+        train.cache_features(train.TrainConfig(cache_features=True), None, model)

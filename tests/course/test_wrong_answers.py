@@ -66,7 +66,10 @@ def failures(number, answer, monkeypatch):
     install(answer, number, monkeypatch.setattr)
     if hasattr(tests, "in_processes"):  # the processes need the answer too
         in_processes = sys.modules["support"].in_processes
-        start = lambda count, *call: in_processes(count, with_answer, answer, number, *call)  # noqa: E731
+
+        def start(count, *call):
+            return in_processes(count, with_answer, answer, number, *call)
+
         monkeypatch.setattr(tests, "in_processes", start)
         tests.outcome.cache_clear()
     said = {}
