@@ -908,7 +908,7 @@ class ImageTransform:
 
     def normalize(self, pixels):
         """(..., C, S, S) uint8 to normalised float32."""
-        # On the scale of 0 to 255, as torchvision's processors do it: the last bits agree.
+        # On the 0 to 255 scale, like torchvision's processors, so that the last bits agree.
         mean, std = 255 * torch.tensor([self.mean, self.std], device=pixels.device)[..., None, None]
         return (pixels.float() - mean) / std
 
@@ -1019,8 +1019,8 @@ def open_image(source, size=None):
 
     source  a path, an open binary file, the bytes of one, (file, first byte, length) of a part of
             one, or (torchvision set, index)
-    size    pixels that the shorter side needs: a JPEG is decoded at no less than twice as many, a
-            fraction of the work; at all of them unless given
+    size    pixels that the shorter side needs: JPEGs are decoded at a reduced size, at least twice
+            this, which is much faster; at full size unless given
     raises  ValueError that names a file which is missing or no image
     """
     name = getattr(source, "name", "an image") if hasattr(source, "read") else source
@@ -1036,7 +1036,7 @@ def open_image(source, size=None):
             with open(whole, "rb") as file:
                 file.seek(start)
                 source = io.BytesIO(file.read(*length))
-        if source is name and not os.path.isfile(source):  # a pipe would be waited for
+        if source is name and not os.path.isfile(source):  # opening a pipe would wait
             raise ValueError("no such file")
         with Image.open(source) as image:
             if image.format == "EPS":  # a program; Pillow would have Ghostscript run it
@@ -1061,7 +1061,7 @@ def stamp_image(source):
 
 @contextmanager
 def blamed_on(path, what="cannot read"):
-    """Make whatever goes wrong inside a ValueError that names the file: parsers raise all kinds."""
+    """Turn any exception raised inside into a ValueError that names the file."""
     try:
         yield
     except Exception as error:
@@ -1172,7 +1172,7 @@ class Processor:
 
 
 def train_tokenizer(captions, vocab_size, max_length=None):
-    """A byte-level BPE tokenizer learned from captions: lower case, accents and other marks kept.
+    """A byte-level BPE tokenizer learned from captions. It lower-cases and keeps accents.
 
     captions    iterable of strings
     vocab_size  tokens; at least 259, for all bytes and three special tokens
@@ -1230,7 +1230,7 @@ SPLITS = ("train", "val", "test", "all")
 class Lazy(Sequence):
     """A sequence whose item i is function(items[i]), made when asked for.
 
-    stamp  function(item) -> a string that changes when what function returns for the item changes
+    stamp  function(item) -> a fingerprint, which changes whenever function(item) would
     """
 
     def __init__(self, items, function, stamp=None):
@@ -1397,8 +1397,8 @@ class ShapesPairs(Pairs):
     """Drawn images such as "a small red circle left of a large blue star", without any download.
 
     Two objects, each with a size, a colour and a shape, beside or above each other: 18,240 scenes.
-    Which adjective goes with which noun, and their order, decide the image. Held out are a tenth of
-    the scenes, and all scenes with one of HELD_OUT_OBJECTS, whose colour and shape are seen in
+    Which adjective goes with which noun, and their order, decide the image. A tenth of the scenes
+    are held out, as are all with one of HELD_OUT_OBJECTS, whose colour and shape are seen in
     training, but never together. Each scene is followed by its mirror, in which the two objects
     have changed places: a bag of words cannot tell which of the two images a caption describes.
 
@@ -1421,7 +1421,7 @@ class ShapesPairs(Pairs):
                 self.scenes += scenes
                 names += [f"shapes/{seed}/{part}/{i}" for i in range(len(scenes))]
         for (first, relation, second), name in zip(self.scenes, names):
-            # A generator of its own: with the image's, the background would give the wording away.
+            # Drawn apart from the image, whose background could otherwise give the wording away.
             turned = random.Random(f"{name} told").random() < 0.5
             other = (second, OPPOSITE[relation], first)  # A left of B is B right of A
             self.wordings.append(other if turned else (first, relation, second))
@@ -1453,7 +1453,7 @@ class ShapesPairs(Pairs):
 
 
 def is_held_out(first, relation, second):
-    """A scene and its mirror are held out together."""
+    """Whether a scene is held out of training; its mirror then is too."""
     if not HELD_OUT_OBJECTS.isdisjoint((first[1:], second[1:])):
         return True
     return digest(f"{sorted([first, second])} {relation}")[0] < 26  # a tenth of 256
@@ -1466,7 +1466,7 @@ def draw_scenes(rng, count, held_out):
     never shows, the others are new compositions, and none is there twice.
     """
     if held_out and (count % 2 or not 0 < count <= MAX_HELD_OUT):
-        raise ValueError(f"{count} held-out images, expected an even number to {MAX_HELD_OUT:,}")
+        raise ValueError(f"{count} held-out images, expected an even number up to {MAX_HELD_OUT}")
 
     def random_object():
         return rng.choice(list(SIZES)), rng.choice(list(COLOURS)), rng.choice(SHAPES)
@@ -1940,7 +1940,7 @@ def build_vision_tower(vision, pretrained, overrides):
 
 
 def fit_processor(model, folder):
-    """Tell a processor of the text tower's positions; refuse token ids beyond its vocabulary."""
+    """Limit captions to the text tower's positions; refuse token ids beyond its vocabulary."""
     model.processor.limit_length(model.text_model.max_tokens)
     tokenizer, vocab_size = model.processor.tokenizer, model.config.text.vocab_size
     ids = {*tokenizer.get_vocab().values(), *tokenizer.encode("").ids, tokenizer.padding["pad_id"]}

@@ -143,7 +143,7 @@ def embed_captions(model, captions, precision="fp32", batch_size=EVAL_BATCH, poo
 class EvalContext:
     """A model, the pairs to measure it on, and what several tasks need, computed once.
 
-    pairs           Pairs; images that cannot be read are left out, if it is one, or at most 1%
+    pairs           Pairs; unreadable images are skipped if there is only one, or at most 1%
     tasks           names in TASKS; "auto" or "all" for those that the pairs allow
     load_train      function without arguments that gives the training Pairs, for probe and k-NN
     image_features  (I, W) pooled features of the images, if known: the tower does not run
@@ -298,7 +298,7 @@ def stored_rows(folder, stamps, embed):
 
 # ---- 3  Retrieval --------------------------------------------------------------------------------
 
-ROUNDING = 1e-6  # products of the same rows in another order differ by less: nearer cosines tie
+ROUNDING = 1e-6  # cosines nearer than this tie: sums in another order differ by less
 
 
 def with_interval(name, values, per_image=None):
@@ -363,7 +363,7 @@ def retrieval_metrics(image_ranks, text_ranks, right):
         values = {f"r{k}": (found <= k).double() for k in (1, 5, 10)} | {"mrr": 1 / found.double()}
         for name, value in values.items():
             per_image = value
-            if way == "t2i":  # images are drawn independently, not the captions of one
+            if way == "t2i":  # images are independent, the captions of one image are not
                 total = value.new_zeros(len(image_ranks)).index_add(0, images, value[captions])
                 per_image = total / images.bincount()
             metrics |= with_interval(f"{way}_{name}", value, per_image)

@@ -51,7 +51,7 @@ TILED_FROM = 2048  # pairs over all ranks from which on the tiled losses are fas
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """A row of LOSSES. Sizes are those of the batch's groups of pairs that describe each other."""
+    """A row of LOSSES. sizes lists how many pairs of the batch each group has; see pair_ids."""
 
     function: Callable  # (image_embeds, text_embeds, *inputs) -> ()
     inputs: tuple  # names among "logit_scale", "logit_bias" and "group_ids"
@@ -121,9 +121,9 @@ class TrainConfig:
     classes: str = flag("", "file with a line FOLDER<TAB>NAME for each class folder", "data")
     val_fraction: float = flag(0.1, "share of images held out of data without a split", "data")
     templates: str = flag("", "plain, clip7, or a file of templates, {} for the class", "data")
-    on_bad_image: str = flag("error", "or the next one instead", "data", ("error", "skip"))
+    on_bad_image: str = flag("error", "skip: take the next one", "data", ("error", "skip"))
     crop_scale: float = flag(1.0, "smallest share a random crop keeps", "data", augment=random_crop)
-    flip: bool = flag(False, "mirror every other image, at random", "data", augment=random_flip)
+    flip: bool = flag(False, "mirror each image with probability 1/2", "data", augment=random_flip)
     init: str = flag("", "start from this dual encoder: run, checkpoint or hub id", "start")
     lock: str = flag("", "freeze towers (LiT: vision)", "start", ("", "vision", "text", "both"))
     vision: str = flag("scratch", "timm name, folder or hub id; scratch: a small ResNet", "towers")
@@ -286,7 +286,7 @@ def learning_rate(step, steps, warmup, peak):
     """The learning rate of a step counted from 0: a line up to peak, then half a cosine towards 0.
 
     warmup      share of the steps in which it rises, rounded to whole steps, at least one; the
-                first gets its part of peak, never 0; the last of them, and the next step, peak
+                first step is already above 0, the last warm-up step and the next one run at peak
     Exercise 6  easy, 15 minutes: warm-up and cosine, run `pytest -k exercise_6`
     """
     rising = max(1, round(warmup * steps))
@@ -322,7 +322,7 @@ def evaluate(config, run, model, state):
         state |= {"best": line, "score": score}
         save_checkpoint(run.out / "best", model)
     shown = [f"{words} {line[name]:.1%}" for name, words in SHOWN.items() if name in line]
-    # Before the last checkpoint: resuming drops the lines after it, which come again.
+    # Logged before last/ is saved: resuming drops the lines after last/, and repeats them.
     text = f"eval {line['step']:>6,}/{config.steps:,}   {'   '.join(shown)}"
     log(run.out, line, f"{text}   saved {run.out / ('best' if best else 'last')}")
 
