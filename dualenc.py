@@ -1064,8 +1064,9 @@ def blamed_on(path, what="cannot read"):
     """Turn any exception raised inside into a ValueError that names the file."""
     try:
         yield
-    except Exception as error:
-        if isinstance(error, ValueError) and str(path) in str(error):
+    except BaseException as error:  # a panic in a library's Rust is no Exception
+        named = isinstance(error, ValueError) and str(path) in str(error)
+        if named or isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
             raise
         kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
         raise ValueError(f"{what} {path}: {kind}{error}") from error
@@ -1943,7 +1944,9 @@ def fit_processor(model, folder):
     """Limit captions to the text tower's positions; refuse token ids beyond its vocabulary."""
     model.processor.limit_length(model.text_model.max_tokens)
     tokenizer, vocab_size = model.processor.tokenizer, model.config.text.vocab_size
-    ids = {*tokenizer.get_vocab().values(), *tokenizer.encode("").ids, tokenizer.padding["pad_id"]}
+    with blamed_on(find_tokenizer(folder)):
+        ids = {*tokenizer.get_vocab().values(), *tokenizer.encode("").ids}
+    ids.add(tokenizer.padding["pad_id"])
     if max(ids) >= vocab_size:
         has = f"{find_tokenizer(folder)} has token id {max(ids)}"
         raise ValueError(f"{has}, but the text tower's vocabulary ends at {vocab_size - 1}")

@@ -30,7 +30,7 @@ SECONDS, MEMORY = 120, 4.0  # limits of an exercise when it is graded; GiB
 # Functions so like an exercise that they would show its answer, or answer it in one call. The
 # handout goes without the first kind, and the grader without both while it grades that exercise.
 LOOK_ALIKES = {1: [("dualenc.py", "multi_positive_clip_loss")]}
-SHORTCUTS = {1: [("dualenc.py", f"tiled{kind}_clip_loss") for kind in ("", "_multi_positive")]}
+SHORTCUTS = {1: [("dualenc.py", "tiled_clip_loss")]}
 
 
 def statements(function):
