@@ -32,8 +32,7 @@ from torch import nn
 
 import dualenc
 import eval as evaluation
-from dualenc import RANDOM_WEIGHTS as NEW
-from dualenc import flag
+from dualenc import RANDOM_WEIGHTS, flag
 
 # The vision tower of --vision scratch: a ResNet-10 of half the width, quick on a CPU.
 SCRATCH_VISION, SCRATCH_SIZE = "resnet18", 64
@@ -421,8 +420,6 @@ def cache_features(config, run, model):
         images = items.select(chosen).images
         return evaluation.embed_images(model, images, workers=config.workers, **how)
 
-    learning = {n.split("_model.")[0] for n, w in model.named_parameters() if w.requires_grad}
-    refuse(learning & model.locked, "--cache-features: weights of a locked tower learn (adapters?)")
     if "vision" in model.locked:
         jobs |= {"train": ("image_features", run.pairs), "val": ("image_features", run.held_out)}
     if "text" in model.locked:
@@ -465,7 +462,7 @@ def make_model(config, pairs):
         vision, config.text, config.projection_dim, pretrained, **more
     )
     # A tower without weights has learned nothing about a crop: show it the whole image.
-    whole = 1.0 if model.vision_model.source == NEW else None
+    whole = 1.0 if model.vision_model.source == RANDOM_WEIGHTS else None
     transform = model.vision_model.image_transform(crop_pct=whole)
     if config.text == "scratch":
         model.processor = dualenc.Processor(transform, tokenizer)
@@ -478,7 +475,7 @@ def make_optimizer(model, config):
     """AdamW as in CLIP, table 19; a group's "peak" is --lr, or --tower-lr for pretrained towers."""
     trunk, groups = model.vision_model.trunk, {}
     kept = {f"vision_model.trunk.{name}" for name in getattr(trunk, "no_weight_decay", set)()}
-    pretrained = [tower for tower in towers(model).values() if tower.source != NEW]
+    pretrained = [tower for tower in towers(model).values() if tower.source != RANDOM_WEIGHTS]
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             learned = getattr(model, name.split(".")[0]) in pretrained
@@ -514,6 +511,9 @@ def load_run(config, pairs, out, device):
         model.logit_bias.requires_grad_(needs_bias)
     if config.lock:
         model.lock(config.lock)
+    learning = {n.split("_model.")[0] for n, w in model.named_parameters() if w.requires_grad}
+    if config.cache_features:
+        refuse(learning & model.locked, "--cache-features: weights of a locked tower learn")
     model.to(device).train()
     if config.compile:
         model.vision_model.compile()

@@ -551,9 +551,15 @@ def test_importing_has_no_side_effects_and_freed_memory_is_used_again():
     assert ran.returncode == 0 and not ran.stdout, ran.stderr
 
 
-def test_features_of_a_locked_tower_that_learns_are_not_cached(make_model):
-    """Adapters that were added after locking would be trained past, without a word."""
-    model = make_model().lock("both")
-    model.vision_model.trunk.norm.weight.requires_grad_(True)
+def test_features_of_a_locked_tower_that_learns_are_not_cached(make_model, monkeypatch, tmp_path):
+    """Adapters in a locked tower would be trained past, without a word."""
+    model, lock = make_model(), dualenc.DualEncoder.lock
+
+    def lock_all_but_one_weight(self, tower):
+        lock(self, tower).vision_model.trunk.norm.weight.requires_grad_(True)
+
+    monkeypatch.setattr(train, "make_model", lambda config, pairs: model)
+    monkeypatch.setattr(dualenc.DualEncoder, "lock", lock_all_but_one_weight)
+    config = train.TrainConfig(cache_features=True, lock="vision")
     with pytest.raises(ValueError, match="weights of a locked tower learn"):
-        train.cache_features(train.TrainConfig(cache_features=True), None, model)
+        train.load_run(config, None, tmp_path, torch.device("cpu"))
