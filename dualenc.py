@@ -610,8 +610,12 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
 
 def fused_kernel_is_slow(query):
     """On a CPU in bf16 with gradients, separate products are two to five times as fast."""
-    in_bf16 = query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
-    return query.device.type == "cpu" and in_bf16 and query.requires_grad
+    return computes_bf16_on_cpu(query) and query.requires_grad
+
+
+def computes_bf16_on_cpu(tensor):
+    in_bf16 = tensor.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    return tensor.device.type == "cpu" and in_bf16
 
 
 def masked_mean(hidden, attention_mask=None):
@@ -810,8 +814,7 @@ class OwnAttention(torch.overrides.TorchFunctionMode):
 
     def is_needed(self, pixel_values):
         """Whether this forward pass records weights, or would be slow without this class."""
-        in_bf16 = pixel_values.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
-        return self.record or (in_bf16 and not pixel_values.is_cuda and torch.is_grad_enabled())
+        return self.record or (computes_bf16_on_cpu(pixel_values) and torch.is_grad_enabled())
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not F.scaled_dot_product_attention:
