@@ -176,13 +176,8 @@ class DualEncoderConfig:
         """The inverse of to_dict; raises ValueError for unknown fields and wrong types."""
         values = {name: value for name, value in values.items() if name != "model_type"}
         vision = config_from_dict(VisionConfig, values.pop("vision", {}))
-        text = dict(values.pop("text", {}))
-        # Older files have two more fields, dropped where they hold their default.
-        for name, unused in (("embedding_width", text.get("width")), ("layer_groups", None)):
-            if name in text and text[name] == unused:
-                text.pop(name)
-        towers = {"vision": vision, "text": config_from_dict(TextConfig, text)}
-        return config_from_dict(cls, {**towers, **values})
+        text = config_from_dict(TextConfig, values.pop("text", {}))
+        return config_from_dict(cls, {"vision": vision, "text": text, **values})
 
 
 def linear_head(width, projection_dim):
@@ -658,28 +653,24 @@ def activation(name):
 class VisionConfig:
     """A timm model and how to build it, or a family of published checkpoints and its sizes.
 
-    raises  ValueError for channels other than 3 and 1, sides below 1 pixel, and args that repeat a
-            field of this class or name a file
+    raises  ValueError for sides below 1 pixel, and for args that repeat a field of this class, ask
+            for other channels than RGB, or name a file
     """
 
     name: str = "vit_base_patch16_224"  # a timm model, or a row of HF_VISION
     args: dict = field(default_factory=dict)  # for timm.create_model; for HF_VISION its config
-    image_size: int | tuple[int, int] | None = None  # pixels, (height, width) if not square
-    channels: int = 3  # 3 for RGB, 1 for grayscale
+    image_size: int | None = None  # pixels a side; None: the model's own
     pooling: str | None = None  # timm's global_pool ("avg", "token", "map"); None: the model's own
     patch_dropout: float = 0.0  # share of each training image's patches left out (FLIP; ViTs only)
 
     def __post_init__(self):
-        check_choice("number of channels", self.channels, (1, 3))
         if self.image_size is not None:
-            height, width = as_pair(self.image_size)
-            check_min("vision image_size", min(height, width), 1)
-            object.__setattr__(self, "image_size", as_size(height, width))
-        fields = {"img_size": "image_size", "in_chans": "channels", "global_pool": "pooling"}
-        for name in (*fields, "num_classes", "checkpoint_path"):
+            check_min("vision image_size", self.image_size, 1)
+        fixed = "fixed: a tower sees RGB, has no classes and reads no file"
+        fields = {"img_size": "image_size", "global_pool": "pooling"}
+        for name in (*fields, "in_chans", "num_classes", "checkpoint_path"):
             if name in self.args:
-                instead = fields.get(name, "fixed: a tower has no classes and reads no file")
-                raise ValueError(f"vision args hold {name}; here that is {instead}")
+                raise ValueError(f"vision args hold {name}; here that is {fields.get(name, fixed)}")
 
 
 class VisionEncoder(nn.Module):
@@ -698,8 +689,7 @@ class VisionEncoder(nn.Module):
         self.source, self.new_parts = RANDOM_WEIGHTS, []  # loaders say what is pretrained
         self.trunk = self.build_trunk(pretrained_from)
         self.width = self.trunk.head_hidden_size  # what timm would hand to a classifier
-        own_size = self.trunk.pretrained_cfg["input_size"][-2:]
-        self.image_size = config.image_size or as_size(*own_size)
+        self.image_size = config.image_size or self.trunk.pretrained_cfg["input_size"][-1]
 
     def build_trunk(self, pretrained_from):
         """The timm model that the configuration describes."""
@@ -708,7 +698,7 @@ class VisionEncoder(nn.Module):
             near = nearest(base, timm.list_models())
             raise ValueError(f"unknown timm model {config.name!r}; {near}")
         # timm takes its own default for an argument that is None.
-        arguments = {"in_chans": config.channels, "global_pool": config.pooling, **config.args}
+        arguments = {"global_pool": config.pooling, **config.args}
         if config.patch_dropout:
             arguments["patch_drop_rate"] = config.patch_dropout
         name = pretrained_from or config.name
@@ -762,14 +752,12 @@ class VisionEncoder(nn.Module):
         return self.trunk.forward_head(features)
 
     def check_pixels(self, pixel_values):
-        """Raise ValueError unless the shape is (B, channels, height, width) of this model."""
-        expected = [self.config.channels, *as_pair(self.image_size)]
-        if pixel_values.ndim == 4 and not self.has_fixed_size():
-            expected[1:] = pixel_values.shape[2:]
-        if list(pixel_values.shape[1:]) != expected:
+        """Raise ValueError unless the shape is (B, 3, S, S); convnets take other sides too."""
+        shape, S = tuple(pixel_values.shape), self.image_size
+        if len(shape) != 4 or shape[1] != 3 or (self.has_fixed_size() and shape[2:] != (S, S)):
             raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}, expected (B, "
-                f"{', '.join(map(str, expected))}); the model's processor makes such pixels"
+                f"pixel_values has shape {shape}, expected (B, 3, {S}, {S}); "
+                f"the model's processor makes such pixels"
             )
 
     def image_transform(self, crop_pct=None):
@@ -778,15 +766,13 @@ class VisionEncoder(nn.Module):
         crop_pct  share of the image's shorter side that the crop keeps; the model's own unless set
         """
         data = timm.data.resolve_model_data_config(self.trunk)
-        crop = as_pair(self.image_size)
-        height, width = (math.floor(side / (crop_pct or data["crop_pct"])) for side in crop)
-        squash = data["crop_mode"] == "squash" or height != width  # whole images, any proportions
         return ImageTransform(
-            resize=(height, width) if squash else height,
-            crop=crop,
+            resize=math.floor(self.image_size / (crop_pct or data["crop_pct"])),
+            squash=data["crop_mode"] == "squash",
+            crop=self.image_size,
             interpolation=data["interpolation"].replace("random", "bilinear"),
-            mean=channel_values(data["mean"], self.config.channels),
-            std=channel_values(data["std"], self.config.channels),
+            mean=tuple(data["mean"]),
+            std=tuple(data["std"]),
         )
 
     def _record_hidden_states(self, into):
@@ -830,21 +816,6 @@ class OwnAttention(torch.overrides.TorchFunctionMode):
         return mixed
 
 
-def as_pair(size):
-    """(height, width) of a size that is one number for a square."""
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def as_size(height, width):
-    """The inverse of as_pair."""
-    return height if height == width else (height, width)
-
-
-def channel_values(values, channels):
-    """One mean or std a channel; grayscale takes the average of the three colours."""
-    return tuple(values) if channels == len(values) else (sum(values) / len(values),) * channels
-
-
 # --------------------------------------------------------------------------------------------------
 # 5  Processor: images and captions to tensors
 # --------------------------------------------------------------------------------------------------
@@ -869,75 +840,68 @@ IMAGE_PROCESSORS = {
 class ImageTransform:
     """Any image to normalised pixels: resize, centre crop, (pixel / 255 - mean) / std.
 
-    resize         the shorter side in pixels, or (height, width) whatever the proportions, or None
-    crop           (height, width) in pixels, or None
+    resize         pixels of the shorter side; None leaves the image as it is
+    crop           pixels of both sides; None cuts nothing off
+    squash         resize both sides, whatever the image's proportions
     interpolation  a row of INTERPOLATIONS
-    mean, std      one number per channel (3 for RGB, 1 for grayscale), for pixels from 0 to 1
+    mean, std      of red, green and blue, for pixels from 0 to 1
     """
 
-    resize: int | tuple[int, int] | None
-    crop: tuple[int, int] | None
+    resize: int | None
+    crop: int | None
+    squash: bool = False
     interpolation: str = "bicubic"
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __post_init__(self):
-        resize = (self.resize,) if isinstance(self.resize, int) else self.resize or ()
-        for side in (*resize, *(self.crop or ())):
-            if not (isinstance(side, int) and 1 <= side <= MAX_SIDE):
+        for side in (self.resize, self.crop):
+            if side is not None and not (isinstance(side, int) and 1 <= side <= MAX_SIDE):
                 raise ValueError(f"image side of {side} pixels, expected 1 to {MAX_SIDE}")
-        if not (len(self.mean) == len(self.std) in (1, 3) and min(self.std) > 0):
-            raise ValueError(f"image mean {self.mean}, std {self.std}: expected 1 or 3 channels")
+        if not (len(self.mean) == len(self.std) == 3 and min(self.std) > 0):
+            raise ValueError(f"image mean {self.mean}, std {self.std}: expected three of each")
         check_choice("interpolation", self.interpolation, INTERPOLATIONS)
 
-    @property
-    def channels(self):
-        """3 for RGB, 1 for grayscale."""
-        return len(self.mean)
-
     def __call__(self, image):
-        """A PIL image, array or tensor to (C, S, S) float32."""
-        return self.normalize(self.resize_and_crop(to_pixels(image, self.channels)))
+        """A PIL image, array or tensor to (3, S, S) float32."""
+        return self.normalize(self.resize_and_crop(to_pixels(image)))
 
     def resize_and_crop(self, pixels):
-        """(C, height, width) to (C, S, S), same dtype."""
-        height, width = pixels.shape[-2:]
-        size = self.resize or (height, width)
-        if isinstance(size, int):
-            longer = int(size * max(height, width) / min(height, width))
-            size = (longer, size) if height > width else (size, longer)
-        pixels = TF.resize(pixels, size, InterpolationMode(self.interpolation), antialias=True)
+        """(3, height, width) to (3, S, S), same dtype."""
+        if self.resize is not None:
+            size, mode = [self.resize] * (1 + self.squash), InterpolationMode(self.interpolation)
+            pixels = TF.resize(pixels, size, mode, antialias=True)
         return pixels if self.crop is None else centre_crop(pixels, self.crop)
 
     def normalize(self, pixels):
-        """(..., C, S, S) uint8 to normalised float32."""
+        """(..., 3, S, S) uint8 to normalised float32."""
         # On the 0 to 255 scale, like torchvision's processors, so that the last bits agree.
         mean, std = 255 * torch.tensor([self.mean, self.std], device=pixels.device)[..., None, None]
         return (pixels.float() - mean) / std
 
     def to_dict(self):
         """In the words of transformers' preprocessor_config.json."""
-        size = self.resize and dict(zip(("height", "width"), as_pair(self.resize)))
+        sides = ("height", "width") if self.squash else ("shortest_edge",)
         return {
             "image_processor_type": "CLIPImageProcessor" if self.crop else "ViTImageProcessor",
-            "do_resize": size is not None,
-            "size": {"shortest_edge": self.resize} if isinstance(self.resize, int) else size,
+            "do_resize": self.resize is not None,
+            "size": self.resize and dict.fromkeys(sides, self.resize),
             "resample": INTERPOLATIONS[self.interpolation],
             "do_center_crop": self.crop is not None,
-            "crop_size": self.crop and dict(zip(("height", "width"), self.crop)),
+            "crop_size": self.crop and dict.fromkeys(("height", "width"), self.crop),
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
             "image_mean": list(self.mean),
             "image_std": list(self.std),
-            "do_convert_rgb": self.channels == 3,
+            "do_convert_rgb": True,
         }
 
     @classmethod
     def from_dict(cls, values):
         """The inverse of to_dict, for files of every version of transformers.
 
-        raises  ValueError for an unknown image processor, interpolation, or form of a size
+        raises  ValueError for an unknown image processor or interpolation, and oblong sizes
         """
         kind = values.get("image_processor_type") or values.get("feature_extractor_type") or "none"
         kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind)
@@ -949,22 +913,23 @@ class ImageTransform:
         interpolations = {number: name for name, number in INTERPOLATIONS.items()}
         check_choice("resample", values["resample"], interpolations)
 
-        def read_size(size):
-            if isinstance(size, dict):
-                size = size.get("shortest_edge") or (size.get("height"), size.get("width"))
-            return size if isinstance(size, int) else tuple(size)
+        def read_size(name):  # a number, {"shortest_edge": S} or {"height": S, "width": S}
+            size = values[name]
+            sides = {*size.values()} - {None} if isinstance(size, dict) else {size}
+            if len(sides) != 1 or not isinstance(max(sides), int):
+                raise ValueError(f"{name} is {size}, expected a number of pixels or a square")
+            return sides.pop()
 
-        resize = read_size(values["size"])
-        if isinstance(values["size"], int) and isinstance(defaults["size"], int):
-            resize = (resize, resize)
+        size = values["size"] if isinstance(values["size"], dict) else defaults["size"]
         # Their pixel * factor is our pixel / 255 * scale.
         scale = 255 * (values["rescale_factor"] if values["do_rescale"] else 1)
         mean, std = values["image_mean"], values["image_std"]
         mean, std = (mean, std) if values["do_normalize"] else (0, 1)
         mean, std = (value if isinstance(value, list) else [value] * 3 for value in (mean, std))
         return cls(
-            resize=resize if values["do_resize"] else None,
-            crop=as_pair(read_size(values["crop_size"])) if values["do_center_crop"] else None,
+            resize=read_size("size") if values["do_resize"] else None,
+            crop=read_size("crop_size") if values["do_center_crop"] else None,
+            squash=not (isinstance(size, dict) and size.get("shortest_edge")),
             interpolation=interpolations[values["resample"]],
             mean=tuple(value / scale for value in mean),
             std=tuple(value / scale for value in std),
@@ -972,22 +937,22 @@ class ImageTransform:
 
 
 def centre_crop(pixels, size):
-    """(C, height, width) to (C, *size) around the middle; smaller images get a black border."""
+    """(3, height, width) to (3, size, size); smaller images get a black border."""
     # An odd pixel is added at the end and cut off at the end: as in transformers, not torchvision.
-    height, width = (max(new - old, 0) for new, old in zip(size, pixels.shape[-2:]))
+    height, width = (max(size - side, 0) for side in pixels.shape[-2:])
     pixels = F.pad(pixels, (width // 2, width - width // 2, height // 2, height - height // 2))
-    top, left = ((old - new) // 2 for new, old in zip(size, pixels.shape[-2:]))
-    return pixels[..., top : top + size[0], left : left + size[1]]
+    top, left = ((side - size) // 2 for side in pixels.shape[-2:])
+    return pixels[..., top : top + size, left : left + size]
 
 
-def to_pixels(image, channels=3):
-    """A PIL image, uint8 tensor (C, h, w) or array (h, w, C) to (channels, h, w) uint8."""
+def to_pixels(image):
+    """A PIL image, uint8 tensor (C, h, w) or array (h, w, C) to (3, h, w) uint8."""
     if not isinstance(image, Image.Image):
         with blamed_on(f"a {type(image).__name__}", "no image in"):
             if not str(getattr(image, "dtype", "uint8")).endswith("uint8"):
                 raise ValueError(f"values are {image.dtype}, expected uint8")
             image = TF.to_pil_image(image)
-    return TF.pil_to_tensor(flatten(image).convert("RGB" if channels == 3 else "L"))
+    return TF.pil_to_tensor(flatten(image).convert("RGB"))
 
 
 def flatten(image, name="an image"):
@@ -1104,7 +1069,7 @@ class Processor:
         text        a caption or N of them, padded to the longest
         images      an image or I of them (see to_pixels), of mixed sizes if you like
         max_length  tokens, up to the text tower's positions; longer captions are cut, with a notice
-        returns     {"input_ids" (N, T), "attention_mask" (N, T), "pixel_values" (I, C, S, S)}, as
+        returns     {"input_ids" (N, T), "attention_mask" (N, T), "pixel_values" (I, 3, S, S)}, as
                     asked for, and "token_type_ids" (N, T) with token_types
         """
         inputs = {}
@@ -1325,19 +1290,19 @@ def digest(text):
 
 
 class ImageDataset(torch.utils.data.Dataset):
-    """(epoch, i) to (uint8 pixels (C, S, S), the index used, an error or "").
+    """(epoch, i) to (uint8 pixels (3, S, S), the index used, an error or "").
 
     An image that cannot be read gives its place to the next one that can: an exception in a worker
     would end the run, and batches keep their size.
 
-    augment  function(pixels (C, h, w), key) -> pixels, before they are resized; key is (epoch, i)
+    augment  function(pixels (3, h, w), key) -> pixels, before they are resized; key is (epoch, i)
     zoom     by how much augment may enlarge a part of the image: JPEGs are decoded accordingly
     """
 
     def __init__(self, images, transform, augment=None, zoom=1.0):
         self.images, self.transform, self.augment = images, transform, augment
         if isinstance(images, Lazy) and images.function is open_image and transform.resize:
-            size = math.ceil(zoom * max(as_pair(transform.resize)))
+            size = math.ceil(zoom * transform.resize)
             self.images = Lazy(images.items, functools.partial(open_image, size=size))
 
     def __len__(self):
@@ -1346,10 +1311,10 @@ class ImageDataset(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, first = key
         used, error = first, ""
-        pixels = torch.zeros(self.transform.channels, 8, 8, dtype=torch.uint8)
+        pixels = torch.zeros(3, 8, 8, dtype=torch.uint8)
         for i in range(first, first + 100):  # a hundred broken images in a row give a black one
             try:
-                pixels = to_pixels(self.images[i % len(self)], self.transform.channels)
+                pixels = to_pixels(self.images[i % len(self)])
                 used = i % len(self)
                 break
             except (ValueError, OSError) as reason:
@@ -1360,7 +1325,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
 
 def image_loader(dataset, batches, workers, device):
-    """Batches (pixels (B, C, S, S), indices, errors) of an ImageDataset for lists of its keys."""
+    """Batches (pixels (B, 3, S, S), indices, errors) of an ImageDataset for lists of its keys."""
     return torch.utils.data.DataLoader(
         dataset,
         batch_sampler=batches,
@@ -1889,6 +1854,9 @@ DATA_READERS = {
 MODEL_TYPE = "dualenc"  # config.json names its writer in model_type, as transformers' files do
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
 IMAGE_FILE = "preprocessor_config.json"
+# Fields of older files, left out where they hold the only value that there still is.
+OLD_FIELDS = [("vision", "channels", 3), ("text", "embedding_width", "width")]
+OLD_FIELDS += [("text", "layer_groups", None)]
 RUN_CONFIG = "train_config.json"  # the folder that holds it is a run of train.py
 
 
@@ -1928,7 +1896,7 @@ def build_vision_tower(vision, pretrained, overrides):
         found["name"], weights = values["architecture"], f"local-dir:{folder}"
         args = found["args"] = {**(values.get("model_args") or {})}
         args.pop("num_classes", None)
-        fields = {"image_size": "img_size", "channels": "in_chans", "pooling": "global_pool"}
+        fields = {"image_size": "img_size", "pooling": "global_pool"}
         found |= {f: args.pop(name) for f, name in fields.items() if name in args}
         pretrained = pretrained or place == vision
     args = {**found["args"], **overrides.get("args", {})}
@@ -1937,7 +1905,7 @@ def build_vision_tower(vision, pretrained, overrides):
     tower.config = dataclasses.replace(config, image_size=tower.image_size)
     if pretrained:
         tower.source = vision
-        own_size = as_size(*tower.trunk.pretrained_cfg["input_size"][-2:])
+        own_size = tower.trunk.pretrained_cfg["input_size"][-1]
         if tower.has_fixed_size() and tower.image_size != own_size:
             tower.new_parts = ["position table (resized)"]
     return tower
@@ -1983,6 +1951,10 @@ def load_dual_encoder(cls, folder_or_hub_id):
             f"{PUBLISHED_TYPE!r}; other models lend towers to from_vision_text_pretrained"
         )
     own = kind == MODEL_TYPE
+    for side, name, only in OLD_FIELDS if own else ():
+        fields = values.get(side)
+        if isinstance(fields, dict) and fields.get(name, "?") == fields.get(only, only):
+            del fields[name]
     weights = read_shard(folder / WEIGHTS_FILE) if own else read_published_weights(folder)
     weights.pop("vision_model.mask_token", None)  # unused; versions before this one kept it
     with blamed_on(folder / CONFIG_FILE, "cannot build the model of"):
@@ -2425,10 +2397,10 @@ class PublishedVisionEncoder(VisionEncoder):
             arguments["patch_drop_rate"] = config.patch_dropout
         mlp_width = values.get("intermediate_size") or int(width * values["mlp_ratio"])
         arguments["mlp_ratio"] = (mlp_width + 0.5) / width  # timm rounds width * ratio down
-        arguments |= {"img_size": config.image_size, "in_chans": config.channels, "num_classes": 0}
+        arguments |= {"img_size": config.image_size, "num_classes": 0}
         norm = functools.partial(nn.LayerNorm, eps=values["layer_norm_eps"])
         trunk = HF_VISION[config.name].make(norm_layer=norm, **arguments)
-        trunk.pretrained_cfg = {"input_size": (config.channels, *as_pair(config.image_size))}
+        trunk.pretrained_cfg = {"input_size": (3, config.image_size, config.image_size)}
         for module in trunk.modules():
             if isinstance(module, timm.layers.Mlp):
                 module.act = activation(values["hidden_act"])
@@ -2719,10 +2691,10 @@ def read_vision_config(values, pooler=False, overrides=None):
         # transformers insists on the point of 0.0 when it reads what we write.
         args[key] = float(value) if isinstance(default, float) else value
     check_choice("activation", args["hidden_act"], ACTIVATIONS)
-    size, channels = as_size(*as_pair(args.pop("image_size"))), args.pop("num_channels")
-    if (overrides.get("image_size") or size) != size:
-        raise ValueError(f"it reads images of {size} pixels; timm has towers of any size by name")
-    found = {"name": name, "channels": channels, **overrides, "image_size": size}
+    size = args.pop("image_size")
+    if args.pop("num_channels") != 3 or (overrides.get("image_size") or size) != size:
+        raise ValueError(f"it reads RGB of {size} pixels; timm has towers of any size by name")
+    found = {"name": name, **overrides, "image_size": size}
     if "pooler_act" in args:
         found.setdefault("pooling", "pooler" if pooler else "token")
     return config_from_dict(VisionConfig, {**found, "args": {**args, **found.get("args", {})}})
@@ -2815,7 +2787,7 @@ def publish_dual_encoder(model):
             f"logit_bias {config.logit_bias_init}; start from towers that end in a pooler, such as "
             f"google/vit-base-patch16-224-in21k and bert-base-uncased, and train plain clip_loss"
         )
-    sizes = {"image_size": vision.image_size, "num_channels": vision.channels}
+    sizes = {"image_size": vision.image_size, "num_channels": 3}
     own = {"model_type": vision.name, "use_mask_token": False}
     text_config = {key: getattr(text, name) for name, key in text_row.keys.items()}
     published = {

@@ -135,7 +135,7 @@ def test_a_run_folder_stands_for_its_best_checkpoint(saved, tmp_path):
 
 def test_fields_of_older_versions_are_read_where_they_say_nothing(saved):
     folder, model = saved
-    edit(folder, text__embedding_width=32, text__layer_groups=None)
+    edit(folder, text__embedding_width=32, text__layer_groups=None, vision__channels=3)
     weights = {**model.state_dict(), "vision_model.mask_token": torch.zeros(1)}
     safetensors.torch.save_file(weights, folder / "model.safetensors")
     assert load(folder).config == model.config
@@ -181,13 +181,13 @@ def test_only_what_can_be_read_is_downloaded(monkeypatch, tmp_path):
 
 @pytest.fixture
 def timm_folder(tmp_path):
-    """(a timm model's folder, for grayscale images of 48 pixels, the model)"""
-    args = {**TINY_VIT, "img_size": 48, "in_chans": 1, "global_pool": "avg"}
+    """(a timm model's folder, for images of 48 pixels, the model)"""
+    args = {**TINY_VIT, "img_size": 48, "global_pool": "avg"}
     trunk = timm.create_model("vit_tiny_patch16_224", num_classes=0, **args)
     del args["img_size"]  # pretrained_cfg says it too, and older folders say it only there
     record = {"architecture": "vit_tiny_patch16_224", "model_args": args, "num_classes": 0}
-    mean = {"mean": [0.1], "std": [0.2]}
-    record["pretrained_cfg"] = {"input_size": [1, 48, 48], "fixed_input_size": True, **mean}
+    mean = {"mean": [0.1, 0.2, 0.3], "std": [0.2, 0.2, 0.2]}
+    record["pretrained_cfg"] = {"input_size": [3, 48, 48], "fixed_input_size": True, **mean}
     (tmp_path / "timm").mkdir()
     (tmp_path / "timm" / "config.json").write_text(json.dumps(record))
     safetensors.torch.save_file(trunk.state_dict(), tmp_path / "timm" / "model.safetensors")
@@ -204,10 +204,10 @@ def test_a_timm_folder_is_a_vision_tower_saved_by_its_architecture(
     model = dualenc.DualEncoder.from_vision_text_pretrained(
         str(folder) if vision == "folder" else vision, "scratch", **overrides
     ).eval()
-    tower, pixels = model.vision_model, torch.randn(2, 1, 48, 48)
+    tower, pixels = model.vision_model, torch.randn(2, 3, 48, 48)
     assert tower.source.endswith(vision.removeprefix("folder")) and tower.new_parts == []
     assert torch.equal(tower(pixels).pooler_output, trunk.eval()(pixels))
-    assert tower.image_transform().mean == (0.1,)
+    assert tower.image_transform().mean == (0.1, 0.2, 0.3)
     model.save_pretrained(tmp_path / "saved")
     shutil.rmtree(folder)
     shutil.rmtree(tmp_path / "hub")

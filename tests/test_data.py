@@ -99,7 +99,7 @@ def test_stamps_change_with_the_image(folder, tmp_path):
 def test_an_unreadable_image_gives_its_place_to_the_next(folder):
     write(folder / "b.png", "no image")
     images = dualenc.Lazy([str(folder / f"{name}.png") for name in "abc"], dualenc.open_image)
-    transform = dualenc.ImageTransform(resize=4, crop=(4, 4))
+    transform = dualenc.ImageTransform(resize=4, crop=4)
     dataset = dualenc.ImageDataset(images, transform, lambda pixels, key: pixels + key[0])
     assert [dataset[5, i][1] for i in range(3)] == [0, 2, 2]
     pixels, used, error = dataset[5, 1]
@@ -120,7 +120,7 @@ def test_workers_read_what_one_process_reads(kind, context, tmp_path):
     shard = write_shard(tmp_path / "s.tar", samples(0, 20))
     spec = {"shapes": "shapes", "shards": shard, "set": "fashionmnist"}[kind]
     pairs = dualenc.load_pairs(spec, data_root=tmp_path, val_fraction=0)
-    transform = dualenc.ImageTransform(resize=8, crop=(8, 8))
+    transform = dualenc.ImageTransform(resize=8, crop=8)
     dataset = dualenc.ImageDataset(pairs.images, transform)
     batches = [[(0, i) for i in batch] for batch in ([3, 1], [19, 0], [7, 7])]
     loader = dualenc.image_loader(dataset, batches, 2, torch.device("cpu"))
@@ -139,7 +139,7 @@ def test_large_jpegs_are_decoded_smaller_wherever_they_lie(tmp_path):
     content = buffer.getvalue()
     write(tmp_path / "large" / "a.jpg", content)
     shard = write_shard(tmp_path / "s.tar", {"a.jpg": content, "a.txt": b"x"})
-    transform = dualenc.ImageTransform(resize=64, crop=(64, 64))
+    transform = dualenc.ImageTransform(resize=64, crop=64)
     for spec in (tmp_path, shard):
         pairs = dualenc.load_pairs(spec, "all")
         assert pairs[0][0].size == (640, 640)

@@ -20,7 +20,7 @@ RED, BLUE, WHITE = (200, 40, 40), (40, 40, 200), (255, 255, 255)
 
 
 def make_transform(**overrides):
-    values = {"resize": 24, "crop": (20, 20), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+    values = {"resize": 24, "crop": 20, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
     return dualenc.ImageTransform(**{**values, **overrides})
 
 
@@ -75,20 +75,20 @@ def test_every_form_of_an_image_gives_the_same_pixels(image):
 
 def test_odd_margins_of_crops_and_borders_are_at_the_end():
     image = torch.arange(7).expand(1, 7, 7)
-    assert dualenc.centre_crop(image, (7, 4))[0, 0].tolist() == [1, 2, 3, 4]
-    assert dualenc.centre_crop(image.mT, (4, 7))[0, :, 0].tolist() == [1, 2, 3, 4]
+    assert dualenc.centre_crop(image, 4)[0, 0].tolist() == [1, 2, 3, 4]
+    assert dualenc.centre_crop(image.mT, 4)[0, :, 0].tolist() == [1, 2, 3, 4]
     image = torch.ones(1, 2, 3)
-    assert dualenc.centre_crop(image, (2, 6))[0].tolist() == [[0, 1, 1, 1, 0, 0]] * 2
-    assert dualenc.centre_crop(image, (5, 3))[0, :, 0].tolist() == [0, 1, 1, 0, 0]
+    assert dualenc.centre_crop(image, 6)[0, 2:4].tolist() == [[0, 1, 1, 1, 0, 0]] * 2
+    assert dualenc.centre_crop(image, 5)[0, :, 1].tolist() == [0, 1, 1, 0, 0]
 
 
 @pytest.mark.parametrize(
-    ("resize", "size", "expected"),
-    [(24, (40, 30), (32, 24)), (24, (31, 50), (24, 38)), ((11, 13), (40, 30), (11, 13))],
+    ("squash", "size", "expected"),
+    [(False, (40, 30), (32, 24)), (False, (31, 50), (24, 38)), (True, (40, 30), (24, 24))],
 )
-def test_proportions_are_kept_or_ignored_as_asked(resize, size, expected):
+def test_proportions_are_kept_or_ignored_as_asked(squash, size, expected):
     pixels = torch.zeros(3, *size, dtype=torch.uint8)
-    assert make_transform(crop=None, resize=resize).resize_and_crop(pixels).shape == (3, *expected)
+    assert make_transform(crop=None, squash=squash).resize_and_crop(pixels).shape == (3, *expected)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +97,8 @@ def test_proportions_are_kept_or_ignored_as_asked(resize, size, expected):
         ("no image in a str: .*Tensor", dualenc.to_pixels, {"image": "cat.jpg"}),
         ("no image in a ndarray: values are float", dualenc.to_pixels, {"image": np.ones((4, 4))}),
         ("image side of 0 pixels, expected 1 to 8192", make_transform, {"resize": 0}),
-        ("image side of 9000 pixels", make_transform, {"crop": (20, 9000)}),
-        ("expected 1 or 3 channels", make_transform, {"std": (1.0, 0.0, 1.0)}),
+        ("image side of 9000 pixels", make_transform, {"crop": 9000}),
+        ("expected three of each", make_transform, {"std": (1.0, 0.0, 1.0)}),
         ("unknown interpolation 'cubic'; .*bicubic", make_transform, {"interpolation": "cubic"}),
         ("no captions to learn", dualenc.train_tokenizer, {"captions": [], "vocab_size": 300}),
     ],
@@ -310,7 +310,7 @@ def test_the_learned_vocabulary_is_the_same_in_every_process():
     "transform",
     [
         make_transform(),
-        make_transform(resize=(20, 21), crop=None, mean=(0.5,), std=(0.2,)),
+        make_transform(squash=True, crop=None),
         make_transform(resize=None, interpolation="bilinear"),
     ],
 )
@@ -345,6 +345,10 @@ def test_preprocessor_config_uses_the_published_words():
         assert number == Image.Resampling[word.upper()]
     for wrong, message in (
         ({"resample": 1}, "unknown resample 1; expected 0, 2, 3"),
+        (
+            {"size": {"height": 8, "width": 9}},
+            "size is .*, expected a number of pixels or a square",
+        ),
         ({"image_processor_type": "DonutImageProcessor"}, "unknown image processor 'Donut'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -357,20 +361,26 @@ HALF, CLIP_MEAN = (0.5,) * 3, (0.48145466, 0.4578275, 0.40821073)
 @pytest.mark.parametrize(
     ("kind", "written", "resize", "crop", "mean"),
     [
-        ("ViTFeatureExtractor", {"size": 96}, (96, 96), None, HALF),
-        ("ViTImageProcessorFast", {"size": {"height": 8, "width": 9}}, (8, 9), None, HALF),
-        ("DeiTImageProcessor", {}, (256, 256), (224, 224), HALF),
-        ("CLIPFeatureExtractor", {"size": 96, "crop_size": 90}, 96, (90, 90), CLIP_MEAN),
-        ("CLIPImageProcessor", {"size": {"shortest_edge": 9}}, 9, (224, 224), CLIP_MEAN),
-        ("BitImageProcessor", {"do_resize": False, "do_center_crop": False}, None, None, CLIP_MEAN),
-        ("ViTImageProcessor", {"do_rescale": False}, (224, 224), None, (0.5 / 255,) * 3),
-        ("SiglipImageProcessor", {"do_normalize": False}, (224, 224), None, (0.0,) * 3),
+        ("ViTFeatureExtractor", {"size": 96}, (96, True), None, HALF),
+        ("ViTImageProcessorFast", {"size": {"height": 8, "width": 8}}, (8, True), None, HALF),
+        ("DeiTImageProcessor", {}, (256, True), 224, HALF),
+        ("CLIPFeatureExtractor", {"size": 96, "crop_size": 90}, (96, False), 90, CLIP_MEAN),
+        ("CLIPImageProcessor", {"size": {"shortest_edge": 9}}, (9, False), 224, CLIP_MEAN),
+        (
+            "BitImageProcessor",
+            {"do_resize": False, "do_center_crop": False},
+            (None, False),
+            None,
+            CLIP_MEAN,
+        ),
+        ("ViTImageProcessor", {"do_rescale": False}, (224, True), None, (0.5 / 255,) * 3),
+        ("SiglipImageProcessor", {"do_normalize": False}, (224, True), None, (0.0,) * 3),
     ],
 )
 def test_files_of_every_age_are_read_as_transformers_does(kind, written, resize, crop, mean):
     name = "feature_extractor_type" if "Feature" in kind else "image_processor_type"
     got = dualenc.ImageTransform.from_dict({name: kind, **written})
-    assert (got.resize, got.crop) == (resize, crop)
+    assert ((got.resize, got.squash), got.crop) == (resize, crop)
     assert got.mean == pytest.approx(mean)
 
 
