@@ -29,7 +29,6 @@ Sources    Radford et al. 2021, "Learning Transferable Visual Models From Natura
 from __future__ import annotations
 
 import argparse
-import ast
 import csv
 import dataclasses
 import difflib
@@ -548,7 +547,7 @@ class TextLayer(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(W, config.mlp_width)})
         self.output = AddAndNorm(config.mlp_width, config)
         self.config = config
-        self.activation = activation(config.activation)
+        self.activation = ACTIVATIONS[config.activation]()
 
     def forward(self, hidden, mask, return_weights):
         """hidden (B, T, W) to (B, T, W), and the weights (B, H, T, T) or None."""
@@ -592,8 +591,7 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
     """
     # torch's fused kernel computes the lines below in one call, but cannot return the weights.
     if not (return_weights or fused_kernel_is_slow(query)):
-        mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout)
-        return mixed, None
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout), None
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
@@ -603,14 +601,11 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
     return weights @ value, (weights if return_weights else None)
 
 
-def fused_kernel_is_slow(query):
-    """On a CPU in bf16 with gradients, separate products are two to five times as fast."""
-    return computes_bf16_on_cpu(query) and query.requires_grad
-
-
-def computes_bf16_on_cpu(tensor):
+def fused_kernel_is_slow(tensor):
+    """On a CPU in bf16 with gradients, where separate products take half to a fifth of the time."""
     in_bf16 = tensor.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
-    return tensor.device.type == "cpu" and in_bf16
+    learns = tensor.requires_grad and torch.is_grad_enabled()
+    return tensor.device.type == "cpu" and in_bf16 and learns
 
 
 def masked_mean(hidden, attention_mask=None):
@@ -633,15 +628,10 @@ TEXT_POOLING = {
     "pooler": lambda tower, hidden, attention_mask: tower.pooler["dense"](hidden[:, 0]).tanh(),
 }
 
-# What config.json calls an activation, and what timm calls it.
-ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "relu": "relu", "tanh": "tanh"}
-ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh")
-ACTIVATIONS |= dict.fromkeys(("silu", "swish"), "silu")
-
-
-def activation(name):
-    """The module of a row of ACTIVATIONS."""
-    return timm.layers.create_act_layer(ACTIVATIONS[name])
+# What config.json calls an activation. BERT's models call the approximation by tanh new or fast.
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "swish": nn.SiLU}
+ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), timm.layers.GELUTanh)
+ACTIVATIONS |= {"quick_gelu": timm.layers.QuickGELU, "tanh": nn.Tanh}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -725,15 +715,15 @@ class VisionEncoder(nn.Module):
                       stages, and for attentions of a model that does not call torch's attention
         """
         self.check_pixels(pixel_values)
-        pixel_values = pixel_values.to(next(self.parameters()).dtype)
+        weight = next(self.parameters())
+        pixel_values = pixel_values.to(weight.dtype)
         if pixel_values.is_cuda:  # the layout in which CUDA's convolutions are fast
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        hidden_states = []
+        hidden_states, attention = [], OwnAttention(output_attentions)
         hooks = self._record_hidden_states(hidden_states) if output_hidden_states else []
-        attention = OwnAttention(record=output_attentions)
         try:
-            needed = attention.is_needed(pixel_values)
-            with attention if needed else nullcontext():
+            own = output_attentions or fused_kernel_is_slow(weight)
+            with attention if own else nullcontext():
                 features = self.trunk.forward_features(pixel_values)
         finally:
             for hook in hooks:
@@ -790,29 +780,21 @@ class VisionEncoder(nn.Module):
 class OwnAttention(torch.overrides.TorchFunctionMode):
     """A with block in which timm's calls of torch's fused attention go to masked_attention.
 
-    It can record the weights, and is faster where fused_kernel_is_slow. torch switches the block
-    off inside __torch_function__, so calls from there go to torch itself.
+    It can record the weights, and is faster where fused_kernel_is_slow.
     """
 
     def __init__(self, record):
         super().__init__()
         self.record, self.weights = record, []
 
-    def is_needed(self, pixel_values):
-        """Whether this forward pass records weights, or would be slow without this class."""
-        return self.record or (computes_bf16_on_cpu(pixel_values) and torch.is_grad_enabled())
-
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **(kwargs or {}))
-        return self.attend(*args, **(kwargs or {}))
-
-    def attend(self, query, key, value, attn_mask=None, dropout_p=0.0, **others):
-        if any(others.values()):  # a causal mask or another scale, as in no plain ViT
-            return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **others)
-        mixed, weights = masked_attention(query, key, value, attn_mask, dropout_p, self.record)
-        if self.record:
-            self.weights.append(weights)
+        kwargs = kwargs or {}
+        plain = not (kwargs.get("is_causal") or kwargs.get("scale"))
+        if not (plain and function is F.scaled_dot_product_attention):
+            return function(*args, **kwargs)
+        mask, dropout = kwargs.get("attn_mask"), kwargs.get("dropout_p", 0.0)
+        mixed, weights = masked_attention(*args, mask, dropout, self.record)
+        self.weights.append(weights)
         return mixed
 
 
@@ -2224,8 +2206,16 @@ def rank():
 
 
 def share(count):
-    """The slice of `count` items in a row that falls to this rank; shares differ by at most one."""
+    """The slice of `count` items in a row that is this rank's; shares differ by at most one."""
     return slice(count * rank() // world_size(), count * (rank() + 1) // world_size())
+
+
+def from_all_ranks(value):
+    """[the value of each rank], of anything that can be pickled; ranks wait for each other."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def all_reduce_sum(tensor):
@@ -2268,7 +2258,7 @@ def gather_embeds(embeds):
     number of ranks, and the mean over ranks that DistributedDataParallel takes is the gradient of
     the whole batch.
 
-    embeds   (R, ...)  this rank's rows; R may differ between ranks, the rest may not
+    embeds   (R, ...)  this rank's rows, as many as each other rank has
     returns  (B, ...)  the rows of all ranks, in order
     """
     return embeds if world_size() == 1 else GatherRows.apply(embeds)
@@ -2282,21 +2272,14 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows):
-        count = torch.tensor([len(rows)], device=rows.device)
-        counts = [torch.empty_like(count) for _ in range(world_size())]
-        torch.distributed.all_gather(counts, count)
-        counts = torch.cat(counts).tolist()
-        ctx.own = slice(sum(counts[: rank()]), sum(counts[: rank() + 1]))
-        # all_gather wants one shape: shorter shares are padded, and cut again below.
-        padded = F.pad(rows, (0, 0) * (rows.ndim - 1) + (0, max(counts) - len(rows)))
-        parts = [torch.empty_like(padded) for _ in counts]
-        torch.distributed.all_gather(parts, padded)
-        return torch.cat([part[:length] for part, length in zip(parts, counts)])
+        parts = [torch.empty_like(rows) for _ in range(world_size())]
+        torch.distributed.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return all_reduce_sum(grad.contiguous())[ctx.own]
+        return all_reduce_sum(grad.contiguous()).chunk(world_size())[rank()]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2388,7 +2371,7 @@ class PublishedVisionEncoder(VisionEncoder):
         width = values["hidden_size"]
         if config.pooling == "pooler":
             self.pooler = nn.ModuleDict({"dense": nn.Linear(width, width)})
-            self.pooler_activation = activation(values["pooler_act"])
+            self.pooler_activation = ACTIVATIONS[values["pooler_act"]]()
         arguments = {TIMM_NAMES[key]: values[key] for key in values.keys() & TIMM_NAMES.keys()}
         arguments["proj_drop_rate"] = values.get("hidden_dropout_prob", 0.0)
         if config.name == "beit":
@@ -2403,7 +2386,7 @@ class PublishedVisionEncoder(VisionEncoder):
         trunk.pretrained_cfg = {"input_size": (3, config.image_size, config.image_size)}
         for module in trunk.modules():
             if isinstance(module, timm.layers.Mlp):
-                module.act = activation(values["hidden_act"])
+                module.act = ACTIVATIONS[values["hidden_act"]]()
         return trunk
 
     def has_fixed_size(self):
@@ -2984,9 +2967,8 @@ def config_from_dict(config_class, values):
 def flag(default, help, group="other", choices=None, **more):
     """A dataclass field that carries its own --help line; more is kept in its metadata."""
     metadata = {"help": help, "group": group, "choices": choices, **more}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    given = {"default_factory": dict} if default == {} else {"default": default}
+    return field(**given, metadata=metadata)
 
 
 def flag_parser(config_class, description):
@@ -2994,10 +2976,8 @@ def flag_parser(config_class, description):
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     hints, groups = typing.get_type_hints(config_class), {}
     for f in dataclasses.fields(config_class):
-        kind = next(
-            k for k in (*typing.get_args(hints[f.name]), hints[f.name]) if k is not type(None)
-        )
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        kind = (*typing.get_args(hints[f.name]), hints[f.name])[0]  # int of "int | None"
+        default = {} if kind is dict else f.default
         shown = "" if default in (None, "", {}) else f" (default: {default})"
         options = {"default": default, "help": (f.metadata["help"] + shown).replace("%", "%%")}
         if kind is bool:
@@ -3005,29 +2985,22 @@ def flag_parser(config_class, description):
         elif kind is dict:
             options.update(nargs="*", action=KeyValues, metavar="NAME=VALUE")
         else:
-            options.update(type=kind, choices=f.metadata["choices"])
-            if not f.metadata["choices"]:
-                options["metavar"] = kind.__name__.upper()
+            metavar = None if f.metadata["choices"] else kind.__name__.upper()
+            options.update(type=kind, choices=f.metadata["choices"], metavar=metavar)
         title = f.metadata["group"]
         groups[title] = groups.get(title) or parser.add_argument_group(title)
         groups[title].add_argument("--" + f.name.replace("_", "-"), **options)
     return parser
 
 
-class KeyValues(argparse.Action):
+class KeyValues(timm.utils.ParseKwargs):
     """--flag a=1 b=(2,3) as a dictionary; a value that is no Python literal stays a string."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        pairs = {}
         for text in values:
-            name, equals, value = text.partition("=")
-            if not equals:
+            if "=" not in text:
                 parser.error(f"{option_string} takes name=value, got {text!r}")
-            try:
-                pairs[name] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                pairs[name] = value
-        setattr(namespace, self.dest, pairs)
+        super().__call__(parser, namespace, values, option_string)
 
 
 def pick_device(name):
@@ -3037,15 +3010,9 @@ def pick_device(name):
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {name!r}: {error}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise ValueError(
-            f"torch sees {count} CUDA devices, but --device is {name}; use --device cpu"
-        )
-    return device
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # unknown, or not in this machine
+        raise ValueError(f"--device {name}: {error}; use --device cpu") from error
 
 
 def pick_workers(count, device):
@@ -3084,9 +3051,5 @@ def run_script(main):
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        sys.exit(f"a process that reads images ended, perhaps for want of memory: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

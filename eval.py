@@ -92,22 +92,20 @@ def embed_images(model, images, precision="fp32", batch_size=EVAL_BATCH, workers
     device, transform = model.logit_scale.device, model.processor.image_transform
     batches = chunks(range(len(images)), batch_size)
     mine = batches[dualenc.share(len(batches))]
-    # A rank without a share embeds a batch nevertheless: gathered rows must have one width.
-    keys = [[(0, i) for i in batch] for batch in mine or batches[:1]]
+    keys = [[(0, i) for i in batch] for batch in mine]
     dataset = dualenc.ImageDataset(images, transform)
     loader = dualenc.image_loader(dataset, keys, workers, device)
     rows, unreadable = [], {}
     with measuring(model):
-        for batch, (pixels, _, errors) in zip(mine or [[]], progress(loader, "images")):
+        for batch, (pixels, _, errors) in zip(mine, progress(loader, "images")):
             with dualenc.autocast(device, precision):
                 x = transform.normalize(pixels.to(device, non_blocking=True))
                 found = model.vision_model(x).pooler_output if pooled else model.encode_image(x)
-            rows.append(found[: len(batch)].float().cpu())
+            rows.append(found.float().cpu())
             unreadable |= {i: error for i, error in zip(batch, errors) if error}
-    rows, parts = dualenc.gather_embeds(torch.cat(rows)), [unreadable] * dualenc.world_size()
-    if len(parts) > 1:
-        torch.distributed.all_gather_object(parts, unreadable)
-        unreadable = {i: error for part in parts for i, error in part.items()}
+    parts = dualenc.from_all_ranks((rows, unreadable))
+    rows = torch.cat([batch for part, _ in parts for batch in part])
+    unreadable = {i: error for _, part in parts for i, error in part.items()}
     rows[list(unreadable)] = 0
     return finite(rows), unreadable
 
@@ -129,12 +127,12 @@ def embed_captions(model, captions, precision="fp32", batch_size=EVAL_BATCH, poo
     batches = chunks(distinct, batch_size)
     mine = batches[dualenc.share(len(batches))]
     with measuring(model):
-        for batch in progress(mine or batches[:1], "captions"):
+        for batch in progress(mine, "captions"):
             x = {name: ids.to(device) for name, ids in processor(text=batch).items()}
             with dualenc.autocast(device, precision):
                 found = model.text_model(**x).pooler_output if pooled else model.encode_text(**x)
             rows.append(found.float().cpu())
-    rows = dualenc.gather_embeds(torch.cat(rows)[: sum(map(len, mine))])
+    rows = torch.cat([batch for part in dualenc.from_all_ranks(rows) for batch in part])
     row_of = {caption: row for row, caption in enumerate(distinct)}
     return finite(rows)[torch.tensor([row_of[caption] for caption in captions])]
 

@@ -111,7 +111,13 @@ def random_flip(pixels, flip, rng):
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The flags. augment(pixels, value, rng) changes training images unless at the default."""
+    """The flags.
+
+    augment  what changes training images, unless the flag is at its default: function(pixels
+             (3, h, w), value, rng) -> pixels
+    sets     the flag is an argument of from_vision_text_pretrained, with this before its name;
+             at 0 or "" it is left out
+    """
 
     data: str = flag("shapes", "data spec (README.md lists them)", "data")
     data_root: str = flag("data", "where torchvision's data sets lie", "data")
@@ -126,18 +132,18 @@ class TrainConfig:
     init: str = flag("", "start from this dual encoder: run, checkpoint or hub id", "start")
     lock: str = flag("", "freeze towers (LiT: vision)", "start", ("", "vision", "text", "both"))
     vision: str = flag("scratch", "timm name, folder or hub id; scratch: a small ResNet", "towers")
-    vision_args: dict = flag({}, "further arguments of timm.create_model", "towers")
+    vision_args: dict = flag({}, "further arguments of timm.create_model", "towers", sets="")
     pretrained: bool | None = flag(None, "timm's weights? by default for NAME.TAG", "towers")
-    image_size: int = flag(0, "pixels a side; 0: the vision tower's own", "towers")
-    patch_dropout: float = flag(0.0, "share of patches left out in training (ViTs)", "towers")
+    image_size: int = flag(0, "pixels a side; 0: the tower's own", "towers", sets="vision_")
+    patch_dropout: float = flag(0.0, "share of patches left out (ViTs)", "towers", sets="vision_")
     text: str = flag("scratch", "transformers folder or hub id; scratch: a new tower", "towers")
     text_width: int = flag(192, "width of a new text tower", "towers")
     text_depth: int = flag(3, "layers of a new text tower", "towers")
     text_heads: int = flag(3, "attention heads of a new text tower", "towers")
-    text_pooling: str = flag("", "cls, mean (new towers) or pooler; else the folder's", "towers")
+    text_pooling: str = flag("", "cls, mean or pooler; else the folder's", "towers", sets="")
     vocab_size: int = flag(4096, "tokens of a new text tower, learned from captions", "towers")
     max_tokens: int = flag(64, "longest caption of a new text tower", "towers")
-    projection_dim: int = flag(256, "width of the shared space", "towers")
+    projection_dim: int = flag(256, "width of the shared space", "towers", sets="")
     loss: str = flag("clip", "see LOSSES in train.py", "recipe", tuple(LOSSES))
     epochs: float = flag(10, "passes over the images", "recipe")
     steps: int = flag(0, "steps, instead of epochs", "recipe")
@@ -190,11 +196,10 @@ def train(config, run, model, optimizer, state):
 
     with stop_signals() as received:
         for images, indices, captions in fetch(config, run, model, state["step"], bad_images):
-            # Pairs whose captions fit each other's images get the same group id.
+            # Pairs of all ranks whose captions fit each other's images get the same group id.
             fetched = time.perf_counter()
             pair_ids = dualenc.gather_embeds(run.pairs.pair_ids(indices, captions))
-            all_groups = dualenc.positive_groups(pair_ids).to(device)
-            group_ids = all_groups[dualenc.share(len(all_groups))]
+            group_ids = dualenc.positive_groups(pair_ids).to(device)
 
             # Learning rate. Dropout follows from seed, step and rank, and so repeats on resuming.
             rate = learning_rate(state["step"], config.steps, config.warmup, peak=1.0)
@@ -227,7 +232,7 @@ def train(config, run, model, optimizer, state):
             state["skipped_steps"] += skipped
 
             # Meter and log. The first step warms up and is not timed.
-            sizes = all_groups.unique(return_counts=True)[1].tolist()
+            sizes = group_ids.unique(return_counts=True)[1].tolist()
             accuracy = in_batch_accuracy(image_embeds, text_embeds, group_ids)
             sums.update(steps=1, loss=loss, in_batch_acc=accuracy)
             sums.update(chance_loss=row.chance(sizes), floor_loss=row.floor(sizes))
@@ -267,15 +272,13 @@ def compute_loss(name, model, image_embeds, text_embeds, group_ids):
     """The loss that --loss names, in float32, over the pairs of all ranks.
 
     image_embeds, text_embeds  (R, E)  unit-norm rows of this rank's pairs
-    group_ids                  (R,)    equal for pairs that describe each other
+    group_ids                  (B,)    of all ranks; equal for pairs that describe each other
     returns                    ()      nats; the mean over ranks is the loss, also of gradients
     """
-    row, all_groups = LOSSES[name], dualenc.gather_embeds(group_ids)
-    tiled = row.tiled is not None and len(all_groups) >= TILED_FROM
-    given = {"logit_scale": model.logit_scale, "group_ids": group_ids if tiled else all_groups}
+    row, given = LOSSES[name], {"logit_scale": model.logit_scale, "group_ids": group_ids}
     given["logit_bias"] = getattr(model, "logit_bias", None)
     inputs = [given[name] for name in row.inputs]
-    if tiled:
+    if row.tiled and len(group_ids) >= TILED_FROM:
         return row.tiled(image_embeds, text_embeds, *inputs, sharded=dualenc.world_size() > 1)
     image_embeds, text_embeds = map(dualenc.gather_embeds, (image_embeds, text_embeds))
     return row.function(image_embeds, text_embeds, *inputs)
@@ -297,12 +300,12 @@ def learning_rate(step, steps, warmup, peak):
 @torch.no_grad()
 def in_batch_accuracy(image_embeds, text_embeds, group_ids):
     """The share of images and captions, of all ranks, whose nearest counterpart is a right one."""
-    all_groups, right = dualenc.gather_embeds(group_ids), torch.zeros(1)
+    own, right = group_ids[dualenc.share(len(group_ids))], torch.zeros(1)
     for queries, gallery in ((image_embeds, text_embeds), (text_embeds, image_embeds)):
         gallery = dualenc.gather_embeds(gallery)
-        for rows, wanted in zip(queries.split(1024), group_ids.split(1024)):
-            right += (all_groups[(rows @ gallery.T).argmax(dim=1)] == wanted).sum().cpu()
-    return dualenc.all_reduce_sum(right).item() / (2 * len(all_groups))
+        for rows, wanted in zip(queries.split(1024), own.split(1024)):
+            right += (group_ids[(rows @ gallery.T).argmax(dim=1)] == wanted).sum().cpu()
+    return dualenc.all_reduce_sum(right).item() / (2 * len(group_ids))
 
 
 def evaluate(config, run, model, state):
@@ -443,23 +446,24 @@ def make_model(config, pairs):
         for tower in towers(model).values():
             tower.source, tower.new_parts = config.init, []
         return model
-    vision, args, size = config.vision, config.vision_args, config.image_size or None
+    given = [f for f in dataclasses.fields(config) if getattr(config, f.name)]
+    more = {
+        f.metadata["sets"] + f.name: getattr(config, f.name) for f in given if "sets" in f.metadata
+    }
+    vision = config.vision
     if vision == "scratch":
-        vision, args, size = SCRATCH_VISION, {**SCRATCH_ARGS, **args}, size or SCRATCH_SIZE
-    has_tag = "." in vision or ":" in vision
-    pretrained = has_tag if config.pretrained is None else config.pretrained
-    more = {"vision_args": args, "vision_image_size": size, **LOSSES[config.loss].start}
-    more["vision_patch_dropout"] = config.patch_dropout
+        vision, more["vision_args"] = SCRATCH_VISION, {**SCRATCH_ARGS, **config.vision_args}
+        more.setdefault("vision_image_size", SCRATCH_SIZE)
     if config.text == "scratch":
         captions = dict.fromkeys(itertools.chain.from_iterable(pairs.captions))
         tokenizer = dualenc.train_tokenizer(captions, config.vocab_size, config.max_tokens)
-        more |= {"text_vocab_size": tokenizer.get_vocab_size(), "text_pooling": "mean"}
+        more = {"text_pooling": "mean", "text_vocab_size": tokenizer.get_vocab_size(), **more}
         more |= {"text_max_positions": config.max_tokens, "text_width": config.text_width}
         more |= {"text_depth": config.text_depth, "text_heads": config.text_heads}
-    if config.text_pooling:
-        more["text_pooling"] = config.text_pooling
+    has_tag = "." in vision or ":" in vision
+    pretrained = has_tag if config.pretrained is None else config.pretrained
     model = dualenc.DualEncoder.from_vision_text_pretrained(
-        vision, config.text, config.projection_dim, pretrained, **more
+        vision, config.text, pretrained=pretrained, **LOSSES[config.loss].start, **more
     )
     # A tower without weights has learned nothing about a crop: show it the whole image.
     whole = 1.0 if model.vision_model.source == RANDOM_WEIGHTS else None
@@ -676,7 +680,7 @@ def introduce(config, run, model, optimizer, flags):
     for group in optimizer.param_groups:
         size, decay = sum(w.numel() for w in group["params"]) / 1e6, group["weight_decay"]
         print(f"learns   {size:.2f}M weights at lr {group['peak']:.1e}, weight decay {decay:g}")
-    share = math.ceil(config.batch_size / dualenc.world_size())
+    share = config.batch_size // dualenc.world_size()
     seen = min(share, config.micro_batch or share)
     norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     in_parts = seen < config.batch_size and any(norm.training for norm in norms)
@@ -690,11 +694,13 @@ def introduce(config, run, model, optimizer, flags):
 
 def check_recipe(config, pairs, held_out):
     """Raise ValueError for a recipe that cannot learn."""
-    least = {"batch_size": max(2, dualenc.world_size()), "crop_scale": 0.001, "log_every": 1}
+    least = {"batch_size": 2, "crop_scale": 0.001, "log_every": 1}
     for name, value in vars(config).items():
         if isinstance(value, (int, float)) and name != "workers":
             dualenc.check_min(flag_names([name]), value, least.get(name, 0))
     refuse(max(config.crop_scale, config.warmup) > 1, "--crop-scale and --warmup are at most 1")
+    uneven = f"--batch-size {config.batch_size} is no multiple of {dualenc.world_size()} processes"
+    refuse(config.batch_size % dualenc.world_size(), uneven)
     refuse(len(pairs) < config.batch_size, f"{len(pairs)} training images: lower --batch-size")
     refuse(not len(held_out), f"no images are held out of {config.data}: raise --val-fraction")
     kinds = set(pairs.labels or itertools.chain.from_iterable(pairs.captions))
