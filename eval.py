@@ -273,7 +273,7 @@ def stored_rows(folder, stamps, embed):
     file, known, rows, unreadable = Path(folder) / "rows.safetensors", [], None, {}
     file.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{file}.lock") if dualenc.rank() == 0 else nullcontext():
-        dualenc.all_reduce_sum(torch.zeros(1))  # the other ranks wait for the lock, too
+        dualenc.from_all_ranks("locked")  # the others wait for the lock, too
         if file.is_file():
             with dualenc.blamed_on(file, "cannot read"):
                 stored = safetensors.torch.load_file(file)

@@ -113,10 +113,8 @@ def random_flip(pixels, flip, rng):
 class TrainConfig:
     """The flags.
 
-    augment  what changes training images, unless the flag is at its default: function(pixels
-             (3, h, w), value, rng) -> pixels
-    sets     the flag is an argument of from_vision_text_pretrained, with this before its name;
-             at 0 or "" it is left out
+    augment  function(pixels (3, h, w), value, rng) -> pixels, called unless value is the default
+    sets     prefix of the flag's name as an argument of from_vision_text_pretrained, given unless 0
     """
 
     data: str = flag("shapes", "data spec (README.md lists them)", "data")
@@ -186,7 +184,7 @@ def train(config, run, model, optimizer, state):
     returns  the metrics of the best evaluation
     raises   ValueError once loss or gradient are no longer finite
     """
-    device, row, first_step = model.logit_scale.device, LOSSES[config.loss], state["step"] + 1
+    device, bounds, first_step = model.logit_scale.device, LOSSES[config.loss], state["step"] + 1
     embed = dualenc.MicroBatches(model, config.micro_batch, config.precision)
     if dualenc.world_size() > 1:
         embed = nn.parallel.DistributedDataParallel(embed)
@@ -202,15 +200,17 @@ def train(config, run, model, optimizer, state):
             group_ids = dualenc.positive_groups(pair_ids).to(device)
 
             # Learning rate. Dropout follows from seed, step and rank, and so repeats on resuming.
-            rate = learning_rate(state["step"], config.steps, config.warmup, peak=1.0)
+            share = learning_rate(state["step"], config.steps, config.warmup, peak=1.0)
             for group in optimizer.param_groups:
-                group["lr"] = rate * group["peak"]
+                group["lr"] = share * group["peak"]
             seed = random.Random(f"dropout {config.seed} {state['step']}").getrandbits(63)
             torch.manual_seed(seed + dualenc.rank())
 
             # Forward, loss, backward. The scaler keeps small gradients of fp16 from becoming 0.
-            rows = run.features.get("captions")
-            texts = torch.stack([rows[c] for c in captions]) if rows else model.processor(captions)
+            cached = run.features.get("captions")
+            texts = (
+                torch.stack([cached[c] for c in captions]) if cached else model.processor(captions)
+            )
             image_embeds, text_embeds = embed(images, texts)
             loss = compute_loss(config.loss, model, image_embeds, text_embeds, group_ids)
             optimizer.zero_grad()
@@ -235,14 +235,14 @@ def train(config, run, model, optimizer, state):
             sizes = group_ids.unique(return_counts=True)[1].tolist()
             accuracy = in_batch_accuracy(image_embeds, text_embeds, group_ids)
             sums.update(steps=1, loss=loss, in_batch_acc=accuracy)
-            sums.update(chance_loss=row.chance(sizes), floor_loss=row.floor(sizes))
+            sums.update(chance_loss=bounds.chance(sizes), floor_loss=bounds.floor(sizes))
             if step > first_step:
                 sums.update(timed=1, waited=fetched - ready, seconds=time.perf_counter() - ready)
             if step in (1, config.steps) or step % config.log_every == 0:
                 line, seconds = {"step": step}, sums["seconds"] or 1
                 for name in ("loss", "chance_loss", "floor_loss", "in_batch_acc"):
                     line[name] = sums[name] / sums["steps"]
-                line |= {"logit_scale": model.logit_scale.item(), "lr": rate * config.lr}
+                line |= {"logit_scale": model.logit_scale.item(), "lr": share * config.lr}
                 line["pairs_per_s"] = sums["timed"] * config.batch_size / seconds
                 line["data_share"] = sums["waited"] / seconds
                 line |= {"skipped_steps": state["skipped_steps"], "bad_images": len(bad_images)}
@@ -259,11 +259,9 @@ def train(config, run, model, optimizer, state):
                 state["scaler"] = scaler.state_dict()
                 save_checkpoint(run.out / "last", model, state)
             if stopped.any() and step < config.steps:
-                number = STOP_SIGNALS[int(stopped.argmax())]
-                print(
-                    f"stopped  {number.name}; step {step} is saved; go on with --resume {run.out}"
-                )
-                sys.exit(128 + number)
+                sig = STOP_SIGNALS[int(stopped.argmax())]
+                print(f"stopped  {sig.name}; step {step} is saved; go on with --resume {run.out}")
+                sys.exit(128 + sig)
             ready = time.perf_counter()
     return state["best"]
 
@@ -340,7 +338,7 @@ def load_data(config):
     source["class_names"] = evaluation.read_class_names(config.classes)
     if config.download and dualenc.rank() == 0:
         dualenc.load_pairs(config.data, download=True, **source)
-    dualenc.all_reduce_sum(torch.zeros(1))  # the other ranks wait for the download
+    dualenc.from_all_ranks("downloaded")  # the others wait for rank 0
     pairs, held_out = (dualenc.load_pairs(config.data, part, **source) for part in ("train", "val"))
     return pairs, held_out, templates
 
@@ -446,12 +444,10 @@ def make_model(config, pairs):
         for tower in towers(model).values():
             tower.source, tower.new_parts = config.init, []
         return model
-    given = [f for f in dataclasses.fields(config) if getattr(config, f.name)]
-    more = {
-        f.metadata["sets"] + f.name: getattr(config, f.name) for f in given if "sets" in f.metadata
-    }
-    vision = config.vision
-    if vision == "scratch":
+    fields = [f for f in dataclasses.fields(config) if "sets" in f.metadata]
+    more = {f.metadata["sets"] + f.name: getattr(config, f.name) for f in fields}
+    more = {name: value for name, value in more.items() if value}
+    if (vision := config.vision) == "scratch":
         vision, more["vision_args"] = SCRATCH_VISION, {**SCRATCH_ARGS, **config.vision_args}
         more.setdefault("vision_image_size", SCRATCH_SIZE)
     if config.text == "scratch":
@@ -505,19 +501,18 @@ def load_run(config, pairs, out, device):
     else:
         model = make_model(config, pairs)
         state["towers"] = {name: (t.source, t.new_parts) for name, t in towers(model).items()}
-    needs_bias = "logit_bias" in LOSSES[config.loss].inputs
     halves = [getattr(model.processor, name, None) for name in ("tokenizer", "image_transform")]
-    start = config.init or config.text
+    start, needs_bias = config.init or config.text, "logit_bias" in LOSSES[config.loss].inputs
     refuse(None in halves, f"{start} lacks a tokenizer or preprocessor_config.json")
-    lacks_bias = needs_bias and not hasattr(model, "logit_bias")
-    refuse(lacks_bias, f"{start} lacks the logit_bias that --loss {config.loss} learns")
     if hasattr(model, "logit_bias"):
         model.logit_bias.requires_grad_(needs_bias)
+    elif needs_bias:
+        raise ValueError(f"{start} lacks the logit_bias that --loss {config.loss} learns")
     if config.lock:
         model.lock(config.lock)
     learning = {n.split("_model.")[0] for n, w in model.named_parameters() if w.requires_grad}
-    if config.cache_features:
-        refuse(learning & model.locked, "--cache-features: weights of a locked tower learn")
+    unlocked = config.cache_features and learning & model.locked
+    refuse(unlocked, "--cache-features: weights of a locked tower learn")
     model.to(device).train()
     if config.compile:
         model.vision_model.compile()
@@ -568,7 +563,7 @@ def claim_run(config):
             for name in ("last", "best"):  # undo a swap that was cut short
                 if (out / f"{name}.old").exists() and not (out / name).exists():
                     (out / f"{name}.old").rename(out / name)
-        dualenc.all_reduce_sum(torch.zeros(1))
+        dualenc.from_all_ranks("claimed")
         yield out
     except filelock.Timeout as error:
         raise ValueError(f"another process trains into {out}: name another --out") from error
@@ -680,8 +675,7 @@ def introduce(config, run, model, optimizer, flags):
     for group in optimizer.param_groups:
         size, decay = sum(w.numel() for w in group["params"]) / 1e6, group["weight_decay"]
         print(f"learns   {size:.2f}M weights at lr {group['peak']:.1e}, weight decay {decay:g}")
-    share = config.batch_size // dualenc.world_size()
-    seen = min(share, config.micro_batch or share)
+    seen = min(config.batch_size // dualenc.world_size(), config.micro_batch or config.batch_size)
     norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     in_parts = seen < config.batch_size and any(norm.training for norm in norms)
     norm = f"; batch norm sees {seen} images at a time" if in_parts else ""
@@ -699,7 +693,7 @@ def check_recipe(config, pairs, held_out):
         if isinstance(value, (int, float)) and name != "workers":
             dualenc.check_min(flag_names([name]), value, least.get(name, 0))
     refuse(max(config.crop_scale, config.warmup) > 1, "--crop-scale and --warmup are at most 1")
-    uneven = f"--batch-size {config.batch_size} is no multiple of {dualenc.world_size()} processes"
+    uneven = f"--batch-size must be a multiple of the {dualenc.world_size()} processes"
     refuse(config.batch_size % dualenc.world_size(), uneven)
     refuse(len(pairs) < config.batch_size, f"{len(pairs)} training images: lower --batch-size")
     refuse(not len(held_out), f"no images are held out of {config.data}: raise --val-fraction")
