@@ -2050,6 +2050,7 @@ class MicroBatches(nn.Module):
     which are small. Each piece is one checkpoint: it keeps its inputs and its embeddings. In the
     backward pass, when every embedding has its gradient from the loss of the whole batch, the
     piece is computed again, with the same dropout, and carries that gradient into the weights.
+    Batch norm sees a piece at a time; its running statistics take the same step twice.
 
     model      DualEncoder with a processor
     size       pairs a piece; 0 embeds the batch at once
@@ -2067,24 +2068,17 @@ class MicroBatches(nn.Module):
 
         images       (B, 3, S, S) uint8 from ImageTransform.resize_and_crop, or (B, W) features of
                      a locked tower
-        captions     tensors (B, T) by name from the processor, or (B, W) features
+        captions     tensors (B, T) by name from the processor, or {"features": (B, W)}
         returns      image_embeds (B, E) and text_embeds (B, E), unit norm, in the batch's order
         Exercise 10  hard, 60 minutes: a large batch in pieces, run `pytest -k exercise_10`
         """
         if not 0 < self.size < len(images):
             return self.embed(images, captions)
-
-        def contexts():  # for the forward pass, and for the backward pass that repeats it
-            return nullcontext(), batch_norm_paused(self.model)
-
         embeds = []
         for start in range(0, len(images), self.size):
             part = slice(start, start + self.size)
-            if isinstance(captions, Tensor):
-                piece = images[part], captions[part]
-            else:
-                piece = images[part], {name: tensor[part] for name, tensor in captions.items()}
-            embeds.append(checkpoint(self.embed, *piece, use_reentrant=False, context_fn=contexts))
+            piece = images[part], {name: tensor[part] for name, tensor in captions.items()}
+            embeds.append(checkpoint(self.embed, *piece, use_reentrant=False))
         image_embeds, text_embeds = zip(*embeds)
         return torch.cat(image_embeds), torch.cat(text_embeds)
 
@@ -2092,32 +2086,18 @@ class MicroBatches(nn.Module):
         """forward for one piece, b pairs: image_embeds (b, E) and text_embeds (b, E)."""
         model, device = self.model, self.model.logit_scale.device
         images = images.to(device, non_blocking=True)
+        captions = {name: tensor.to(device) for name, tensor in captions.items()}
         with autocast(device, self.precision):
             if images.ndim == 2:
                 image_embeds = model.project_image(images)
             else:
-                transform = model.processor.image_transform
-                image_embeds = model.encode_image(transform.normalize(images))
-            if isinstance(captions, Tensor):
-                text_embeds = model.project_text(captions.to(device))
+                pixel_values = model.processor.image_transform.normalize(images)
+                image_embeds = model.encode_image(pixel_values)
+            if "features" in captions:
+                text_embeds = model.project_text(captions["features"])
             else:
-                inputs = {name: tensor.to(device) for name, tensor in captions.items()}
-                text_embeds = model.encode_text(**inputs)
+                text_embeds = model.encode_text(**captions)
         return image_embeds, text_embeds
-
-
-@contextmanager
-def batch_norm_paused(model):
-    """Inside, batch norm still normalises by the batch but leaves its running statistics alone."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta):
-            norm.momentum = momentum
 
 
 def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=TILE, sharded=False):
@@ -2236,9 +2216,7 @@ def process_group():
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
     if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default, whatever the machine
         torch.set_num_threads(own_cores())
-    with warnings.catch_warnings(), redirect_stdout(sys.stdout if rank() == 0 else None):
-        if rank() > 0:
-            warnings.simplefilter("ignore")
+    with redirect_stdout(sys.stdout if rank() == 0 else None):
         yield
     # Not in a finally: after an error it could wait for the other ranks, which torchrun ends.
     torch.distributed.destroy_process_group()

@@ -208,10 +208,8 @@ def train(config, run, model, optimizer, state):
 
             # Forward, loss, backward. The scaler keeps small gradients of fp16 from becoming 0.
             cached = run.features.get("captions")
-            texts = (
-                torch.stack([cached[c] for c in captions]) if cached else model.processor(captions)
-            )
-            image_embeds, text_embeds = embed(images, texts)
+            texts = cached and {"features": torch.stack([cached[c] for c in captions])}
+            image_embeds, text_embeds = embed(images, texts or model.processor(captions))
             loss = compute_loss(config.loss, model, image_embeds, text_embeds, group_ids)
             optimizer.zero_grad()
             scaler.scale(loss).backward()

@@ -147,17 +147,11 @@ class MicroBatches(nn.Module):
         B, n = len(images), self.size
         if n < 1 or B <= n:
             return self.embed(images, captions)
-        by_name = captions if isinstance(captions, dict) else {"": captions}
         sides = [], []
         for i in range(0, B, n):
-            texts = {name: rows[i : i + n] for name, rows in by_name.items()}
-            piece = (images[i : i + n], texts if isinstance(captions, dict) else texts[""])
-
-            def contexts():
-                return nullcontext(), batch_norm_paused(self.model)
-
-            options = dict(use_reentrant=False, context_fn=contexts)
-            embeds = checkpoint(self.embed, *piece, **options)
+            texts = {name: rows[i : i + n] for name, rows in captions.items()}
+            piece = (images[i : i + n], texts)
+            embeds = checkpoint(self.embed, *piece, use_reentrant=False)
             for side, rows in zip(sides, embeds):
                 side.append(rows)
         return tuple(torch.cat(side) for side in sides)
@@ -206,7 +200,7 @@ _NO_LOG_SOFTMAX = [
     for d in (0, 1)
 ]
 _LOGADDEXP = "torch.logaddexp(rows[i : i + tile], scores.logsumexp(1))"
-_EACH_PIECE = "embeds = checkpoint(self.embed, *piece, **options)"
+_EACH_PIECE = "embeds = checkpoint(self.embed, *piece, use_reentrant=False)"
 
 WRONG = {
     1: {
@@ -325,12 +319,11 @@ WRONG = {
     },
     10: {
         "no checkpoint": (_EACH_PIECE, "embeds = self.embed(*piece)"),
-        "images count twice": (", context_fn=contexts", ""),
         "came a piece at a time": [
-            ("use_reentrant=False, context_fn=contexts", "use_reentrant=True"),
+            ("use_reentrant=False", "use_reentrant=True"),
             ("(images[i : i + n], ", "(images[i : i + n].clone().requires_grad_(), "),
         ],
-        "state is not restored": ("=contexts)", "=contexts, preserve_rng_state=False)"),
+        "state is not restored": ("=False)", "=False, preserve_rng_state=False)"),
         "in evaluation mode": (_EACH_PIECE, f"self.model.eval()\n            {_EACH_PIECE}"),
         "was a piece embedded in no_grad": (
             _EACH_PIECE,
