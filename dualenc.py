@@ -2932,11 +2932,9 @@ def config_from_dict(config_class, values):
     hints = typing.get_type_hints(config_class)
     for name, value in values.items():
         check_choice(f"field of {config_class.__name__}", name, hints)
-        # "int | None" is [int, NoneType]. A float may be written as an int, and json has no tuples.
-        options = typing.get_args(hints[name]) or (hints[name],)
-        kinds = [typing.get_origin(option) or option for option in options]
-        kinds += [int] * (float in kinds) + [list] * (tuple in kinds)
-        if not isinstance(value, tuple(kinds)) or (isinstance(value, bool) and bool not in kinds):
+        kinds = typing.get_args(hints[name]) or (hints[name],)  # "int | None": (int, NoneType)
+        kinds += (int,) if float in kinds else ()
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             expected = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{name} is {value!r}, expected {expected}")
     return config_class(**values)
@@ -2995,9 +2993,8 @@ def pick_device(name):
 
 def pick_workers(count, device):
     """How many processes read images; -1 picks up to 8 beside a GPU, and 1 where cores compute."""
-    if count >= 0:
-        return count
-    return min(8 if device.type == "cuda" else 1, own_cores() - 1)
+    spare = min(8 if device.type == "cuda" else 1, own_cores() - 1)
+    return spare if count < 0 else count
 
 
 def worker_init(worker_id):
