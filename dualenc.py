@@ -230,6 +230,7 @@ class DualEncoder(nn.Module):
     def __init__(self, config, vision_model=None, text_model=None):
         super().__init__()
         self.config = config
+        # The class of a tower depends on its configuration: see the tables of section 9.
         self.vision_model = vision_model or vision_tower(config.vision)
         self.text_model = text_model or text_tower(config.text)
         make_head = PROJECTION_HEADS[config.projection_head]
@@ -435,6 +436,8 @@ RANDOM_WEIGHTS = "random weights"  # the source of a tower that is not pretraine
 class TextEncoder(nn.Module):
     """BERT's encoder, which RoBERTa and MPNet (section 9) change in its positions only.
 
+    All modules have BERT's published names, so that loading its weights is a copy.
+
     config  TextConfig
     source  Devlin et al. 2019, section 3
     """
@@ -534,10 +537,7 @@ class TextEncoder(nn.Module):
 
 
 class TextLayer(nn.Module):
-    """One post-LN transformer layer: LN(x + attention(x)), then LN(x + mlp(x)).
-
-    The modules have BERT's published names, so that loading its weights is a copy.
-    """
+    """One post-LN transformer layer: LN(x + attention(x)), then LN(x + mlp(x))."""
 
     def __init__(self, config):
         super().__init__()
