@@ -8,6 +8,7 @@ from scores import (  # noqa: F401  pytest finds them here
     pytest_addoption,
     pytest_collection_finish,
     pytest_configure,
+    pytest_itemcollected,
     pytest_terminal_summary,
 )
 from support import CAPTIONS, TINY_TEXT, TINY_VIT
@@ -46,15 +47,6 @@ def make_model(tokenizer):
         return model.eval()
 
     return make
-
-
-@pytest.fixture
-def one_thread():
-    """One thread, as in in_processes: several threads add in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

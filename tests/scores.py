@@ -109,6 +109,11 @@ def pytest_configure(config):
     config.option.keyword = re.sub(r"\bexercise_(\d+)\b", r"exercise_\1_", config.option.keyword)
 
 
+def pytest_itemcollected(item):
+    if item.name.startswith("test_exercise_"):
+        item.add_marker("exercise")
+
+
 def pytest_collection_finish(session):
     session.config.stash[COLLECTED] = [item.nodeid for item in session.items]
 

@@ -66,7 +66,6 @@ def test_the_tests_of_an_exercise_can_be_run_alone(number):
     text = (ROOT / "tests" / "exercises" / f"test_exercise_{number}.py").read_text()
     names = re.findall(r"^def (test_\w+)", text, re.MULTILINE)
     assert names and all(name.startswith(f"test_exercise_{number}_") for name in names)
-    assert "pytestmark = pytest.mark.exercise" in text
     config = SimpleNamespace(option=SimpleNamespace(keyword="exercise_1 or exercise_12 and not x"))
     pytest_configure(config)
     assert config.option.keyword == "exercise_1_ or exercise_12_ and not x", "1 is a part of 12"

@@ -9,8 +9,6 @@ from support import fails_like, slow_clip_loss, slow_gradient, tensors, unit_row
 
 import dualenc
 
-pytestmark = pytest.mark.exercise
-
 
 def test_exercise_1_the_loss_is_the_mean_cross_entropy_of_both_directions():
     images, texts = unit_rows(5, 8, 0), unit_rows(5, 8, 1)

@@ -7,8 +7,6 @@ from torch import nn
 
 import dualenc
 
-pytestmark = pytest.mark.exercise
-
 BATCH = torch.randn(2, 11, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 

@@ -8,8 +8,6 @@ from support import fails_like, in_processes
 
 import dualenc
 
-pytestmark = pytest.mark.exercise
-
 COUNTS = (2, 1)  # rows of each rank
 
 

@@ -6,8 +6,6 @@ from torch import nn
 
 import dualenc
 
-pytestmark = pytest.mark.exercise
-
 TOWERS = {"vision", "text"}
 PROJECTIONS = {"visual_projection.weight", "text_projection.weight"}
 

@@ -9,8 +9,6 @@ from support import FixedTower, fails_like, slow_clip_loss
 
 import dualenc
 
-pytestmark = pytest.mark.exercise
-
 PIXELS, IDS = torch.zeros(3, 3, 8, 8), torch.zeros(4, 6, dtype=torch.long)  # 3 images, 4 captions
 
 

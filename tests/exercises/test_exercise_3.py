@@ -9,8 +9,6 @@ from support import fails_like
 
 import dualenc
 
-pytestmark = pytest.mark.exercise
-
 # Three captions of five tokens: padding on the right, on the left, on both sides.
 IS_REAL = np.array([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1], [0, 1, 1, 1, 0]], bool)
 EVERYWHERE = np.ones_like(IS_REAL)

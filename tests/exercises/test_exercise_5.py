@@ -6,8 +6,6 @@ from support import fails_like
 
 import dualenc
 
-pytestmark = pytest.mark.exercise
-
 
 def table(digits):
     return [[int(digit) for digit in row] for row in digits.split()]

@@ -7,8 +7,6 @@ from support import fails_like
 
 import train
 
-pytestmark = pytest.mark.exercise
-
 
 def half_cosine(step, count, start=0):
     """(1 + cos) / 2 at `count` angles, `step` degrees apart."""

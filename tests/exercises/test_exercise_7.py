@@ -6,8 +6,6 @@ from support import fails_like
 
 import eval as evaluation
 
-pytestmark = pytest.mark.exercise
-
 # Captions 0 and 1 belong to image 0, captions 2 and 3 to image 1, caption 4 to image 2.
 SCORES = [[0.1, 0.9, 0.5, 0.3, 0.2], [0.8, 0.7, 0.6, 0.2, 0.4], [0.3, 0.6, 0.5, 0.7, 0.45]]
 RIGHT = [(0, 0), (0, 1), (1, 2), (1, 3), (2, 4)]

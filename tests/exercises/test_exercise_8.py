@@ -9,8 +9,6 @@ from support import fails_like
 
 import eval as evaluation
 
-pytestmark = pytest.mark.exercise
-
 CLASSES, TEMPLATES = ["cat", "dog"], ("a {}", "the {}", "my {}, {}")
 # Degrees: the three captions of a class lie evenly around it, at 30 and at 110.
 ANGLES = {"a cat": 10, "the cat": 30, "my cat, cat": 50}

@@ -9,8 +9,6 @@ from support import Memory, fails_like, slow_gradient, tensors, unit_rows
 
 import dualenc
 
-pytestmark = pytest.mark.exercise
-
 
 def slow_sums(images, texts, log_scale):
     """The log-sum-exp of each row and each column of the scores."""
