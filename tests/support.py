@@ -1,7 +1,9 @@
 """Slow versions, stand-ins and helpers that several test files share."""
 
+import csv
 import datetime
 import inspect
+import json
 import math
 import multiprocessing
 import tempfile
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.multiprocessing import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +34,38 @@ TINY_TEXT = {
     "text_max_positions": 32,
 }
 TINY_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 4, "patch_size": 8}
+
+
+def write_table(folder, pairs):
+    """captions.csv of (image, captions), beside images 0.png, 1.png, ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "captions.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("image", "caption"))
+        for i, (image, captions) in enumerate(pairs):
+            image.save(folder / f"{i}.png")
+            table.writerows((f"{i}.png", caption) for caption in captions)
+    return folder / "captions.csv"
+
+
+def class_folders(folder, *names, n_test=6):
+    """A folder of nearly plain images, a colour for each class, in train/ and test/."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", n_test)):
+        for k, name in enumerate(names):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = 40 + 160 * np.eye(3)[k] + rng.integers(-40, 40, (32, 32, 3))
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+def log_of(out, only=""):
+    """The lines of a run's metrics that have this one, without clocks."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    clocks = ("pairs_per_s", "data_share")
+    lines = [line for line in lines if not only or only in line]
+    return [{name: v for name, v in line.items() if name not in clocks} for line in lines]
 
 
 def unit_rows(n, width, seed):

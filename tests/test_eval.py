@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from support import in_processes
+from support import class_folders, in_processes, write_table
 
 import dualenc
 import eval as evaluation
@@ -358,28 +358,12 @@ def colours(tmp_path):
     return class_folders(tmp_path / "photos", "dog", "fox", "red_star")
 
 
-def class_folders(folder, *names, n_test=6):
-    """A folder of nearly plain images, a colour for each class, in train/ and test/."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 20), ("test", n_test)):
-        for k, name in enumerate(names):
-            (folder / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = 40 + 160 * np.eye(3)[k] + rng.integers(-40, 40, (32, 32, 3))
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{i}.png")
-    return folder
-
-
 @pytest.fixture
 def table(tmp_path):
     """A caption file of 40 images."""
-    (tmp_path / "table").mkdir()
-    lines = ["image,caption"]
-    for i in range(40):
-        Image.new("RGB", (16, 16), (6 * i, 0, 0)).save(tmp_path / "table" / f"{i}.png")
-        lines.append(f"{i}.png,red number {i}")
-    (tmp_path / "table" / "captions.csv").write_text("\n".join(lines))
-    return tmp_path / "table" / "captions.csv"
+    images = (Image.new("RGB", (16, 16), (6 * i, 0, 0)) for i in range(40))
+    captions = ([f"red number {i}"] for i in range(40))
+    return write_table(tmp_path / "table", zip(images, captions))
 
 
 def run_on(checkpoint, spec):

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from PIL import Image
-from test_eval import class_folders
+from support import class_folders
 
 import dualenc
 import eval as evaluation

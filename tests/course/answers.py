@@ -4,6 +4,18 @@ ANSWERS  {number: source}  right, and written unlike the library's
 WRONG    {number: {mistake as a test must name it: (old, new)}}  one edit of the answer, or several
 """
 
+import ast
+
+from make_assignment import statements
+from scores import functions
+
+
+def bodies_of(source):
+    """{name: body} of the functions in an answer; the rest of it is not used."""
+    found = functions(ast.parse(source))
+    return {name: "\n".join(map(ast.unparse, statements(f))) for name, f in found.items()}
+
+
 ANSWERS = {
     1: """
 def clip_loss(image_embeds, text_embeds, logit_scale):
@@ -16,17 +28,7 @@ def clip_loss(image_embeds, text_embeds, logit_scale):
 """,
     2: """
 class DualEncoder(nn.Module):
-    def forward(
-        self,
-        input_ids=None,
-        pixel_values=None,
-        attention_mask=None,
-        token_type_ids=None,
-        position_ids=None,
-        return_loss=False,
-        output_hidden_states=False,
-        output_attentions=False,
-    ):
+    def forward(self):  # only bodies are used
         flags = dict(output_hidden_states=output_hidden_states, output_attentions=output_attentions)
         vision = text = image_embeds = text_embeds = logits = loss = None
         if pixel_values is None and input_ids is None:
@@ -160,18 +162,15 @@ class MicroBatches(nn.Module):
 class GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows):
-        count, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-        parts = [None] * count
+        parts = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(parts, rows.detach())
-        ctx.start = sum(len(part) for part in parts[:rank])
-        ctx.length = len(rows)
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx, grad):
         grad = grad.clone()
-        torch.distributed.all_reduce(grad, op=torch.distributed.ReduceOp.SUM)
-        return grad[ctx.start : ctx.start + ctx.length]
+        torch.distributed.all_reduce(grad)
+        return grad.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
 """,
     12: """
 class DualEncoder(nn.Module):
@@ -199,26 +198,29 @@ _NO_LOG_SOFTMAX = [
     (f"logits.log_softmax(dim={d})", f"(logits.exp() / logits.exp().sum({d}, keepdim=True)).log()")
     for d in (0, 1)
 ]
-_LOGADDEXP = "torch.logaddexp(rows[i : i + tile], scores.logsumexp(1))"
+_SCALE = "torch.exp(logit_scale)"
+_DROPOUT = "nn.functional.dropout(weights, dropout)"
+_ROWS = "rows[i : i + tile]"
+_NO_LOGARITHMS = f"({_ROWS}.exp() + scores.exp().sum(1)).log()"
+_LOGADDEXP = f"torch.logaddexp({_ROWS}, scores.logsumexp(1))"
+_ALL_REDUCE = "torch.distributed.all_reduce(grad)"
+_IN_NO_GRAD = "embeds = torch.no_grad()(self.embed)(*piece)"
 _EACH_PIECE = "embeds = checkpoint(self.embed, *piece, use_reentrant=False)"
 
 WRONG = {
     1: {
         "a mean over the whole matrix": ("diagonal().mean()", "diagonal().sum() / logits.numel()"),
-        "clamped: train.py does": (
-            "torch.exp(logit_scale)",
-            "torch.exp(logit_scale).clamp(max=100)",
-        ),
+        "clamped: train.py does": (_SCALE, f"{_SCALE}.clamp(max=100)"),
         "it runs on the CPU only": (
             "-logits.log_softmax(dim=1).diagonal().mean()",
             "nn.functional.cross_entropy(logits, torch.arange(len(logits)))",
         ),
         "one direction only": ("0.5 * (by_image + by_text)", "by_image"),
         "no transpose for the second direction": ("log_softmax(dim=0)", "log_softmax(dim=1)"),
-        "logit_scale used without exp": ("torch.exp(logit_scale)", "logit_scale"),
+        "logit_scale used without exp": (_SCALE, "logit_scale"),
         "no temperature": (" * torch.exp(logit_scale)", ""),
         "sum over the batch, not mean": (".mean()", ".sum()"),
-        "was it detached": ("torch.exp(logit_scale)", "math.exp(logit_scale.item())"),
+        "was it detached": (_SCALE, "math.exp(logit_scale.item())"),
         "exp of a logit of 100 overflows float32": _NO_LOG_SOFTMAX,
         "DID NOT RAISE": ('raise ValueError(f"shapes', 'print(f"shapes'),
     },
@@ -245,13 +247,10 @@ WRONG = {
         "softmax over the wrong axis": ("softmax(scores, dim=-1)", "softmax(scores, dim=-2)"),
         "weights set to 0 after the softmax": [
             ('scores = torch.where(mask, scores, -float("inf"))', "pass"),
-            (
-                "nn.functional.dropout(weights, dropout)",
-                "weights * (1 if mask is None else mask)",
-            ),
+            (_DROPOUT, "weights * (1 if mask is None else mask)"),
         ],
         "numbers used as yes and no": ("scores + mask", "torch.where(mask.bool(), scores, -1e9)"),
-        "dropout does nothing": ("weights = nn.functional.dropout(weights, dropout)", "pass"),
+        "dropout does nothing": (f"weights = {_DROPOUT}", "pass"),
     },
     4: {
         "the axis of the batch is gone": ("total / count", "(total / count).squeeze()"),
@@ -311,10 +310,7 @@ WRONG = {
         ],
         "exp\\(logit_scale\\) left out": ("+= scale * grad @ texts", "+= grad @ texts"),
         "no gradient reaches logit_scale": ("grad_scale, None", "None, None"),
-        "exp of 100 overflows float32": (
-            _LOGADDEXP,
-            "(rows[i : i + tile].exp() + scores.exp().sum(1)).log()",
-        ),
+        "exp of 100 overflows float32": (_LOGADDEXP, _NO_LOGARITHMS),
         "not tiled": ("logit_scale.exp(), ctx.tile", "logit_scale.exp(), 999"),
     },
     10: {
@@ -325,30 +321,21 @@ WRONG = {
         ],
         "state is not restored": ("=False)", "=False, preserve_rng_state=False)"),
         "in evaluation mode": (_EACH_PIECE, f"self.model.eval()\n            {_EACH_PIECE}"),
-        "was a piece embedded in no_grad": (
-            _EACH_PIECE,
-            "with torch.no_grad():\n                embeds = self.embed(*piece)",
-        ),
+        "was a piece embedded in no_grad": (_EACH_PIECE, _IN_NO_GRAD),
         "pieces in the wrong order": ("side.append(rows)", "side.insert(0, rows)"),
         "the last piece is left out": ("range(0, B, n)", "range(0, B - n + 1, n)"),
         "the last piece only": ("torch.cat(side)", "side[-1]"),
         "calls with pieces of": ("B <= n", "B < n"),
     },
     11: {
-        "only this process's loss counts": (
-            "torch.distributed.all_reduce(grad, op=torch.distributed.ReduceOp.SUM)",
-            "pass",
-        ),
+        "only this process's loss counts": (_ALL_REDUCE, "pass"),
         "the incoming gradient was changed": ("grad = grad.clone()", "grad = grad.contiguous()"),
         "own rows only": ("return torch.cat(parts)", "return rows.clone()"),
         "ranks in the wrong order": ("torch.cat(parts)", "torch.cat(parts[::-1])"),
-        "divided by the process count": ("ReduceOp.SUM)", "ReduceOp.SUM)\n        grad = grad / 2"),
+        "divided by the process count": (_ALL_REDUCE, f"{_ALL_REDUCE}\n        grad = grad / 2"),
     },
     12: {
-        "batch norm are weights too": (
-            'if name in self.locked:\n                getattr(self, name + "_model").train(False)',
-            "pass",
-        ),
+        "batch norm are weights too": ("if name in self.locked", "if False"),
         "its dropout and batch": ('getattr(self, name + "_model").eval()\n', "pass\n"),
         "still requires a gradient": ("requires_grad = False", "requires_grad = True"),
         "more than the tower": ('getattr(self, name + "_model").parameters', "self.parameters"),

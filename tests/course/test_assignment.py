@@ -1,30 +1,21 @@
 """The handout of the assignment, and what the grader does with what comes back."""
 
 import ast
-import importlib
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import grade
+import make_assignment
 import pytest
-from answers import ANSWERS
+from answers import ANSWERS, bodies_of
 from scores import SOURCES, find_exercises, functions, pytest_configure, score, score_lines, total
 
 pytestmark = pytest.mark.course
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "notebooks"))
-make_assignment = importlib.import_module("make_assignment")
-grade = importlib.import_module("grade")
 EXERCISES = find_exercises(ROOT)
-
-
-def body_of(number):
-    """{name: body} of the answer to an exercise."""
-    found = functions(ast.parse(ANSWERS[number]))
-    return {n: "\n".join(map(ast.unparse, make_assignment.statements(f))) for n, f in found.items()}
 
 
 @pytest.fixture
@@ -178,8 +169,8 @@ def test_a_handout_is_refused_in_one_sentence(tmp_path, arguments, message):
 
 
 def test_right_and_wrong_answers_are_told_apart_and_written_down(submit, tmp_path, monkeypatch):
-    wrong = body_of(4)["masked_mean"].replace("mask.sum(1)", "hidden.shape[1]")
-    folder, out = submit({5: body_of(5), 4: wrong}), tmp_path / "ada.json"
+    wrong = bodies_of(ANSWERS[4])["masked_mean"].replace("mask.sum(1)", "hidden.shape[1]")
+    folder, out = submit({5: bodies_of(ANSWERS[5]), 4: wrong}), tmp_path / "ada.json"
     monkeypatch.setenv("PYTEST_ADDOPTS", "-k nothing")  # meant for us, not for students' tests
     grade.main([str(folder), "--exercises", "4,5", "--out", str(out)])
     results = json.loads(out.read_text())
@@ -218,14 +209,14 @@ FIRST = "import os, sys, time, pytest\nif pad_token_id == 9:\n    {}\n"  # in on
     ],
 )
 def test_an_answer_that_leaves_or_eats_everything_is_reported(submit, line, message):
-    body = FIRST.format(line) + body_of(5)["positions_after_pad"]
+    body = FIRST.format(line) + bodies_of(ANSWERS[5])["positions_after_pad"]
     row = graded(submit({5: body}), 5, seconds=20 if "sleep" in line else 90, memory=3.0)[5]
     assert row["points"] == 0
     assert any(re.search(message, said) for said in row["failures"].values()), row["failures"]
 
 
 def test_a_source_that_is_missing_or_no_python_costs_its_exercises(submit):
-    folder = submit({6: body_of(6)})
+    folder = submit({6: bodies_of(ANSWERS[6])})
     (folder / "dualenc.py").write_text("def positions_after_pad(((")
     rows = graded(folder, 5, 6)
     assert rows[5]["points"] == 0 and "no usable positions_after_pad" in rows[5]["stopped"]
@@ -248,7 +239,8 @@ def test_the_whole_assignment_from_handout_to_grade(tmp_path):
         assert secret not in listing
     for number, exercise in EXERCISES.items():
         path = handout / exercise.places[0][0]
-        path.write_text(make_assignment.replace_bodies(path.read_text(), body_of(number)))
+        bodies = bodies_of(ANSWERS[number])
+        path.write_text(make_assignment.replace_bodies(path.read_text(), bodies))
         if number == 6:
             rows = graded(handout, *EXERCISES)
     for number, row in rows.items():

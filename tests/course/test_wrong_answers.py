@@ -2,23 +2,19 @@
 
 import ast
 import importlib
-import inspect
-import itertools
 import re
 import sys
 from pathlib import Path
 
+import make_assignment
 import pytest
-from answers import ANSWERS, WRONG
-from scores import find_exercises, functions
-
-import dualenc  # noqa: F401  the processes of Exercise 11 install an answer in it
+import support
+from answers import ANSWERS, WRONG, bodies_of
+from scores import find_exercises, message_of
 
 pytestmark = pytest.mark.course
 ROOT = Path(__file__).resolve().parents[2]
 EXERCISES = find_exercises(ROOT)
-sys.path += [str(ROOT / "notebooks"), str(ROOT / "tests" / "exercises")]
-make_assignment = importlib.import_module("make_assignment")
 
 
 def edited(source, edits):
@@ -41,16 +37,12 @@ def install(answer, number, put):
     put  function of module, name and value that keeps it
     """
     file, name = EXERCISES[number].places[0]
-    module, name = sys.modules[Path(file).stem], name.partition(".")[0]
-    bodies = {
-        function: "\n".join(map(ast.unparse, make_assignment.statements(node)))
-        for function, node in functions(ast.parse(answer)).items()
-    }
+    module, name = importlib.import_module(Path(file).stem), name.partition(".")[0]
+    bodies = bodies_of(answer)
     assert set(bodies) == {function for _, function in EXERCISES[number].places}
     scope, source = {}, make_assignment.replace_bodies(definition(file, name), bodies)
-    exec(
-        compile("from __future__ import annotations\n" + source, file, "exec"), vars(module), scope
-    )
+    source = "from __future__ import annotations\n" + source
+    exec(compile(source, file, "exec"), vars(module), scope)
     put(module, name, scope[name])
 
 
@@ -60,52 +52,30 @@ def with_answer(rank, answer, number, function, *arguments):
     return function(rank, *arguments)
 
 
+class Failures(dict):
+    """A plugin of pytest that keeps {name of a test: message}."""
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self[report.nodeid] = message_of(report)
+
+
 def failures(number, answer, monkeypatch):
     """What the tests of an exercise say about an answer: {name of the test: message}."""
-    tests = importlib.import_module(f"test_exercise_{number}")
     install(answer, number, monkeypatch.setattr)
-    if hasattr(tests, "in_processes"):  # the processes need the answer too
-        in_processes = sys.modules["support"].in_processes
+    in_processes = support.in_processes
 
-        def start(count, *call):
-            return in_processes(count, with_answer, answer, number, *call)
+    def start(count, *call):  # the processes need the answer too
+        return in_processes(count, with_answer, answer, number, *call)
 
-        monkeypatch.setattr(tests, "in_processes", start)
-        tests.outcome.cache_clear()
-    said = {}
-    for name, test in inspect.getmembers(tests, inspect.isfunction):
-        for arguments in each_call(test) if name.startswith("test_") else ():
-            with monkeypatch.context() as patch:
-                try:
-                    test(**provide(test, tests, patch, arguments), **arguments)
-                except (Exception, pytest.fail.Exception) as error:
-                    said[f"{name} {arguments or ''}"] = f"{type(error).__name__}: {error}"
-    return said
-
-
-def each_call(test):
-    """The arguments of each case of a parametrized test, or of the only one."""
-    cases = []
-    for mark in getattr(test, "pytestmark", ()):
-        names, values = mark.args
-        if isinstance(names, str):
-            names, values = [names], [[value] for value in values]
-        cases.append([dict(zip(names, row)) for row in values])
-    return [
-        {k: v for case in chosen for k, v in case.items()} for chosen in itertools.product(*cases)
-    ]
-
-
-def provide(test, module, patch, arguments):
-    """The fixtures that a test asks for: monkeypatch, or one of its own module."""
-    asked = {}
-    for name in inspect.signature(test).parameters:
-        if name == "monkeypatch":
-            asked[name] = patch
-        elif name not in arguments:
-            fixture = inspect.unwrap(getattr(module, name))
-            asked[name] = fixture(*[patch] * len(inspect.signature(fixture).parameters))
-    return asked
+    monkeypatch.setattr(support, "in_processes", start)
+    tests = ROOT / "tests" / "exercises" / f"test_exercise_{number}.py"
+    monkeypatch.delitem(sys.modules, tests.stem, raising=False)  # for the other in_processes
+    plugins = (f"-pno:{name}" for name in ("terminal", "cacheprovider", "faulthandler"))
+    failed = Failures()
+    status = pytest.main(["--override-ini=addopts=", *plugins, str(tests)], [failed])
+    assert status == (1 if failed else 0), "the tests did not run"
+    return failed
 
 
 @pytest.mark.parametrize("number", ANSWERS)
@@ -117,7 +87,7 @@ def test_a_right_answer_in_other_words_passes(number, monkeypatch):
 def test_a_tempting_wrong_answer_is_red_and_named(number, mistake, monkeypatch):
     said = failures(number, edited(ANSWERS[number], WRONG[number][mistake]), monkeypatch)
     assert said, "this answer passes every test"
-    assert any(re.search(mistake, message, re.DOTALL) for message in said.values()), said
+    assert any(re.search(mistake, message) for message in said.values()), said
 
 
 def test_every_exercise_has_an_answer_and_at_least_four_wrong_ones():

@@ -86,9 +86,8 @@ def test_exercise_10_pieces_keep_their_inputs_only():
     numbers = sum(tensor.numel() for tensor in kept)
     assert numbers <= BATCH.numel(), f"{numbers} numbers wait for the backward pass: no checkpoint"
     model.go_back(*embeds)
-    assert len(model.outputs) == 6, (
-        f"{len(model.outputs)} calls for 3 pieces, expected two for each"
-    )
+    calls = len(model.outputs)
+    assert calls == 6, f"{calls} calls for 3 pieces, expected two for each"
 
 
 def test_exercise_10_each_weight_gets_its_gradient_once():

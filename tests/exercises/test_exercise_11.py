@@ -8,20 +8,16 @@ from support import fails_like, in_processes
 
 import dualenc
 
-COUNTS = (2, 1)  # rows of each rank
+ROWS = torch.arange(12.0).view(6, 2) + 1  # three of each rank
 
 
-def all_rows(count):
-    return torch.arange(4.0 * count).view(-1, 2) + 1
+def part(rows, rank):
+    return rows[3 * rank : 3 * rank + 3]
 
 
-def own_part(rows, rank):
-    return rows.chunk(2)[rank]
-
-
-def loss_weights(rank, n):
+def loss_weights(rank):
     """The gradient of each gathered row in a rank's loss: another one in each."""
-    return (torch.arange(1.0, n + 1)[:, None] * (rank + 1)).expand(-1, 2).contiguous()
+    return (torch.arange(1.0, 7)[:, None] * (rank + 1)).repeat(1, 2)
 
 
 def gather_and_go_back(own, gradient):
@@ -36,19 +32,14 @@ def gather_and_go_back(own, gradient):
 
 
 def gather_in_one_process(rank):
-    """What gather_and_go_back gives for each of COUNTS, and some odd inputs."""
-    results = []
-    for count in COUNTS:
-        own = own_part(all_rows(count), rank).clone().requires_grad_()
-        results.append(gather_and_go_back(own, loss_weights(rank, 2 * count)))
+    """{what: what a rank gets} for its part of ROWS, and for odd inputs."""
+    own, given = part(ROWS, rank).clone().requires_grad_(), loss_weights(rank)
+    got = dict(zip(("rows", "gradient"), gather_and_go_back(own, given)))
+    got["is_given_changed"] = not torch.equal(given, loss_weights(rank))
+    got["of_plain_sum"] = gather_and_go_back(own, torch.ones(()).expand(6, 2))[1]
     ids = dualenc.gather_embeds(torch.tensor([7, 8]) + 10 * rank)
-    rows, given = torch.arange(6.0).view(3, 2).requires_grad_(), torch.ones(6, 2)
-    others = {"ids": ids.tolist(), "type": str(ids.dtype)}
-    others["deep"] = tuple(dualenc.gather_embeds(torch.zeros(3, 2).mT[:, None]).shape)
-    gather_and_go_back(rows, given)
-    others["given"] = given.tolist()
-    others["gradient"] = gather_and_go_back(rows, torch.ones(()).expand(6, 2))[1]
-    return results, others
+    got |= {"ids": ids.tolist(), "type": str(ids.dtype)}
+    return {**got, "deep": tuple(dualenc.gather_embeds(torch.zeros(3, 2).mT[:, None]).shape)}
 
 
 @functools.cache
@@ -60,48 +51,41 @@ def outcome():
         return None, error
 
 
-def each_share():
-    """(rank, count, gathered rows, gradient) of every share."""
+def each_rank():
+    """(rank, what it got)."""
     results, error = outcome()
     if error:
         raise error
-    for rank, (pairs, _) in enumerate(results):
-        for count, (rows, gradient) in zip(COUNTS, pairs):
-            yield rank, count, rows, gradient
+    return enumerate(results)
 
 
 def test_exercise_11_every_process_gets_all_rows_in_the_order_of_ranks():
-    for rank, count, got, _ in each_share():
-        right = all_rows(count)
-        own, other = own_part(right, rank), own_part(right, 1 - rank)
-        mistakes = {
-            "own rows only": own,
-            "own rows first, whatever the rank": torch.cat([own, other]),
-            "ranks in the wrong order": torch.cat([own, other] if rank else [other, own]),
-        }
-        fails_like(got, right, mistakes, f"rows in rank {rank}", 0)
+    for rank, got in each_rank():
+        exchanged = torch.cat([part(ROWS, 1), part(ROWS, 0)])
+        mistakes = {"own rows only": part(ROWS, rank), "ranks in the wrong order": exchanged}
+        if rank == 1:
+            mistakes["own rows first, whatever the rank"] = exchanged
+        fails_like(got["rows"], ROWS, mistakes, f"rows in rank {rank}", 0)
 
 
 def test_exercise_11_a_rows_gradient_is_the_sum_over_all_processes():
-    for rank, count, _, got in each_share():
-        assert got is not None, "rows are missing, or gathered without autograd"
-        mine, theirs = loss_weights(rank, 2 * count), loss_weights(1 - rank, 2 * count)
-        right = own_part(mine + theirs, rank)
+    both = loss_weights(0) + loss_weights(1)
+    for rank, got in each_rank():
+        assert got["gradient"] is not None, "rows are missing, or gathered without autograd"
+        right = part(both, rank)
         mistakes = {
-            "only this process's loss counts": own_part(mine, rank),
+            "only this process's loss counts": part(loss_weights(rank), rank),
             "divided by the process count": right / 2,
             "a factor of the process count": 2 * right,
-            "the gradient of the other process's rows": own_part(mine + theirs, 1 - rank),
+            "the gradient of the other process's rows": part(both, 1 - rank),
         }
-        what = f"the gradient of rank {rank}'s rows"
-        fails_like(torch.tensor(got).view(-1, 2), right, mistakes, what, 1e-6)
+        fails_like(got["gradient"], right, mistakes, f"the gradient of rank {rank}'s rows", 1e-6)
 
 
 def test_exercise_11_rows_and_gradients_may_have_any_type_shape_and_layout():
-    list(each_share())
-    for _, others in outcome()[0]:
-        is_right = others["ids"] == [7, 8, 17, 18] and others["type"] == "torch.int64"
-        assert is_right, f"group ids come back as {others['ids']} of {others['type']}"
-        assert others["deep"] == (4, 1, 3), f"rows of shape (1, 3) come back as {others['deep']}"
-        assert others["gradient"] == [[2.0, 2.0]] * 3, "the gradient of a plain sum, not contiguous"
-        assert others["given"] == [[1.0, 1.0]] * 6, "the incoming gradient was changed in place"
+    for _, got in each_rank():
+        is_right = got["ids"] == [7, 8, 17, 18] and got["type"] == "torch.int64"
+        assert is_right, f"group ids come back as {got['ids']} of {got['type']}"
+        assert got["deep"] == (4, 1, 3), f"rows of shape (1, 3) come back as {got['deep']}"
+        assert got["of_plain_sum"] == [[2.0, 2.0]] * 3, "the gradient of a plain sum"
+        assert not got["is_given_changed"], "the incoming gradient was changed in place"
