@@ -11,7 +11,7 @@ from scores import (  # noqa: F401  pytest finds them here
     pytest_itemcollected,
     pytest_terminal_summary,
 )
-from support import CAPTIONS, TINY_TEXT, TINY_VIT
+from support import CAPTIONS, build_model
 
 import dualenc
 
@@ -25,25 +25,12 @@ def tokenizer():
 def make_model(tokenizer):
     """A function that builds a tiny dual encoder with a processor; arguments override fields."""
 
-    def make(vision="vit_tiny_patch16_224", image_size=32, vision_args=None, seed=0, **overrides):
-        torch.manual_seed(seed)
-        if vision_args is None:
-            vision_args = TINY_VIT if vision.startswith("vit") else {}
-        model = dualenc.DualEncoder.from_vision_text_pretrained(
-            vision,
-            "scratch",
-            projection_dim=overrides.pop("projection_dim", 16),
-            pretrained=False,
-            vision_args=vision_args,
-            vision_image_size=image_size,
-            text_vocab_size=tokenizer.get_vocab_size(),
-            **{**TINY_TEXT, **overrides},
-        )
+    def make(*towers, **overrides):
+        model = build_model(tokenizer, *towers, **overrides)
         # Published weights start at 0.02, which makes towers this narrow nearly constant.
         for weight in model.text_model.parameters():
             if weight.ndim == 2:
                 torch.nn.init.normal_(weight, std=0.3)
-        model.processor = dualenc.Processor(model.vision_model.image_transform(), tokenizer)
         return model.eval()
 
     return make

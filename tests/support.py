@@ -48,6 +48,18 @@ def write_table(folder, pairs):
     return folder / "captions.csv"
 
 
+def build_model(tokenizer, vision="vit_tiny_patch16_224", seed=0, **overrides):
+    """A tiny dual encoder of random weights with a processor, for images of 32 pixels a side."""
+    torch.manual_seed(seed)
+    fields = {"projection_dim": 16, "vision_image_size": 32, **TINY_TEXT}
+    fields["vision_args"] = TINY_VIT if vision.startswith("vit") else {}
+    fields["text_vocab_size"] = tokenizer.get_vocab_size()
+    build = dualenc.DualEncoder.from_vision_text_pretrained
+    model = build(vision, "scratch", pretrained=False, **{**fields, **overrides})
+    model.processor = dualenc.Processor(model.vision_model.image_transform(), tokenizer)
+    return model
+
+
 def class_folders(folder, *names, n_test=6):
     """A folder of nearly plain images, a colour for each class, in train/ and test/."""
     rng = np.random.default_rng(0)

@@ -90,13 +90,13 @@ def test_chance_and_floor_are_losses_that_embeddings_can_have(name, make_model):
 
 def test_a_new_loss_is_one_row_and_an_incomplete_row_raises(make_model, monkeypatch):
     """Large batches take the tiled form, and the plain one where there is none."""
-    row = {"function": lambda images, texts, scale: (images @ texts.T).sum() * scale.exp()}
+    row = {"function": lambda images, texts, scale: (len(images), len(texts), scale.item())}
     row |= {"inputs": ("logit_scale",), "tiled": None, "chance": len, "floor": len}
     monkeypatch.setitem(train.LOSSES, "plain", train.Loss(**row))
     tiled = train.Loss(**{**row, "tiled": lambda *embeds, sharded: "tiled"})
     monkeypatch.setitem(train.LOSSES, "tiled", tiled)
     given = make_model(), torch.ones(8, 4), torch.ones(8, 4), torch.arange(8)
-    plain = pytest.approx(256 / 0.07, rel=1e-3)
+    plain = (8, 8, pytest.approx(2.6592))
     for size, expected in ((8, "tiled"), (9, plain)):
         monkeypatch.setattr(train, "TILED_FROM", size)
         assert train.compute_loss("plain", *given) == plain
@@ -257,9 +257,7 @@ def test_init_starts_a_new_run_from_the_weights_of_another(run, capsys):
         said = capsys.readouterr().out
         assert f"vision tower from {start}" in said and "new: nothing" in said
         assert "at lr 1.0e-10" in said and "at lr 1.0e-09" in said
-    with pytest.raises(
-        ValueError, match="--init brings its own towers.*--text-width, --projection"
-    ):
+    with pytest.raises(ValueError, match="--init brings its own.*--text-width, --projection"):
         run("third", {}, init=first, text_width=8, projection_dim=4)
     with pytest.raises(ValueError, match="first lacks the logit_bias that --loss siglip learns"):
         run("third", {}, init=first, loss="siglip")
@@ -268,9 +266,7 @@ def test_init_starts_a_new_run_from_the_weights_of_another(run, capsys):
     biases = [weights(folder / "best")["logit_bias"] for folder in (siglip, clip)]
     assert torch.equal(*biases), "clip_loss has no use for it"
     states = [torch.load(folder / "last" / train.STATE_FILE) for folder in (siglip, clip)]
-    learning = [
-        sum(len(g["params"]) for g in state["optimizer"]["param_groups"]) for state in states
-    ]
+    learning = [len(state["optimizer"]["state"]) for state in states]
     assert learning[0] == learning[1] + 1, "several processes would wait for its gradient"
 
 
@@ -312,9 +308,8 @@ def test_a_step_clips_its_gradient_and_clamps_the_temperature(run, monkeypatch):
 
     def watched_optimizer(model, config):
         optimizer, norm = make_optimizer(model, config), torch.nn.utils.clip_grad_norm_
-        optimizer.register_step_pre_hook(
-            lambda *_: norms.append(norm(model.parameters(), math.inf))
-        )
+        learning = list(model.parameters())
+        optimizer.register_step_pre_hook(lambda *_: norms.append(norm(learning, math.inf)))
         return optimizer
 
     monkeypatch.setattr(train, "make_model", hot_model)
@@ -403,15 +398,6 @@ def test_compile_compiles_both_towers_in_place(run, monkeypatch):
     monkeypatch.setattr(dualenc.TextEncoder, "compile", lambda _, dynamic: compiled.append(dynamic))
     run(compile=True, steps=1)
     assert compiled == ["vision", True], "captions of any length share a graph"
-
-
-@pytest.mark.slow
-def test_compiled_towers_make_the_same_run(run):
-    torch._dynamo.reset()
-    _, plain = run("plain", TINY_VIT_RUN)
-    _, out = run("compiled", TINY_VIT_RUN, compile=True)
-    assert_same_log(plain, out, 1e-3)
-    assert weights(out / "last").keys() == weights(plain / "last").keys()
 
 
 @pytest.mark.parametrize("loss", ["siglip", "multi-positive"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import fails_like
+from support import fails_like, unit_rows
 
 import eval as evaluation
 
@@ -54,12 +54,16 @@ def test_exercise_7_ties_count_against_the_model():
     same = [(i, i) for i in range(n)]
     fails_like(ranks(torch.ones(n, n), same), [n] * n, mistakes, "ranks of equal scores", 0)
     mistakes = {"scores that differ by rounding are no tie": [1, 1]}
-    close = [[0.5, 0.5 - 1e-7], [0.5 - 1e-7, 0.5]]
+    close = [[0.5, 0.5 - 5e-7], [0.5 - 5e-7, 0.5]]
     got = ranks(torch.tensor(close, dtype=torch.float64), same[:2])
     fails_like(got, [2, 2], mistakes, "ranks of scores that differ by rounding", 0)
     mistakes = {"near scores taken for ties": [2, 2]}
-    got = ranks([[0.5, 0.4999], [0.4999, 0.5]], same[:2])
+    near = [[0.5, 0.5 - 2e-6], [0.5 - 2e-6, 0.5]]
+    got = ranks(torch.tensor(near, dtype=torch.float64), same[:2])
     fails_like(got, [1, 1], mistakes, "ranks of near scores", 0)
+    twice = torch.tensor(unit_rows(70, 384, 1)).float().repeat(2, 1)
+    got = evaluation.ranks(twice, twice, torch.arange(140)[:, None].repeat(1, 2), 64)
+    fails_like(got, [2] * 140, {}, "ranks of rows that occur twice", 0)
 
 
 @pytest.mark.parametrize("rows", [7, 1024])
