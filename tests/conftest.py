@@ -4,16 +4,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scores import (  # noqa: F401  pytest finds them here
-    pytest_addoption,
-    pytest_collection_finish,
-    pytest_configure,
-    pytest_itemcollected,
-    pytest_terminal_summary,
-)
 from support import CAPTIONS, build_model
 
 import dualenc
+
+pytest_plugins = ["scores"]
 
 
 @pytest.fixture

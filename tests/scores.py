@@ -95,7 +95,7 @@ def score_lines(results):
     yield f"{'total':<{width + 4}}         {results['points']} of {results['out_of']}"
 
 
-# ---- Hooks that conftest.py hands to pytest ------------------------------------------------------
+# ---- Hooks of pytest, for which conftest.py names this module ------------------------------------
 
 COLLECTED = pytest.StashKey()  # names of the tests that were to run
 

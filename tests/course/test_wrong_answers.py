@@ -1,15 +1,13 @@
 """Tests of the exercises' tests: right answers of another style pass, wrong ones are named."""
 
-import ast
 import importlib
 import re
 import sys
 from pathlib import Path
 
-import make_assignment
 import pytest
 import support
-from answers import ANSWERS, WRONG, bodies_of
+from answers import ANSWERS, WRONG
 from scores import find_exercises, message_of
 
 pytestmark = pytest.mark.course
@@ -24,26 +22,20 @@ def edited(source, edits):
     return source
 
 
-def definition(file, name):
-    """The source of one function or class of a file."""
-    source = (ROOT / file).read_text()
-    node = next(node for node in ast.parse(source).body if getattr(node, "name", None) == name)
-    return ast.get_source_segment(source, node)
-
-
 def install(answer, number, put):
-    """Define the exercise's function or class anew, with the answer's bodies.
+    """Put the answer's function, or the methods of its class, in the place of ours.
 
-    put  function of module, name and value that keeps it
+    put  function of owner, name and value that keeps it
     """
-    file, name = EXERCISES[number].places[0]
-    module, name = importlib.import_module(Path(file).stem), name.partition(".")[0]
-    bodies = bodies_of(answer)
-    assert set(bodies) == {function for _, function in EXERCISES[number].places}
-    scope, source = {}, make_assignment.replace_bodies(definition(file, name), bodies)
-    source = "from __future__ import annotations\n" + source
-    exec(compile(source, file, "exec"), vars(module), scope)
-    put(module, name, scope[name])
+    file, place = EXERCISES[number].places[0]
+    owner, answers = importlib.import_module(Path(file).stem), {}
+    exec(answer, vars(owner), answers)
+    if "." in place:
+        name = place.partition(".")[0]
+        owner, answers = getattr(owner, name), vars(answers[name])
+    for _, place in EXERCISES[number].places:
+        name = place.rpartition(".")[2]
+        put(owner, name, answers[name])
 
 
 def with_answer(rank, answer, number, function, *arguments):

@@ -11,7 +11,8 @@ import dualenc
 
 # Three captions of five tokens: padding on the right, on the left, on both sides.
 IS_REAL = np.array([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1], [0, 1, 1, 1, 0]], bool)
-EVERYWHERE = np.ones_like(IS_REAL)
+EVERYWHERE, MASK = np.ones_like(IS_REAL), torch.tensor(IS_REAL)[:, None, None, :]
+ARRAYS = np.random.default_rng(0).normal(size=(3, 3, 2, 5, 4))  # query, key and value
 both_ways = pytest.mark.parametrize("return_weights", [False, True])
 
 
@@ -29,16 +30,8 @@ def slow_attention(query, key, value, is_real, scale=None, bias=None):
     return weights @ value, weights
 
 
-def inputs():
-    return list(np.random.default_rng(0).normal(size=(3, 3, 2, 5, 4)))
-
-
 def as_tensors(dtype=None):
-    return [torch.tensor(array, dtype=dtype) for array in inputs()]
-
-
-def mask():
-    return torch.tensor(IS_REAL)[:, None, None, :]
+    return [torch.tensor(array, dtype=dtype) for array in ARRAYS]
 
 
 def mistaken(query, key, value):
@@ -64,23 +57,22 @@ def mistaken(query, key, value):
 
 @both_ways
 def test_exercise_3_padding_gets_no_weight_and_inputs_stay(return_weights):
-    arrays = inputs()
-    right, right_weights = slow_attention(*arrays, IS_REAL)
-    given = [*as_tensors(), mask()]
+    right, right_weights = slow_attention(*ARRAYS, IS_REAL)
+    given = [*as_tensors(), MASK.clone()]
     got, weights = dualenc.masked_attention(*given, 0.0, return_weights)
-    for name, old, now in zip(("query", "key", "value", "mask"), (*as_tensors(), mask()), given):
+    for name, old, now in zip(("query", "key", "value", "mask"), (*as_tensors(), MASK), given):
         assert torch.equal(old, now), f"{name} was changed in place"
-    fails_like(got, right, mistaken(*arrays), "the mixed values", 1e-10)
+    fails_like(got, right, mistaken(*ARRAYS), "the mixed values", 1e-10)
     if not return_weights:
         assert weights is None, "weights only on request"
         return
     assert weights is not None, "weights were asked for"
     fails_like(weights, right_weights, {}, "the weights", 1e-10)
-    assert (weights[~mask().expand_as(weights)] == 0).all(), "exactly 0 on padding"
+    assert (weights[~MASK.expand_as(weights)] == 0).all(), "exactly 0 on padding"
 
 
 def test_exercise_3_without_a_mask_every_token_is_seen():
-    query, key, value = inputs()
+    query, key, value = ARRAYS
     right, right_weights = slow_attention(query, key, value, EVERYWHERE)
     got, weights = dualenc.masked_attention(*as_tensors(), return_weights=True)
     scores = query @ key.swapaxes(-1, -2) / math.sqrt(query.shape[-1])
@@ -93,15 +85,14 @@ def test_exercise_3_without_a_mask_every_token_is_seen():
 
 @both_ways
 def test_exercise_3_a_mask_of_numbers_is_added_and_may_learn(return_weights):
-    arrays = inputs()
     numbers = np.random.default_rng(1).normal(size=(3, 2, 5, 5))
-    right, _ = slow_attention(*arrays, IS_REAL, bias=numbers)
+    right, _ = slow_attention(*ARRAYS, IS_REAL, bias=numbers)
     bias = torch.tensor(np.where(IS_REAL[:, None, None], numbers, -1e30), requires_grad=True)
     got, _ = dualenc.masked_attention(*as_tensors(), bias, 0.0, return_weights)
     mistakes = {
-        "numbers used as yes and no": slow_attention(*arrays, EVERYWHERE)[0],
-        "the numbers subtracted, not added": slow_attention(*arrays, IS_REAL, bias=-numbers)[0],
-        "only whether a key may be seen is used": slow_attention(*arrays, IS_REAL)[0],
+        "numbers used as yes and no": slow_attention(*ARRAYS, EVERYWHERE)[0],
+        "the numbers subtracted, not added": slow_attention(*ARRAYS, IS_REAL, bias=-numbers)[0],
+        "only whether a key may be seen is used": slow_attention(*ARRAYS, IS_REAL)[0],
     }
     fails_like(got.detach(), right, mistakes, "the mixed values under a float mask", 1e-10)
     assert got.requires_grad, "no gradient reaches the mask's numbers: were they detached?"
@@ -111,11 +102,11 @@ def test_exercise_3_a_mask_of_numbers_is_added_and_may_learn(return_weights):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_exercise_3_types_stay_and_large_scores_do_not_overflow(dtype):
-    right, _ = slow_attention(*inputs(), IS_REAL)
+    right, _ = slow_attention(*ARRAYS, IS_REAL)
     tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-5
     for learns in (False, True):
         query, key, value = (tensor.requires_grad_(learns) for tensor in as_tensors(dtype))
-        got, _ = dualenc.masked_attention(query, key, value, mask())
+        got, _ = dualenc.masked_attention(query, key, value, MASK)
         assert got.dtype == dtype and got.requires_grad == learns, f"{dtype} gives {got.dtype}"
         fails_like(got.detach(), right, {}, f"the mixed values in {dtype}", tolerance)
     got, weights = dualenc.masked_attention(200 * query, key, value, return_weights=True)
