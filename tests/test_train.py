@@ -7,9 +7,9 @@ import platform
 import random
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -244,19 +244,18 @@ def test_the_flags_of_towers_reach_the_towers():
 
 
 def test_init_starts_a_new_run_from_the_weights_of_another(run, capsys):
-    """A run's best checkpoint or a folder, with its processor, and the lower learning rate."""
+    """With its processor, and the lower learning rate."""
     _, first = run("first", steps=3)
-    for start in (first, first / "last"):
-        _, out = run("second", {}, init=start, lr=1e-9, steps=1, overwrite=True)
-        source = weights(start)
-        for name, weight in weights(out / "last").items():
-            if weight.is_floating_point() and "running" not in name:
-                torch.testing.assert_close(weight, source[name], atol=1e-6, rtol=0)
-        tokens = [folder / "tokenizer.json" for folder in (out / "best", first / "best")]
-        assert tokens[0].read_text() == tokens[1].read_text()
-        said = capsys.readouterr().out
-        assert f"vision tower from {start}" in said and "new: nothing" in said
-        assert "at lr 1.0e-10" in said and "at lr 1.0e-09" in said
+    _, out = run("second", {}, init=first, lr=1e-9, steps=1)
+    source = weights(first)
+    for name, weight in weights(out / "last").items():
+        if weight.is_floating_point() and "running" not in name:
+            torch.testing.assert_close(weight, source[name], atol=1e-6, rtol=0)
+    tokens = [folder / "tokenizer.json" for folder in (out / "best", first / "best")]
+    assert tokens[0].read_text() == tokens[1].read_text()
+    said = capsys.readouterr().out
+    assert f"vision tower from {first}" in said and "new: nothing" in said
+    assert "at lr 1.0e-10" in said and "at lr 1.0e-09" in said
     with pytest.raises(ValueError, match="--init brings its own.*--text-width, --projection"):
         run("third", {}, init=first, text_width=8, projection_dim=4)
     with pytest.raises(ValueError, match="first lacks the logit_bias that --loss siglip learns"):
@@ -468,18 +467,18 @@ def test_a_printed_line_covers_the_steps_since_the_last_one(run, capsys):
         assert train.describe_step(line, config).endswith(f"data 0%   {left} left   3 bad images")
 
 
-@pytest.mark.parametrize(("slow", "low", "high"), [("images", 0.6, 1.0), ("step", 0.0, 0.2)])
-def test_rates_count_waiting_and_leave_out_evaluation(slow, low, high, run, monkeypatch):
-    """Of each step either the images take 0.16 s, or the loss takes 0.2 s."""
-    read, loss, evaluate = dualenc.to_pixels, train.compute_loss, train.evaluate
-    image, step = {"images": (0.02, 0.01), "step": (0.0, 0.2)}[slow]
-    monkeypatch.setattr(dualenc, "to_pixels", lambda *a: time.sleep(image) or read(*a))
-    monkeypatch.setattr(train, "compute_loss", lambda *a: time.sleep(step) or loss(*a))
-    monkeypatch.setattr(train, "evaluate", lambda *a: time.sleep(1) or evaluate(*a))
+def test_rates_count_waiting_and_leave_out_evaluation(run, monkeypatch):
+    """By a clock of our own: 8 images take 1 s, a step takes 3, an evaluation takes 100."""
+    taken = []
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: sum(taken)))
+    durations = {(dualenc, "to_pixels"): 1 / 8, (train, "compute_loss"): 3}
+    durations[train, "evaluate"] = 100
+    for (owner, name), seconds in durations.items():
+        work = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, w=work, s=seconds: taken.append(s) or w(*a))
     _, out = run(steps=4, log_every=4, eval_every=3)
-    line = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][2]
-    assert line["step"] == 4 and low <= line["data_share"] <= high
-    assert line["pairs_per_s"] > 16, "with an evaluation of a second it would be fewer"
+    line = json.loads((out / "metrics.jsonl").read_text().splitlines()[2])
+    assert line["step"] == 4 and line["data_share"] == 1 / 4 and line["pairs_per_s"] == 8 / 4
 
 
 FRESH_PROCESS = """
