@@ -11,6 +11,7 @@ SMALLEST = {
     "captions": "--preset smoke",
     "locked": "--preset smoke --images 20 --epochs 2",
     "loss": "--sizes 64",
+    "micro_batch": "--preset smoke --pairs 16 --micro-batch 4",
     "retrieval": "--images 20",
     "train_step": "--preset smoke",
 }
