@@ -354,6 +354,15 @@ def test_micro_batches_and_tiled_losses_make_the_same_run(run, monkeypatch, caps
     assert "batch norm sees 3 images at a time" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_compiled_towers_make_the_same_run(run):
+    torch._dynamo.reset()
+    _, plain = run("plain", TINY_VIT_RUN)
+    _, out = run("compiled", TINY_VIT_RUN, compile=True)
+    assert_same_log(plain, out, 1e-3)
+    assert weights(out / "last").keys() == weights(plain / "last").keys()
+
+
 @pytest.mark.parametrize("lock", ["vision", "text", "both"])
 def test_a_cached_run_is_the_locked_run_and_locked_towers_stay(lock, run, monkeypatch, capsys):
     """A second one computes no feature of images again."""

@@ -8,7 +8,6 @@ import pytest
 
 HERE = Path(__file__).parent
 SMALLEST = {
-    "captions": "--preset smoke",
     "locked": "--preset smoke --images 20 --epochs 2",
     "loss": "--sizes 64",
     "micro_batch": "--preset smoke --pairs 16 --micro-batch 4",
