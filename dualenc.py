@@ -1367,11 +1367,11 @@ class ShapesPairs(Pairs):
                 scenes = draw_scenes(rng, count or usual, held_out=part == "held-out")
                 self.scenes += scenes
                 names += [f"shapes/{seed}/{part}/{i}" for i in range(len(scenes))]
-        for (first, relation, second), name in zip(self.scenes, names):
+        for scene, name in zip(self.scenes, names):
             # Drawn apart from the image, whose background could otherwise give the wording away.
             turned = random.Random(f"{name} told").random() < 0.5
-            other = (second, OPPOSITE[relation], first)  # A left of B is B right of A
-            self.wordings.append(other if turned else (first, relation, second))
+            first, relation, second = scene
+            self.wordings.append((second, OPPOSITE[relation], first) if turned else scene)
         items = [(*scene, name, side) for scene, name in zip(self.scenes, names)]
         captions = [[describe(*wording)] for wording in self.wordings]
         super().__init__(names, Lazy(items, draw_scene, stamp=str), captions)
@@ -1406,10 +1406,9 @@ def is_held_out(first, relation, second):
 
 
 def draw_scenes(rng, count, held_out):
-    """Scenes (object, relation, object), each followed by its mirror, from a random.Random.
+    """Scenes of objects (size, colour, shape), each followed by its mirror, from a random.Random.
 
-    An object is (size, colour, shape). Half of the held-out scenes have an object that training
-    never shows, the others are new compositions, and none is there twice.
+    Half of the held-out scenes have an object that training never shows, and none is there twice.
     """
     if held_out and count > MAX_HELD_OUT:
         raise ValueError(f"{count} held-out images, expected at most {MAX_HELD_OUT}")
@@ -1626,13 +1625,11 @@ def readable_name(name):
 
 def read_torchvision(name, data_root, download):
     class_name, splits = TORCHVISION_SETS[name]
-    data_class = getattr(torchvision.datasets, class_name)
     for part, arguments in splits.items():
-        try:
-            data = data_class(str(data_root), download=download, **arguments)
-        except RuntimeError as error:
-            message = f"{name} is not below {data_root} ({error}); train.py's --download fetches it"
-            raise ValueError(message) from error
+        with blamed_on(f"{name} below {data_root}; --download fetches it"):
+            data = getattr(torchvision.datasets, class_name)(
+                str(data_root), download=download, **arguments
+            )
         # torchvision has no one name for labels; each of these saves decoding all images.
         attribute = next(a for a in ("targets", "labels", "_labels", "y") if hasattr(data, a))
         classes = getattr(data, "classes", None) or data.categories
