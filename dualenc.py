@@ -823,6 +823,8 @@ class OwnAttention(torch.overrides.TorchFunctionMode):
 INTERPOLATIONS = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 MAX_SIDE = 8192  # pixels; a checkpoint that asks for larger images is broken
 MAX_ASPECT = 100  # a strip of 1 x 60,000 pixels, resized by its shorter side, would fill the memory
+# Pillow would have Ghostscript run an EPS; files of the other formats are seldom images.
+NOT_IMAGES = {"EPS", "HDF5", "GRIB", "BUFR", "MPEG", "WMF"}
 # What transformers' image processors do where a file does not say.
 _BEIT = {"do_resize": True, "size": {"height": 224, "width": 224}, "resample": 3}
 _BEIT |= {"do_center_crop": False, "crop_size": 224, "do_rescale": True, "rescale_factor": 1 / 255}
@@ -897,15 +899,12 @@ class ImageTransform:
 
     @classmethod
     def from_dict(cls, values):
-        """The inverse of to_dict, for files of every version of transformers.
-
-        raises  ValueError for an unknown image processor or interpolation, and oblong sizes
-        """
+        """The inverse of to_dict, for files of every version of transformers."""
         kind = values.get("image_processor_type") or values.get("feature_extractor_type") or "none"
         kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind)
         check_choice("image processor", kind, IMAGE_PROCESSORS)
-        values = {name: value for name, value in values.items() if value is not None}
-        values, defaults = IMAGE_PROCESSORS[kind] | values, IMAGE_PROCESSORS[kind]
+        defaults = IMAGE_PROCESSORS[kind]
+        values = defaults | {name: value for name, value in values.items() if value is not None}
         interpolations = {number: name for name, number in INTERPOLATIONS.items()}
         check_choice("resample", values["resample"], interpolations)
         size, crop = values["size"], values["crop_size"]  # old files have numbers for both
@@ -916,9 +915,9 @@ class ImageTransform:
                 raise ValueError(f"size is {sides}, expected a number of pixels or a square")
         # Their pixel * factor is our pixel / 255 * scale.
         scale = 255 * (values["rescale_factor"] if values["do_rescale"] else 1)
-        mean, std = values["image_mean"], values["image_std"]
-        if not values["do_normalize"]:
-            mean, std = [0] * 3, [1] * 3
+        mean, std = [0] * 3, [1] * 3
+        if values["do_normalize"]:
+            mean, std = values["image_mean"], values["image_std"]
         return cls(
             resize=max(size.values()) if values["do_resize"] else None,
             crop=max(crop.values()) if values["do_center_crop"] else None,
@@ -976,11 +975,9 @@ def notice(kind, message):
 
 @functools.cache
 def image_suffixes():
-    """{suffix: format} of the files that count as images."""
-    # Pillow would have Ghostscript run an EPS; files of the other formats are seldom images.
-    others = ("EPS", "HDF5", "GRIB", "BUFR", "MPEG", "WMF")
+    """The suffixes of the files that count as images."""
     kinds = Image.registered_extensions().items()
-    return {suffix: kind for suffix, kind in kinds if kind in Image.OPEN and kind not in others}
+    return {suffix for suffix, kind in kinds if kind in Image.OPEN and kind not in NOT_IMAGES}
 
 
 def open_image(source, size=None):
@@ -1004,7 +1001,9 @@ def open_image(source, size=None):
                 file = io.BytesIO(whole.read(length))
         elif not os.path.isfile(source):  # opening a pipe would wait
             raise ValueError("no such file")
-        with Image.open(file, formats=[*image_suffixes().values()]) as image:
+        with Image.open(file) as image:
+            if image.format in NOT_IMAGES:
+                raise ValueError(f"{image.format} files are not read")
             if max(image.size) > MAX_ASPECT * min(image.size):
                 raise ValueError(f"{image.size}: more than {MAX_ASPECT} times as long as wide")
             if size:
@@ -1277,8 +1276,8 @@ def digest(text):
 class ImageDataset(torch.utils.data.Dataset):
     """(epoch, i) to (uint8 pixels (3, S, S), the index used, an error or "").
 
-    An image that cannot be read gives its place to the next one that can: an exception in a worker
-    would end the run, and batches keep their size.
+    An image that cannot be read gives its place to the next one that can, so that batches keep
+    their size: an exception in a worker would end the run.
 
     augment  function(pixels (3, h, w), key) -> pixels, before they are resized; key is (epoch, i)
     zoom     by how much augment may enlarge a part of the image: JPEGs are decoded accordingly
@@ -1349,11 +1348,11 @@ class ShapesPairs(Pairs):
     training, but never together. Each scene is followed by its mirror, in which the two objects
     have changed places: a bag of words cannot tell which of the two images a caption describes.
 
-    split  "train"; "val" or "test", which are the same images; or "all"
-    seed   draws scenes and images
-    count  images: 10,000 or, held out, 512, half of them with an object never seen in training
-    side   pixels
-    raises ValueError for more held-out images than there are
+    split   "train"; "val" or "test", which are the same images; or "all"
+    seed    draws scenes and images
+    count   images: 10,000 or, held out, 512, half of them with an object never seen in training
+    side    pixels
+    raises  ValueError for more held-out images than there are
     """
 
     neighbours = 2  # a scene and its mirror
@@ -1746,8 +1745,7 @@ def read_json_captions(path, **_):
 def read_shards(spec, **_):
     """Tar files in webdataset's layout: members key.jpg and key.txt, a caption a line.
 
-    A shard is gone through once, for headers and captions; images are read later, one seek each. So
-    every image is seen once an epoch in an order drawn anew, by however many workers.
+    A shard is read once, for headers and captions; each image costs one seek later, in any order.
     """
     braces = re.search(r"\{(\d+)\.\.(\d+)\}", spec)
     first, last = braces.groups() if braces else (0, 0)

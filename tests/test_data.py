@@ -112,9 +112,9 @@ def test_an_unreadable_image_gives_its_place_to_the_next(folder):
 @pytest.mark.parametrize("kind", ["shapes", "shards", "set"])
 def test_workers_read_what_one_process_reads(kind, context, tmp_path):
     state = torch.get_rng_state()
-    fashion(tmp_path, 20)
+    countries(tmp_path, 20)
     shard = write_shard(tmp_path / "s.tar", samples(0, 20))
-    spec = {"shapes": "shapes", "shards": shard, "set": "fashionmnist"}[kind]
+    spec = {"shapes": "shapes", "shards": shard, "set": "country211"}[kind]
     pairs = dualenc.load_pairs(spec, data_root=tmp_path, val_fraction=0)
     transform = dualenc.ImageTransform(resize=8, crop=8)
     dataset = dualenc.ImageDataset(pairs.images, transform)
@@ -436,35 +436,30 @@ def test_karpathys_splits_are_the_datas_own(tmp_path):
     entries = []
     for i, split in enumerate(["train", "restval", "val", "test"]):
         save_image(tmp_path / "part" / f"{i}.jpg")
-        entry = {"filename": f"{i}.jpg", "split": split, "sentences": [{"raw": f"caption {i}"}]}
-        entries.append({**entry, "filepath": "part"})
+        entry = {"filepath": "part", "filename": f"{i}.jpg", "split": split}
+        entries.append({**entry, "sentences": [{"raw": f"caption {i}"}]})
     splits = names_by_split(write(tmp_path / "d.json", json.dumps({"images": entries})))
     assert splits["train"] == ["part/0.jpg", "part/1.jpg"]
     assert (splits["val"], splits["test"]) == (["part/2.jpg"], ["part/3.jpg"])
 
 
-def fashion(root, count):
-    """FashionMNIST's files: type and dimensions, then bytes."""
-    folder = root / "FashionMNIST" / "raw"
-    for part, n in (("train", count), ("t10k", 3)):
-        values = np.random.default_rng(0).integers(0, 256, (n, 28, 28), dtype=np.uint8)
-        labels = np.arange(n, dtype=np.uint8) % 10
-        for kind, array in (("images-idx3", values), ("labels-idx1", labels)):
-            header = bytes([0, 0, 8, array.ndim])
-            header += b"".join(size.to_bytes(4, "big") for size in array.shape)
-            write(folder / f"{part}-{kind}-ubyte", header + array.tobytes())
+def countries(root, count):
+    """Country211's folders."""
+    for part, n in (("train", count), ("valid", 2), ("test", 3)):
+        for i in range(n):
+            path = root / "country211" / part / f"land {i % 3}" / f"{i:02}.png"
+            save_image(path, (9 * i, 0, 0))
 
 
 def test_torchvision_sets_are_read_by_name(tmp_path):
-    fashion(tmp_path, 6)
-    splits = names_by_split("fashionmnist", data_root=tmp_path)
-    assert [len(names) for names in splits.values()] == [6, 3, 3, 9]
-    test = dualenc.load_pairs("fashionmnist", "test", data_root=tmp_path, templates=("a {}",))
-    assert test.captions == [["a T-shirt/top"], ["a Trouser"], ["a Pullover"]]
-    assert test[0][0].mode == "L" and splits["val"][0] == "fashionmnist/test/0"
-    for kind in ("Forest", "River"):
-        for i in range(20):
-            save_image(tmp_path / "eurosat" / "2750" / kind / f"{i}.jpg")
+    countries(tmp_path, 6)
+    splits = names_by_split("country211", data_root=tmp_path)
+    assert [len(names) for names in splits.values()] == [6, 2, 3, 11]
+    test = dualenc.load_pairs("country211", "test", data_root=tmp_path, templates=("a {}",))
+    assert test.captions == [["a land 0"], ["a land 1"], ["a land 2"]]
+    assert test[1][0].getpixel((0, 0)) == (9, 0, 0) and splits["val"][0] == "country211/val/0"
+    for i in range(40):
+        save_image(tmp_path / "eurosat" / "2750" / f"land {i % 2}" / f"{i}.jpg")
     splits = names_by_split("eurosat", data_root=tmp_path, val_fraction=0.3)
     assert {*splits["train"]}.isdisjoint(splits["val"]) and 0 < len(splits["val"]) < 40
 
