@@ -805,17 +805,17 @@ class OwnAttention(torch.overrides.TorchFunctionMode):
 INTERPOLATIONS = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 MAX_SIDE = 8192  # pixels; a checkpoint that asks for larger images is broken
 MAX_ASPECT = 100  # a strip of 1 x 60,000 pixels, resized by its shorter side, would fill the memory
-# Where a file of transformers says nothing: size, resample, centre crop, mean and std.
-_HALVES = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]
-_CLIP = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-IMAGE_PROCESSORS = {
-    "ViT": (224, 2, False, *_HALVES),
-    "DeiT": (256, 3, True, *_HALVES),
-    "Beit": (224, 3, False, *_HALVES),
-    "Siglip": (224, 3, False, *_HALVES),
-    "CLIP": ({"shortest_edge": 224}, 3, True, *_CLIP),
-    "Bit": ({"shortest_edge": 224}, 3, True, *_CLIP),
-}
+# Pillow would have Ghostscript run an EPS; files of the other formats are seldom images.
+NOT_IMAGES = {"EPS", "HDF5", "GRIB", "BUFR", "MPEG", "WMF"}
+# What transformers' image processors do where a file does not say.
+_BEIT = {"do_resize": True, "size": {"height": 224, "width": 224}, "resample": 3}
+_BEIT |= {"do_center_crop": False, "crop_size": 224, "do_rescale": True, "rescale_factor": 1 / 255}
+_BEIT |= {"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+_CLIP = _BEIT | {"size": {"shortest_edge": 224}, "do_center_crop": True}
+_CLIP |= {"image_mean": timm.data.OPENAI_CLIP_MEAN, "image_std": timm.data.OPENAI_CLIP_STD}
+_DEIT = _BEIT | {"size": {"height": 256, "width": 256}, "do_center_crop": True}
+IMAGE_PROCESSORS = {"Beit": _BEIT, "Siglip": _BEIT, "CLIP": _CLIP, "Bit": _CLIP, "DeiT": _DEIT}
+IMAGE_PROCESSORS["ViT"] = _BEIT | {"resample": 2}
 
 
 @dataclass(frozen=True)
@@ -881,37 +881,29 @@ class ImageTransform:
 
     @classmethod
     def from_dict(cls, values):
-        """The inverse of to_dict, for files of every version of transformers.
-
-        raises  ValueError for an unknown image processor or interpolation, and oblong sizes
-        """
+        """The inverse of to_dict, for files of every version of transformers."""
         kind = values.get("image_processor_type") or values.get("feature_extractor_type") or "none"
         kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind)
         check_choice("image processor", kind, IMAGE_PROCESSORS)
-        names = ("size", "resample", "do_center_crop", "image_mean", "image_std")
-        defaults = {"do_resize": True, "do_rescale": True, "do_normalize": True, "crop_size": 224}
-        defaults |= {"rescale_factor": 1 / 255, **dict(zip(names, IMAGE_PROCESSORS[kind]))}
+        defaults = IMAGE_PROCESSORS[kind]
         values = defaults | {name: value for name, value in values.items() if value is not None}
         interpolations = {number: name for name, number in INTERPOLATIONS.items()}
         check_choice("resample", values["resample"], interpolations)
-
-        def read_size(name):  # a number, {"shortest_edge": S} or {"height": S, "width": S}
-            size = values[name]
-            sides = {*size.values()} - {None} if isinstance(size, dict) else {size}
-            if len(sides) != 1 or not isinstance(max(sides), int):
-                raise ValueError(f"{name} is {size}, expected a number of pixels or a square")
-            return sides.pop()
-
-        size = values["size"] if isinstance(values["size"], dict) else defaults["size"]
+        size, crop = values["size"], values["crop_size"]  # old files have numbers for both
+        size = size if isinstance(size, dict) else dict.fromkeys(defaults["size"], size)
+        crop = crop if isinstance(crop, dict) else {"side": crop}
+        for sides in (size, crop):
+            if len({*sides.values()}) != 1:
+                raise ValueError(f"size is {sides}, expected a number of pixels or a square")
         # Their pixel * factor is our pixel / 255 * scale.
         scale = 255 * (values["rescale_factor"] if values["do_rescale"] else 1)
-        mean, std = values["image_mean"], values["image_std"]
-        mean, std = (mean, std) if values["do_normalize"] else (0, 1)
-        mean, std = (value if isinstance(value, list) else [value] * 3 for value in (mean, std))
+        mean, std = [0] * 3, [1] * 3
+        if values["do_normalize"]:
+            mean, std = values["image_mean"], values["image_std"]
         return cls(
-            resize=read_size("size") if values["do_resize"] else None,
-            crop=read_size("crop_size") if values["do_center_crop"] else None,
-            squash=not (isinstance(size, dict) and size.get("shortest_edge")),
+            resize=max(size.values()) if values["do_resize"] else None,
+            crop=max(crop.values()) if values["do_center_crop"] else None,
+            squash="shortest_edge" not in size,
             interpolation=interpolations[values["resample"]],
             mean=tuple(value / scale for value in mean),
             std=tuple(value / scale for value in std),
@@ -930,24 +922,23 @@ def centre_crop(pixels, size):
 def to_pixels(image):
     """A PIL image, uint8 tensor (C, h, w) or array (h, w, C) to (3, h, w) uint8."""
     if not isinstance(image, Image.Image):
-        with blamed_on(f"a {type(image).__name__}", "no image in"):
-            if not str(getattr(image, "dtype", "uint8")).endswith("uint8"):
-                raise ValueError(f"values are {image.dtype}, expected uint8")
-            image = TF.to_pil_image(image)
+        kind = f"{type(image).__name__} of {getattr(image, 'dtype', 'no dtype')}"
+        if not kind.endswith("uint8"):
+            raise ValueError(f"image is a {kind}, expected a PIL image, or uint8 values")
+        image = TF.to_pil_image(image)
     return TF.pil_to_tensor(flatten(image).convert("RGB"))
 
 
 def flatten(image, name="an image"):
     """Any PIL image in mode RGB or L, as a person sees it: transparency on white, 16 bits to 8."""
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.nan_to_num(np.asarray(image).astype(np.float64))
-        # 16-bit files say what white is; for others only the values tell.
-        white = 1 if values.max() <= 1 else 255 if values.max() <= 255 else 65535
-        white = 65535 if image.mode.startswith("I;16") else white
-        if values.max() < white / 4:
-            share = f"{values.max() / white:.1%} of the range"
-            notice("dark", f"{name} is dark: it uses {share}; rescale such images to 16 bits")
-        return Image.fromarray((values.clip(0, white) / white * 255).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("pixels are floats, expected whole numbers of 8 or 16 bits")
+    if image.mode.startswith("I"):
+        shares = np.asarray(image).clip(0, 65535) / 65535
+        if shares.max() < 1 / 4:
+            used = f"{shares.max():.1%} of the range"
+            notice("dark", f"{name} is dark: it uses {used}; rescale such images to 16 bits")
+        return Image.fromarray((shares * 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -964,47 +955,49 @@ def notice(kind, message):
         print(f"note: {message}")
 
 
+@functools.cache
+def image_suffixes():
+    """The suffixes of the files that count as images."""
+    kinds = Image.registered_extensions().items()
+    return {suffix for suffix, kind in kinds if kind in Image.OPEN and kind not in NOT_IMAGES}
+
+
 def open_image(source, size=None):
     """A PIL image, upright and in mode RGB or L: the one way to open an image.
 
-    source  a path, an open binary file, the bytes of one, (file, first byte, length) of a part of
-            one, or (torchvision set, index)
+    source  a path, (path, first byte, length) of a part of a file, or (data set, index), whose item
+            begins with a PIL image, as torchvision's do
     size    pixels that the shorter side needs: JPEGs are decoded at a reduced size, at least twice
             this, which is much faster; at full size unless given
     raises  ValueError that names a file which is missing or no image
     """
-    name = getattr(source, "name", "an image") if hasattr(source, "read") else source
-    if isinstance(source, bytes):
-        name, source = "in memory", io.BytesIO(source)
-    elif isinstance(source, tuple):
-        whole, start, *length = source
-        name = f"{start} of {whole if length else type(whole).__name__}"
-    with blamed_on(name, "cannot read image"):
+    with blamed_on(source, "cannot read image"):
+        file = source
+        if isinstance(source, tuple) and len(source) == 2:
+            dataset, index = source
+            return flatten(dataset[index][0])
         if isinstance(source, tuple):
-            if not length:
-                return flatten(whole[start][0])
-            with open(whole, "rb") as file:
-                file.seek(start)
-                source = io.BytesIO(file.read(*length))
-        if source is name and not os.path.isfile(source):  # opening a pipe would wait
+            path, start, length = source
+            with open(path, "rb") as whole:
+                whole.seek(start)
+                file = io.BytesIO(whole.read(length))
+        elif not os.path.isfile(source):  # opening a pipe would wait
             raise ValueError("no such file")
-        with Image.open(source) as image:
-            if image.format == "EPS":  # a program; Pillow would have Ghostscript run it
-                raise ValueError("PostScript is not read")
+        with Image.open(file) as image:
+            if image.format in NOT_IMAGES:
+                raise ValueError(f"{image.format} files are not read")
             if max(image.size) > MAX_ASPECT * min(image.size):
                 raise ValueError(f"{image.size}: more than {MAX_ASPECT} times as long as wide")
             if size:
                 image.draft(None, (2 * size, 2 * size))
-            return flatten(ImageOps.exif_transpose(image), name)
+            return flatten(ImageOps.exif_transpose(image), source)
 
 
 def stamp_image(source):
     """A string that changes when the image of a source of open_image does."""
-    if isinstance(source, bytes):
-        return hashlib.sha256(source).hexdigest()
     path, *place = source if isinstance(source, tuple) else [source]
     if not isinstance(path, (str, Path)):
-        return ""  # torchvision's sets stay as they are
+        return ""  # data sets stay as they are
     status = os.stat(path)
     return f"{status.st_size} {status.st_mtime_ns} {place}"
 
@@ -1061,11 +1054,11 @@ class Processor:
             limit = self.max_length
             if max_length is not None:
                 limit = min(max_length, self.positions or max_length)
-            self._cut_at(limit)
+            self.cut_at(limit)
             rows = self.tokenizer.encode_batch(captions)
             if cut := sum(bool(row.overflowing) for row in rows):
                 notice("cut", f"{cut} of {len(captions)} captions were cut to {limit} tokens")
-            unknown = getattr(self.tokenizer.model, "unk_token", None) or ""
+            unknown = getattr(self.tokenizer.model, "unk_token", None)
             words = [w for r in rows for w, n in zip(r.tokens, r.special_tokens_mask) if not n]
             if 2 * words.count(unknown) > len(words):
                 notice("unknown", f"most tokens of the captions are the tokenizer's {unknown}")
@@ -1083,7 +1076,8 @@ class Processor:
             raise ValueError("nothing to process: give text, images or both, none of them empty")
         return inputs
 
-    def _cut_at(self, limit):
+    def cut_at(self, limit):
+        """From now on keep limit tokens of a caption, or all."""
         if limit is None:
             return self.tokenizer.no_truncation()
         check_min("max_length", limit, self.tokenizer.num_special_tokens_to_add(False))
@@ -1102,7 +1096,7 @@ class Processor:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.tokenizer is not None:
-            self._cut_at(self.max_length)  # a call may have left its own limit there
+            self.cut_at(self.max_length)  # a call may have left its own limit there
             write_file(folder / TOKENIZER_FILE, self.tokenizer.to_str(pretty=True))
             if format == "hf" or self.token_types:
                 settings = json.dumps(tokenizer_config(self), indent=2)
@@ -1125,7 +1119,6 @@ class Processor:
 def train_tokenizer(captions, vocab_size, max_length=None):
     """A byte-level BPE tokenizer learned from captions. It lower-cases and keeps accents.
 
-    captions    iterable of strings
     vocab_size  tokens; at least 259, for all bytes and three special tokens
     max_length  tokens kept of a caption, <s> and </s> included; all unless given
     returns     tokenizers.Tokenizer that wraps captions in <s> ... </s> and pads to the longest
@@ -1153,12 +1146,9 @@ def train_tokenizer(captions, vocab_size, max_length=None):
 
 def count_same_ids(processor, captions):
     """How many distinct captions have the token ids of another: no model can tell them apart."""
-    captions, seen = list(dict.fromkeys(captions)), set()
-    for start in range(0, len(captions), 1024):
-        inputs = processor(text=captions[start : start + 1024])
-        for ids, mask in zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist()):
-            seen.add(tuple(itertools.compress(ids, mask)))
-    return len(captions) - len(seen)
+    distinct = set(captions)
+    processor.cut_at(processor.max_length)
+    return len(distinct) - len({tuple(processor.tokenizer.encode(c).ids) for c in distinct})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1166,22 +1156,16 @@ def count_same_ids(processor, captions):
 # --------------------------------------------------------------------------------------------------
 
 # What a class name becomes, for training captions and for zero-shot classification alike.
-TEMPLATES = (
-    "a photo of a {}.",
-    "a picture of a {}.",
-    "an image of a {}.",
-    "a small photo of a {}.",
-    "a blurry photo of a {}.",
-    "a close-up photo of a {}.",
-    "a photo of one {}.",
-)
+TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of a {}.")
+TEMPLATES += ("a small photo of a {}.", "a blurry photo of a {}.", "a close-up photo of a {}.")
+TEMPLATES += ("a photo of one {}.",)
 SPLITS = ("train", "val", "test", "all")
 
 
 class Lazy(Sequence):
     """A sequence whose item i is function(items[i]), made when asked for.
 
-    stamp  function(item) -> a fingerprint, which changes whenever function(item) would
+    stamp  function(item) -> a string that changes whenever function(item) would
     """
 
     def __init__(self, items, function, stamp=None):
@@ -1274,8 +1258,8 @@ def digest(text):
 class ImageDataset(torch.utils.data.Dataset):
     """(epoch, i) to (uint8 pixels (3, S, S), the index used, an error or "").
 
-    An image that cannot be read gives its place to the next one that can: an exception in a worker
-    would end the run, and batches keep their size.
+    An image that cannot be read gives its place to the next one that can, so that batches keep
+    their size: an exception in a worker would end the run.
 
     augment  function(pixels (3, h, w), key) -> pixels, before they are resized; key is (epoch, i)
     zoom     by how much augment may enlarge a part of the image: JPEGs are decoded accordingly
@@ -1291,16 +1275,16 @@ class ImageDataset(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, key):
-        epoch, first = key
-        used, error = first, ""
-        pixels = torch.zeros(3, 8, 8, dtype=torch.uint8)
-        for i in range(first, first + 100):  # a hundred broken images in a row give a black one
+        (epoch, first), error = key, ""
+        for i in range(first, first + 100):
+            used = i % len(self)
             try:
-                pixels = to_pixels(self.images[i % len(self)])
-                used = i % len(self)
+                pixels = to_pixels(self.images[used])
                 break
             except (ValueError, OSError) as reason:
                 error = error or str(reason)
+        else:  # a hundred broken images in a row give a black one
+            used, pixels = first, torch.zeros(3, 8, 8, dtype=torch.uint8)
         if self.augment:
             pixels = self.augment(pixels, (epoch, used))
         return self.transform.resize_and_crop(pixels), used, error
@@ -1327,16 +1311,9 @@ def collate_images(items):
 
 # ---- Drawn shapes, the default data --------------------------------------------------------------
 
-COLOURS = {
-    "red": (220, 40, 40),
-    "green": (40, 160, 60),
-    "blue": (40, 80, 220),
-    "yellow": (240, 210, 40),
-    "purple": (140, 60, 180),
-    "orange": (245, 140, 30),
-    "black": (20, 20, 20),
-    "gray": (140, 140, 140),
-}
+COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220)}
+COLOURS |= {"yellow": (240, 210, 40), "purple": (140, 60, 180), "orange": (245, 140, 30)}
+COLOURS |= {"black": (20, 20, 20), "gray": (140, 140, 140)}
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 SIZES = {"small": 0.1, "large": 0.18}  # radius as a share of the image's side
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -1357,7 +1334,7 @@ class ShapesPairs(Pairs):
     seed    draws scenes and images
     count   images: 10,000 or, held out, 512, half of them with an object never seen in training
     side    pixels
-    raises  ValueError for an odd number of held-out images, or for more than there are
+    raises  ValueError for more held-out images than there are
     """
 
     neighbours = 2  # a scene and its mirror
@@ -1371,11 +1348,11 @@ class ShapesPairs(Pairs):
                 scenes = draw_scenes(rng, count or usual, held_out=part == "held-out")
                 self.scenes += scenes
                 names += [f"shapes/{seed}/{part}/{i}" for i in range(len(scenes))]
-        for (first, relation, second), name in zip(self.scenes, names):
+        for scene, name in zip(self.scenes, names):
             # Drawn apart from the image, whose background could otherwise give the wording away.
             turned = random.Random(f"{name} told").random() < 0.5
-            other = (second, OPPOSITE[relation], first)  # A left of B is B right of A
-            self.wordings.append(other if turned else (first, relation, second))
+            first, relation, second = scene
+            self.wordings.append((second, OPPOSITE[relation], first) if turned else scene)
         items = [(*scene, name, side) for scene, name in zip(self.scenes, names)]
         captions = [[describe(*wording)] for wording in self.wordings]
         super().__init__(names, Lazy(items, draw_scene, stamp=str), captions)
@@ -1393,45 +1370,44 @@ class ShapesPairs(Pairs):
         absent = [colour for colour in COLOURS if colour not in (colour_1, colour_2)]
         replaced = (size_1, random.Random(self.names[i]).choice(absent), shape_1)
         wrong = {
-            "relation": (first, OPPOSITE[relation], second),
-            "order": (second, relation, first),
-            "replaced": (replaced, relation, second),
-            "attributes": ((size_1, colour_2, shape_1), relation, (size_2, colour_1, shape_2)),
+            "relation": describe(first, OPPOSITE[relation], second),
+            "order": describe(second, relation, first),
+            "replaced": describe(replaced, relation, second),
         }
-        if colour_1 == colour_2:
-            del wrong["attributes"]
-        return {kind: describe(*wording) for kind, wording in wrong.items()}
+        if colour_1 != colour_2:
+            first, second = (size_1, colour_2, shape_1), (size_2, colour_1, shape_2)
+            wrong["attributes"] = describe(first, relation, second)
+        return wrong
 
 
 def is_held_out(first, relation, second):
     """Whether a scene is held out of training; its mirror then is too."""
-    if not HELD_OUT_OBJECTS.isdisjoint((first[1:], second[1:])):
-        return True
-    return digest(f"{sorted([first, second])} {relation}")[0] < 26  # a tenth of 256
+    tenth = digest(f"{sorted([first, second])} {relation}")[0] < 26  # of 256
+    return tenth or not HELD_OUT_OBJECTS.isdisjoint((first[1:], second[1:]))
 
 
 def draw_scenes(rng, count, held_out):
-    """Scenes (object, relation, object), each followed by its mirror, from a random.Random.
+    """Scenes of objects (size, colour, shape), each followed by its mirror, from a random.Random.
 
-    An object is (size, colour, shape). Half of the held-out scenes have an object that training
-    never shows, the others are new compositions, and none is there twice.
+    Half of the held-out scenes have an object that training never shows, and none is there twice.
     """
-    if held_out and (count % 2 or not 0 < count <= MAX_HELD_OUT):
-        raise ValueError(f"{count} held-out images, expected an even number up to {MAX_HELD_OUT}")
+    if held_out and count > MAX_HELD_OUT:
+        raise ValueError(f"{count} held-out images, expected at most {MAX_HELD_OUT}")
 
     def random_object():
         return rng.choice(list(SIZES)), rng.choice(list(COLOURS)), rng.choice(SHAPES)
 
     scenes = []
     while len(scenes) < count:
-        first, relation, second = random_object(), rng.choice(("left of", "above")), random_object()
-        if first == second or is_held_out(first, relation, second) != held_out:
+        scene = random_object(), rng.choice(("left of", "above")), random_object()
+        first, relation, second = scene
+        if first == second or is_held_out(*scene) != held_out:
             continue
         new_object = not HELD_OUT_OBJECTS.isdisjoint((first[1:], second[1:]))
         half_done = len(scenes) >= count // 2
-        if held_out and (new_object == half_done or (first, relation, second) in scenes):
+        if held_out and (new_object == half_done or scene in scenes):
             continue
-        scenes += [(first, relation, second), (second, relation, first)]
+        scenes += [scene, (second, relation, first)]
     return scenes[:count]
 
 
@@ -1479,7 +1455,7 @@ CAPTION_COLUMNS = ["caption", "captions", "text", "title", "comment"]
 # What folders, columns and Karpathy's files call a part of the data.
 SPLIT_OF = dict.fromkeys(("train", "training", "restval"), "train")
 SPLIT_OF |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
-SPLIT_OF |= dict.fromkeys(("test", "testing"), "test")
+SPLIT_OF |= {"test": "test", "testing": "test", None: None}
 
 # torchvision's data sets: class, and the arguments of each split.
 _BY_TRAIN = {"train": {"train": True}, "test": {"train": False}}
@@ -1543,79 +1519,84 @@ def load_pairs(
     kind = "torchvision" if spec in TORCHVISION_SETS else Path(spec).suffix.lower()
     kind = "folder" if os.path.isdir(spec) else kind
     if kind not in DATA_READERS:
-        expected = f"a folder, a file ({', '.join(DATA_READERS)}) or a set's name"
+        files = ", ".join(kind for kind in DATA_READERS if kind[0] == ".")
         near = nearest(spec, ["shapes", *TORCHVISION_SETS])
-        raise ValueError(f"no data {spec!r}: expected {expected}; {near}")
+        raise ValueError(f"no data {spec!r}: expected a folder, a file ({files}) or a set; {near}")
     rows = DATA_READERS[kind](spec, data_root=data_root, download=download)
-    root = images or (spec if kind == "folder" else os.path.dirname(spec))
-    pairs, splits, groups = pairs_from_rows(rows, root, templates, class_names)
+    rows_of = rows_by_image(rows, images or (spec if kind == "folder" else os.path.dirname(spec)))
+    pairs = pairs_from_rows(rows_of, templates, class_names or {})
     with suppress(ValueError):
         pairs.images[0]  # notices that images are dark in this process rather than in workers
     if split == "all":
         return pairs
-    parts = {*splits}
-    if parts & {"val", "test"}:
-        wanted = {"train": ["train"], "val": ["val", "test"], "test": ["test", "val"]}[split]
-        part = next((part for part in wanted if part in parts), None)
-        if part is None:
-            raise ValueError(f"{spec} has no {split} part, only {', '.join(map(str, parts))}")
-        return pairs.select(i for i, found in enumerate(splits) if found == part)
-    # A hash decides, so new images never move old ones across.
-    held_out = [int.from_bytes(digest(g)[:4], "big") < val_fraction * 2**32 for g in groups]
-    return pairs.select(i for i, out in enumerate(held_out) if out == (split != "train"))
+    splits = [split_of(own) for own in rows_of.values()]
+    part = split if split in splits else {"val": "test", "test": "val"}.get(split)
+    if {"val", "test"}.isdisjoint(splits):
+        # A hash decides, so new images never move old ones across.
+        groups = [own[0].group or name for (name, _), own in rows_of.items()]
+        hashes = [int.from_bytes(digest(group)[:4], "big") / 2**32 for group in groups]
+        splits = ["held out" if share < val_fraction else "train" for share in hashes]
+        part = "train" if split == "train" else "held out"
+    elif part not in splits:
+        raise ValueError(f"{spec} has no {split} part, only {', '.join({*splits})}")
+    return pairs.select(i for i, found in enumerate(splits) if found == part)
 
 
-def pairs_from_rows(rows, root, templates, class_names):
-    """(Pairs, the split of each image or None, its group or else its name) from rows.
-
-    An image's rows are brought together, whatever the spelling of its path; equal rows count once.
-    """
+def rows_by_image(rows, root):
+    """{(name, source for open_image): rows}, whatever the spelling of an image's path."""
     rows_of, found = {}, {}
     for row in rows:
         if row.image not in found:
-            found[row.image] = find_image(row, root)
+            found[row.image] = row.where, row.image
+            if isinstance(row.image, str):
+                path = os.path.normpath(os.path.join(root, row.image))
+                if not os.path.isfile(path):
+                    raise ValueError(f"{row.where}: missing image {path}")
+                found[row.image] = Path(os.path.relpath(path, root or ".")).as_posix(), path
         rows_of.setdefault(found[row.image], []).append(row)
     if not rows_of:
         raise ValueError(f"no images with captions below {root}")
-    names, items = zip(*rows_of)
-    images, first = Lazy(items, open_image), [own[0] for own in rows_of.values()]
-    splits = [split_of(own) for own in rows_of.values()]
-    groups = [row.group or name for row, name in zip(first, names)]
-    if first[0].label is None:
-        captions = [list(dict.fromkeys(map(caption_of, own))) for own in rows_of.values()]
-        return Pairs(list(names), images, captions), splits, groups
-    classes = sorted({row.label for row in first})
-    index = {name: k for k, name in enumerate(classes)}
-    labels = [index[row.label] for row in first]
-    captions, classes = class_captions(labels, classes, templates, class_names)
-    return Pairs(list(names), images, captions, labels, classes), splits, groups
+    return rows_of
 
 
-def find_image(row, root):
-    """(name, source that open_image takes) of a row."""
-    if isinstance(row.image, (bytes, tuple)):
-        return row.where, row.image
-    path = os.path.normpath(os.path.join(root, row.image))
-    if not os.path.isfile(path):
-        raise ValueError(f"{row.where}: missing image {path}")
-    return Path(os.path.relpath(path, root or ".")).as_posix(), path
+def pairs_from_rows(rows_of, templates, class_names):
+    """Pairs of rows_by_image: an image has its rows' captions, or those of its class."""
+    names, sources = zip(*rows_of)
+    images, folders = Lazy(sources, open_image), [own[0].label for own in rows_of.values()]
+    if folders[0] is None:
+        return Pairs(list(names), images, [captions_of(own) for own in rows_of.values()])
+    known = sorted({*folders})
+    unknown = [name for name in class_names if name not in known]
+    if unknown and {*known} - {*class_names}:
+        raise ValueError(f"no class {unknown[0]!r} to rename; {nearest(unknown[0], known)}")
+    for template in templates:
+        if "{}" not in template:
+            raise ValueError(f"template {template!r} has no {{}} for the class name")
+    index = {folder: k for k, folder in enumerate(known)}
+    labels = [index[folder] for folder in folders]
+    classes = [readable_name(class_names.get(name, name)) for name in known]
+    by_class = [[template.replace("{}", name) for template in templates] for name in classes]
+    return Pairs(list(names), images, [by_class[label] for label in labels], labels, classes)
 
 
 def split_of(rows):
     """The split that an image's rows name, or None if they have none."""
-    words = {str(row.split).strip().lower() for row in rows if row.split is not None}
-    parts = {SPLIT_OF.get(word) for word in words}
-    if None in parts or len(parts) > 1:
+    words = {row.split and row.split.strip().lower() for row in rows}
+    if len(words) > 1 or not words <= SPLIT_OF.keys():
         got = ", ".join(map(repr, words))
         raise ValueError(f"{rows[0].where}: split is {got}, expected train, val or test")
-    return parts.pop() if parts else None
+    return SPLIT_OF[words.pop()]
 
 
-def caption_of(row):
-    text = row.caption.strip() if isinstance(row.caption, str) else ""
-    if not text or re.fullmatch(r"""\[\s*(['"]).*\1\s*\]""", text, re.DOTALL):
-        raise ValueError(f"{row.where}: caption is {row.caption!r}, expected one text a row")
-    return text
+def captions_of(rows):
+    """The distinct captions of an image's rows."""
+    captions = {}
+    for row in rows:
+        text = row.caption.strip() if isinstance(row.caption, str) else ""
+        if not text or re.fullmatch(r"""\[\s*(['"]).*\1\s*\]""", text, re.DOTALL):
+            raise ValueError(f"{row.where}: caption is {row.caption!r}, expected one text a row")
+        captions[text] = True
+    return list(captions)
 
 
 def readable_name(name):
@@ -1623,43 +1604,19 @@ def readable_name(name):
     return re.sub(r"[_\s]+", " ", name).strip()
 
 
-def class_captions(labels, classes, templates, class_names=None):
-    """The captions of each image, its class name in every template; and the names as words."""
-    wrong = [template for template in templates if "{}" not in template]
-    if wrong:
-        raise ValueError(f"template {wrong[0]!r} has no {{}} for the class name")
-    class_names = class_names or {}
-    unknown = [name for name in class_names if name not in classes]
-    if unknown and {*classes} - {*class_names}:
-        raise ValueError(f"no class {unknown[0]!r} to rename; {nearest(unknown[0], classes)}")
-    readable = [readable_name(class_names.get(name, name)) for name in classes]
-    by_class = [[template.replace("{}", name) for template in templates] for name in readable]
-    return [by_class[label] for label in labels], readable
-
-
 def read_torchvision(name, data_root, download):
     class_name, splits = TORCHVISION_SETS[name]
-    data_class = getattr(torchvision.datasets, class_name)
     for part, arguments in splits.items():
-        try:
-            data = data_class(str(data_root), download=download, **arguments)
-        except RuntimeError as error:
-            message = f"{name} is not below {data_root} ({error}); train.py's --download fetches it"
-            raise ValueError(message) from error
+        with blamed_on(f"{name} below {data_root}; --download fetches it"):
+            data = getattr(torchvision.datasets, class_name)(
+                str(data_root), download=download, **arguments
+            )
         # torchvision has no one name for labels; each of these saves decoding all images.
         attribute = next(a for a in ("targets", "labels", "_labels", "y") if hasattr(data, a))
         classes = getattr(data, "classes", None) or data.categories
         for i, label in enumerate(getattr(data, attribute)):
             where = f"{name}/{part}/{i}" if part else f"{name}/{i}"
             yield Row(where, (data, i), label=classes[int(label)], split=part)
-
-
-@functools.cache
-def image_suffixes():
-    """The suffixes of all formats that Pillow opens, save those whose files are seldom images."""
-    formats = set(Image.registered_extensions().values()) & set(Image.OPEN)
-    formats -= {"EPS", "HDF5", "GRIB", "BUFR", "MPEG", "WMF"}
-    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in formats}
 
 
 def list_images(folder):
@@ -1701,12 +1658,8 @@ def read_folder(folder, **_):
 
 
 def text_lines(path):
-    """The lines of a UTF-8 text file."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            yield from file
-    except UnicodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+    with blamed_on(path, "cannot read UTF-8 text from"), open(path, encoding="utf-8-sig") as file:
+        yield from file
 
 
 def read_table(path, **_):
@@ -1739,34 +1692,32 @@ def read_jsonl(path, **_):
 def record_rows(where, record):
     """The rows of a table's {column: cell}, whose columns are found by name."""
     record = {name.strip().lower(): cell for name, cell in record.items()}
-
-    def cell(kind, names):
+    cells = []
+    for kind, names in (("image", IMAGE_COLUMNS), ("caption", CAPTION_COLUMNS)):
         column = next((name for name in names if name in record), None)
         if column is None:
             got, expected = ", ".join(record), ", ".join(names)
             raise ValueError(f"{where}: no {kind} column in {got}; expected one of {expected}")
-        return record[column]
-
-    image, captions = cell("image", IMAGE_COLUMNS), cell("caption", CAPTION_COLUMNS)
-    image = image if isinstance(image, bytes) else str(image or "")
+        cells.append(record[column])
+    image, captions = cells
     split = str(record["split"]) if "split" in record else None
     group = None if record.get("group") is None else str(record["group"])
     for caption in captions if isinstance(captions, list) and captions else [captions]:
-        yield Row(where, image, caption, None, split, group)
+        yield Row(where, str(image or ""), caption, None, split, group)
 
 
 def read_json_captions(path, **_):
     """COCO's captions_*.json, or Karpathy's dataset_*.json, which has splits of its own."""
     data = read_json(Path(path))
     with blamed_on(path):
+        if "images" not in data:
+            raise ValueError(f"it has {', '.join(data)}; expected images, and COCO's annotations")
         if "annotations" in data:
             files = {entry["id"]: entry["file_name"] for entry in data["images"]}
             for note in data["annotations"]:
                 where = f"{path}, annotation {note.get('id')}"
                 yield Row(where, files.get(note["image_id"], ""), note["caption"])
             return
-        if "images" not in data:
-            raise ValueError(f"it has {', '.join(data)}; expected images, and COCO's annotations")
         for entry in data["images"]:
             image = os.path.join(entry.get("filepath", ""), entry["filename"])
             for sentence in entry["sentences"]:
@@ -1776,51 +1727,37 @@ def read_json_captions(path, **_):
 def read_shards(spec, **_):
     """Tar files in webdataset's layout: members key.jpg and key.txt, a caption a line.
 
-    A shard is gone through once, for headers and captions; images are read later, one seek each. So
-    every image is seen once an epoch in an order drawn anew, by however many workers.
+    A shard is read once, for headers and captions; each image costs one seek later, in any order.
     """
     braces = re.search(r"\{(\d+)\.\.(\d+)\}", spec)
     first, last = braces.groups() if braces else (0, 0)
     for number in range(int(first), int(last) + 1):
         path = spec.replace(braces[0], str(number).zfill(len(first))) if braces else spec
         name = os.path.relpath(path, os.path.dirname(spec.partition("{")[0]) or ".")
-        with blamed_on(path):
-            samples = shard_samples(path)
-        for key, (place, lines) in samples.items():
+        with blamed_on(path), tarfile.open(path, "r:") as tar:
+            images, captions = {}, {}
+            for member in filter(tarfile.TarInfo.isfile, tar):
+                found = re.fullmatch(r"(?:\./)?((?:.*/)?[^./]+)\.([^/]+)", member.name)
+                key, kind = found.groups() if found else ("", "")
+                if "." + kind.lower() in image_suffixes():
+                    images[key] = path, member.offset_data, member.size
+                elif kind.lower() == "txt":
+                    text = tar.extractfile(member).read().decode("utf-8-sig").strip()
+                    captions |= {key: text.split("\n")} if text else {}
+            tar.fileobj.seek(tar.offset)  # a whole archive ends in a block of zeros
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise ValueError(f"cut short or damaged at byte {tar.offset:,}")
+            for key in images.keys() ^ captions.keys():
+                lacking = "image" if key in captions else "caption"
+                raise ValueError(f"sample {key} has no {lacking}")
+        for key, image in images.items():
             where = f"{Path(name).as_posix()}/{key}"
-            yield from (Row(where, (path, *place), line) for line in lines if line.strip())
-
-
-def shard_samples(path):
-    """{key: ((first byte, length) of its image, lines of captions)} of a tar file."""
-    images, captions = {}, {}
-    with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            tar.members = []  # or they would all be kept
-            folder, name = os.path.split(member.name.removeprefix("./"))
-            stem, _, kind = name.partition(".")
-            key, kind = os.path.join(folder, stem), kind.lower()
-            if not member.isfile() or not stem:
-                continue
-            if "." + kind in image_suffixes():
-                images[key] = member.offset_data, member.size
-            elif kind == "txt":
-                file.seek(member.offset_data)
-                text = file.read(member.size).decode("utf-8-sig").strip()
-                captions |= {key: text.split("\n")} if text else {}
-        file.seek(tar.offset)  # a whole archive ends in a block of zeros
-        if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-            raise ValueError(f"cut short or damaged at byte {tar.offset:,}")
-    for key in images.keys() ^ captions.keys():
-        raise ValueError(f"sample {key} has no {'image' if key in captions else 'caption'}")
-    return {key: (place, captions[key]) for key, place in images.items()}
+            yield from (Row(where, image, line) for line in captions[key] if line.strip())
 
 
 # The one table of readers: what a spec is, and the function that yields its Rows.
 DATA_READERS = {
-    ".csv": read_table,
-    ".tsv": read_table,
-    ".txt": read_table,
+    **dict.fromkeys((".csv", ".tsv", ".txt"), read_table),
     ".jsonl": read_jsonl,
     ".json": read_json_captions,
     ".tar": read_shards,
