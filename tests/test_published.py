@@ -155,21 +155,13 @@ def test_tensor_names_of_every_version_are_read(name, change, copy):
     assert_reproduces(copy(f"dual/{name}", change), name)
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("kind", ["safetensors", "bin", "old bin"])
-def test_weights_are_read_from_every_kind_of_file(kind, shards, copy):
-    """Whole or in shards; safetensors, or pickles read with weights_only."""
+@pytest.mark.parametrize("kind", ["bin", "old bin"])
+def test_pickles_are_read_with_weights_only(kind, copy):
     folder = copy("dual/vit-bert")
-    weights = [*load_file(folder / "model.safetensors").items()]
+    weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    file = "model.safetensors" if kind == "safetensors" else "pytorch_model.bin"
-    for i in range(shards):
-        part = {key: tensor.clone() for key, tensor in weights[i::shards]}
-        path = folder / (file.replace(".", f"-{i}-of-3.") if shards > 1 else file)
-        if kind == "safetensors":
-            save_file(part, path)
-        else:
-            torch.save(part, path, _use_new_zipfile_serialization=kind == "bin")
+    path = folder / "pytorch_model.bin"
+    torch.save(weights, path, _use_new_zipfile_serialization=kind == "bin")
     assert_reproduces(folder, "vit-bert")
 
 
@@ -289,7 +281,7 @@ def test_a_sentence_transformers_folder_says_how_to_pool_and_cut(
         (folder / "1_Pooling").mkdir()
         (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     if expected is None:
-        with pytest.raises(ValueError, match="1_Pooling/config.json pools by pooling_mode_max_tok"):
+        with pytest.raises(ValueError, match="1_Pooling/config.json pools by max; choose"):
             two_towers("vit-classifier", folder)
         return
     model = two_towers("vit-classifier", folder, **overrides)
@@ -305,7 +297,7 @@ def test_a_sentence_transformers_folder_says_how_to_pool_and_cut(
 def test_ids_beyond_a_towers_vocabulary_are_refused_when_it_is_loaded(copy):
     folder = copy("tower/bert-classifier")
     shutil.copytree(FIXTURES / "tokens" / "bert-saved", folder, dirs_exist_ok=True)
-    with pytest.raises(ValueError, match=r"tokenizer.json has token id \d+, .*ends at 79"):
+    with pytest.raises(ValueError, match=r"tokenizer.json: id \d+ is beyond .*, 0 to 79"):
         two_towers("vit-classifier", folder)
 
 
@@ -318,8 +310,6 @@ def test_a_folder_says_how_its_images_are_prepared_and_their_size(copy):
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match="clip has no preprocessor_config.json to say how"):
         two_towers(folder, "bert-classifier")
-    with pytest.raises(ValueError, match="no preprocessor_config.json came with this tower"):
-        dualenc.vision_tower(tower.config).image_transform()
     folder = copy("dual/vit-bert")
     shutil.copy(FIXTURES / "tokens" / "bert-saved" / "tokenizer.json", folder)
     assert dualenc.DualEncoder.from_pretrained(folder).processor is None
@@ -419,7 +409,7 @@ BROKEN = [
     (change("text", model_type="albert"), None, "text model_type 'albert'; expected bert, "),
     (change("vision", hidden_act="mish"), None, "unknown activation 'mish'; expected gelu"),
     (change("text", position_embedding_type="relative_key"), None, "only 'absolute' is read"),
-    (change("text", add_cross_attention=True), None, "add_cross_attention = True: only False"),
+    (change("text", is_decoder=True), None, "is_decoder = True: only False is read"),
     (change("vision", hidden_size="x"), None, "cannot build the model of"),
     (change("vision", num_attention_heads=7), None, "cannot build the model of"),
     (lambda config: config.update(vision_config=[1]), None, "cannot build the model of"),
@@ -445,12 +435,7 @@ def test_what_cannot_be_loaded_exactly_is_refused(config, weights, message, copy
     [
         ("clip", {"vision_pooling": "avg"}, "unknown clip_vision_model pooling 'avg'; expected No"),
         ("beit-classifier", {"vision_patch_dropout": 0.5}, "Beit.*argument 'patch_drop_rate'"),
-        (
-            "clip",
-            {"vision_args": {"lora": 4}},
-            "unknown argument of a clip_vision_model tower 'lora'",
-        ),
-        ("clip", {"text_size": 3}, "unknown field of TextConfig 'size'"),
+        ("clip", {"vision_args": {"lora": 4}}, "VisionTransformer.*argument 'lora'"),
         ("clip", {"vision_image_size": 32}, "clip.*16 pixels; timm has towers of any size by name"),
     ],
 )
@@ -466,19 +451,10 @@ def test_a_full_clip_is_no_dual_encoder_but_lends_its_vision_tower():
         dualenc.TextEncoder.from_pretrained(FIXTURES / "tower" / "clip")
 
 
-@pytest.mark.parametrize("side", ["vision", "text"])
-def test_a_tower_whose_config_makes_no_sense_is_refused_by_name(side, copy):
-    towers = {"vision": "vit-classifier", "text": "bert-classifier"}
-    folder = copy(f"tower/{towers[side]}", config=lambda config: config.update(hidden_size="wide"))
-    towers[side] = folder
-    with pytest.raises(ValueError, match=f"cannot build the model of {folder}"):
-        two_towers(*towers.values())
-
-
 def test_a_folder_without_weights_or_with_code_in_them_is_refused(copy):
     folder = copy("dual/vit-bert")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="has no model.safetensors or pytorch_model.bin, but c"):
+    with pytest.raises(ValueError, match="has no model.safetensors or pytorch_model.bin, no"):
         dualenc.DualEncoder.from_pretrained(folder)
     torch.save({"logit_scale": Path("anything")}, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="cannot read weights .*pytorch_model.bin"):
@@ -544,7 +520,7 @@ def test_defaults_are_those_of_transformers_configurations(name, hf):
     if name in dualenc.HF_VISION:
         ours = dualenc.HF_VISION[name].defaults
     else:
-        values = dualenc.read_text_config({"model_type": name}, {})
-        keys = dualenc.HF_TEXT[name].keys
-        ours = {key: getattr(values, field) for field, key in keys.items()}
-    assert ours == {key: getattr(config, key) for key in ours}
+        values = dualenc.read_text_config({"model_type": name}, "cls", {})
+        keys = dualenc.DISTILBERT_KEYS if name == "distilbert" else dualenc.BERT_KEYS
+        ours = {key: getattr(values, field) for key, field in keys.items()}
+    assert ours == {key: getattr(config, key, 0) for key in ours}  # MPNet has no token types
