@@ -2292,9 +2292,9 @@ class GatherRows(torch.autograd.Function):
 # --------------------------------------------------------------------------------------------------
 #
 # Files of transformers are read and written by the same tables. A family's `names` are
-# substitutions that turn our tensors' names into those of its files, one after the other. {a,b,c}
-# means that these tensors, laid end to end along their first dimension, are one of ours: timm's
-# attn.qkv.weight is query.weight, key.weight and value.weight.
+# substitutions that turn our tensors' names into those of its files, one after the other.
+# {a,b,c} means that these tensors of a file, laid end to end along their first dimension, are one
+# of ours: timm's attn.qkv.weight is query.weight, key.weight and value.weight.
 
 
 class RobertaEncoder(TextEncoder):
@@ -2360,6 +2360,7 @@ class PublishedVisionEncoder(VisionEncoder):
         name, pooling, values = self.config.name, self.config.pooling, {**self.config.args}
         if "hidden_size" not in values:
             raise ValueError(f"{name!r} is a family: name a folder, hub id or timm model")
+        values.pop("use_mask_token", None)  # in older files
         width, act = values["hidden_size"], values.pop("hidden_act")
         pooler_act = values.pop("pooler_act", None)
         check_choice(f"{name} pooling", pooling, ("pooler", "token") if pooler_act else (None,))
@@ -2504,13 +2505,9 @@ BERT_KEYS |= {"hidden_size": "width", "num_hidden_layers": "depth", "num_attenti
 BERT_KEYS |= {"intermediate_size": "mlp_width", "max_position_embeddings": "max_positions"}
 BERT_KEYS |= {"hidden_act": "activation", "hidden_dropout_prob": "dropout"}
 BERT_KEYS |= {"attention_probs_dropout_prob": "attention_dropout"}
-DISTILBERT_KEYS = {
-    "dim": "width",
-    "n_layers": "depth",
-    "n_heads": "heads",
-    "hidden_dim": "mlp_width",
-}
-DISTILBERT_KEYS |= {name: name for name in ("activation", "dropout", "attention_dropout")}
+DISTILBERT_KEYS = {name: name for name in ("activation", "dropout", "attention_dropout")}
+DISTILBERT_KEYS |= {"dim": "width", "n_layers": "depth", "n_heads": "heads"}
+DISTILBERT_KEYS["hidden_dim"] = "mlp_width"
 _BERT = {"dropout": 0.1, "attention_dropout": 0.1, "mlp_width": 3072}  # the rest is TextConfig's
 _DISTILBERT = _BERT | {"depth": 6, "type_vocab_size": 0}
 _XLMR = _BERT | {"pad_token_id": 1}
@@ -2549,8 +2546,7 @@ def published_row(config):
 def published_pieces(module):
     """[(our name, name in a published file, piece)] of the towers of a module, or of a tower.
 
-    Where the file has more tensors than we, ours is in pieces, cut along its first dimension; where
-    it has fewer, several pieces have one name there.
+    A tensor of ours that is several there is cut into them; pieces of one name are one there.
     """
     towers, pieces = {"": module}, []
     if isinstance(module, DualEncoder):
@@ -2585,9 +2581,9 @@ def own_names(module, weights, source):
 def published_weights(model):
     """{name in a published file: tensor} of a DualEncoder."""
     tensors = {n: t for n, t in model.state_dict().items() if "_model." not in n}
-    nests = published_row(model.config.vision).prefix == "vision_model."
+    nests = published_row(model.config.vision).prefix == "vision_model."  # CLIP and SigLIP
     for _, theirs, piece in published_pieces(model):
-        if nests and theirs.startswith("vision_model."):  # all that old versions read
+        if nests and theirs.startswith("vision_model."):  # old versions read no other name
             theirs = "vision_model." + theirs
         # Two tables of CLIP's have fewer dimensions in the files: ours begin with ones.
         if theirs.endswith(("embeddings.class_embedding", "embeddings.position_embedding.weight")):
@@ -2626,9 +2622,7 @@ def read_dual_config(values):
 def read_vision_config(values, pooling, overrides):
     """A VisionConfig from the config.json of a vision tower, or of a CLIP or SigLIP that has one.
 
-    pooling    of a ViT or DeiT, whose config.json does not say whether it has a pooler
-    overrides  fields of VisionConfig
-    raises     ValueError for other models, and for images of another size
+    pooling  of a ViT or DeiT, whose config.json does not say whether it has a pooler
     """
     if values.get("model_type") in ("clip", "siglip"):
         values = {**values["vision_config"], "model_type": values["model_type"] + "_vision_model"}
@@ -2645,7 +2639,7 @@ def read_vision_config(values, pooling, overrides):
 
 
 def read_text_config(values, pooling, overrides):
-    """A TextConfig from the config.json of a text tower; raises ValueError for other models."""
+    """A TextConfig from the config.json of a text tower."""
     family, keys = values.get("model_type"), BERT_KEYS | DISTILBERT_KEYS
     check_choice("text model_type", family, [name for name, row in HF_TEXT.items() if row.prefix])
     for key, accepted in (("position_embedding_type", "absolute"), ("is_decoder", False)):
@@ -2667,7 +2661,8 @@ def load_tower(side, folder_or_hub_id, overrides):
             tower = vision_tower(read_vision_config(values, pooling, overrides))
             tower.own_transform = read_image_transform(folder)
         else:
-            pooling = sentence_pooling(folder) or ("pooler" if has_pooler else "cls")
+            pooling = overrides.get("pooling") or sentence_pooling(folder)
+            pooling = pooling or ("pooler" if has_pooler else "cls")
             tower = text_tower(read_text_config(values, pooling, overrides))
     tower.source, prefix = str(folder_or_hub_id), published_row(tower.config).prefix
     inside = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
@@ -2697,10 +2692,7 @@ def sentence_pooling(folder):
 
 
 def publish_dual_encoder(model):
-    """(config.json, {name: tensor}) of a model as transformers writes it.
-
-    raises  ValueError for a model that transformers' dual encoder cannot compute
-    """
+    """(config.json, {name: tensor}) of a model as transformers writes it."""
     config, vision, text = model.config, model.config.vision, model.config.text
     plain = config.projection_head == "linear" and config.logit_bias_init is None
     published = published_row(vision) and published_row(text).prefix
@@ -2738,11 +2730,10 @@ def read_image_transform(folder):
 
 # What a tokenizer is read from: the first there is. Sentencepiece's are refused with a reason.
 TOKENIZER_FILES = (TOKENIZER_FILE, "vocab.txt", "vocab.json", "*.model")
-# Special tokens of the tokenizer classes of transformers (without "Tokenizer") unless files say.
-_BERT_WORDS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]"}
-_BERT_WORDS |= {"sep_token": "[SEP]", "mask_token": "[MASK]"}
-_ROBERTA_WORDS = {"pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "<s>"}
-_ROBERTA_WORDS |= {"sep_token": "</s>", "mask_token": "<mask>"}
+# Special tokens of transformers' tokenizer classes (names without "Tokenizer") unless files say.
+_WORDS = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+_BERT_WORDS = dict(zip(_WORDS, ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")))
+_ROBERTA_WORDS = dict(zip(_WORDS, ("<pad>", "<unk>", "<s>", "</s>", "<mask>")))
 TOKENIZERS = dict.fromkeys(("bert", "electra", "pretrained", "tokenizersbackend"), _BERT_WORDS)
 TOKEN_TYPES = tuple(TOKENIZERS)  # these give their captions token_type_ids
 TOKENIZERS |= dict.fromkeys(("roberta", "xlmroberta", "camembert"), _ROBERTA_WORDS)
@@ -2755,11 +2746,7 @@ def find_tokenizer(folder):
 
 
 def read_tokenizer(folder):
-    """(tokenizers.Tokenizer with padding and truncation, whether captions get token types).
-
-    returns  (None, False) for a folder without a tokenizer
-    raises   ValueError for classes and files that are not read, and without a padding token
-    """
+    """(Tokenizer that pads and cuts, whether captions get token types); (None, False) without."""
     path = find_tokenizer(folder)
     if path is None:
         return None, False

@@ -291,20 +291,12 @@ def test_files_that_lie_are_refused_before_memory_is_taken(name, changes, reason
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # kilobytes
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000])
-@pytest.mark.parametrize("name", ["config.json", IMAGES, TOKENS])
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b"[" * 100_000, "cut"])
+@pytest.mark.parametrize("name", ["config.json", IMAGES, TOKENS, "model.safetensors"])
 def test_broken_files_are_refused_by_name(name, content, saved):
-    folder, _ = saved
-    (folder / name).write_bytes(content)
+    path = saved[0] / name
+    path.write_bytes(path.read_bytes()[:-1] if content == "cut" else content)
     with pytest.raises(ValueError, match=f"cannot read .*{name}"):
-        load(folder)
-
-
-@pytest.mark.parametrize("keep", [0, 5, 8, 100, -1])
-def test_truncated_weights_are_refused(keep, saved):
-    path = saved[0] / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match="cannot read weights .*model.safetensors"):
         load(saved[0])
 
 
