@@ -1942,20 +1942,17 @@ def load_dual_encoder(cls, folder_or_hub_id):
     folder = find_checkpoint(folder_or_hub_id)
     values = read_json(folder / CONFIG_FILE)
     kind = values.get("model_type")
-    if kind not in (MODEL_TYPE, PUBLISHED_TYPE):
-        raise ValueError(
-            f"{folder / CONFIG_FILE} has model_type {kind!r}, expected {MODEL_TYPE!r} or "
-            f"{PUBLISHED_TYPE!r}; other models lend towers to from_vision_text_pretrained"
-        )
     own = kind == MODEL_TYPE
     for side, name in OLD_FIELDS:
         if own and isinstance(values.get(side), dict):
             values[side].pop(name, None)
-    weights = read_weights(folder / WEIGHTS_FILE) if own else read_published_weights(folder)
-    weights.pop("vision_model.mask_token", None)  # unused; versions before this one kept it
     # On the meta device shapes take no memory: a config that lies costs nothing.
     with blamed_on(folder / CONFIG_FILE, "cannot build the model of"), torch.device("meta"):
+        what = "model_type (other models lend towers to from_vision_text_pretrained)"
+        check_choice(what, kind, (MODEL_TYPE, PUBLISHED_TYPE))
         model = cls(DualEncoderConfig.from_dict(values) if own else read_dual_config(values))
+    weights = read_weights(folder / WEIGHTS_FILE) if own else read_published_weights(folder)
+    weights.pop("vision_model.mask_token", None)  # unused; versions before this one kept it
     fill(model, weights if own else own_names(model, weights, folder), folder)
     add_processor(model, read_image_transform(folder), folder)
     return model.eval()
@@ -2597,7 +2594,7 @@ def read_published_weights(folder):
     files = [folder / name for name in (WEIGHTS_FILE, "pytorch_model.bin")]
     files = [file for file in files if file.is_file()]
     if not files:
-        raise ValueError(f"{folder} has no {WEIGHTS_FILE} or pytorch_model.bin, not in shards")
+        raise ValueError(f"{folder} has no {WEIGHTS_FILE} or pytorch_model.bin in one piece")
     left_out = (".position_ids", ".token_type_ids", "_position_index", "embeddings.mask_token")
     weights = {}
     for name, tensor in read_weights(files[0]).items():
@@ -2628,7 +2625,7 @@ def read_vision_config(values, pooling, overrides):
         values = {**values["vision_config"], "model_type": values["model_type"] + "_vision_model"}
     name, size = values.get("model_type"), values.get("image_size") or 224
     check_choice("vision model_type (timm has more by name)", name, HF_VISION)
-    if values.get("num_channels", 3) != 3 or overrides.get("image_size", size) != size:
+    if values.get("num_channels", 3) != 3 or (overrides.get("image_size") or size) != size:
         raise ValueError(f"it reads RGB of {size} pixels; timm has towers of any size by name")
     args = dict(HF_VISION[name].defaults)
     args |= {key: values[key] for key in args if values.get(key) is not None}
@@ -2680,13 +2677,11 @@ def load_tower(side, folder_or_hub_id, overrides):
 def sentence_pooling(folder):
     """How a sentence-transformers folder pools, or None for other folders."""
     path = folder / "1_Pooling" / CONFIG_FILE
-    values = read_json(path, {})
-    if not values:
-        return None
+    values = read_json(path, {"pooling_mode": None})
     modes = [key for key, chosen in values.items() if key.startswith("pooling_mode_") and chosen]
     modes = [re.sub("pooling_mode_|_tokens?$", "", key) for key in modes]
     modes = modes or [values.get("pooling_mode", "mean")]
-    if modes not in (["cls"], ["mean"]):
+    if modes not in (["cls"], ["mean"], [None]):
         raise ValueError(f"{path} pools by {', '.join(modes)}; choose text_pooling cls or mean")
     return modes[0]
 

@@ -437,7 +437,7 @@ def test_settings_a_family_does_not_have_are_refused(tower, overrides, message):
 
 
 def test_a_full_clip_is_no_dual_encoder_but_lends_its_vision_tower():
-    with pytest.raises(ValueError, match="model_type 'clip', .* to from_vision_text_pretrained"):
+    with pytest.raises(ValueError, match="model_type .*from_vision_text_pretrained. 'clip'"):
         dualenc.DualEncoder.from_pretrained(FIXTURES / "tower" / "clip")
     with pytest.raises(ValueError, match="unknown text model_type 'clip'"):
         dualenc.TextEncoder.from_pretrained(FIXTURES / "tower" / "clip")
@@ -446,7 +446,9 @@ def test_a_full_clip_is_no_dual_encoder_but_lends_its_vision_tower():
 def test_a_folder_without_weights_or_with_code_in_them_is_refused(copy):
     folder = copy("dual/vit-bert")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="has no model.safetensors or pytorch_model.bin, no"):
+    with pytest.raises(
+        ValueError, match="has no model.safetensors or pytorch_model.bin in one piece"
+    ):
         dualenc.DualEncoder.from_pretrained(folder)
     torch.save({"logit_scale": Path("anything")}, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="cannot read weights .*pytorch_model.bin"):
