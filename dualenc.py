@@ -35,7 +35,6 @@ import difflib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -46,7 +45,7 @@ import tarfile
 import textwrap
 import typing
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
@@ -526,7 +525,7 @@ class TextEncoder(nn.Module):
         overrides  fields of TextConfig; pooling is the folder's own unless given
         raises     ValueError for another model, and for weights that are missing or do not fit
         """
-        return load_text_encoder(find_folder(folder_or_hub_id), overrides).eval()
+        return load_tower("text", find_folder(folder_or_hub_id), overrides).eval()
 
     def _init_weights(self, module):
         """BERT's start: normal weights of standard deviation 0.02, zero biases."""
@@ -1108,8 +1107,7 @@ class Processor:
     def from_pretrained(cls, folder_or_hub_id):
         """The processor of a folder, ours or transformers'; a half without files is None."""
         folder = find_folder(folder_or_hub_id)
-        transform = read_image_transform(folder) if find_image_processor(folder) else None
-        tokenizer, token_types = read_tokenizer(folder) if find_tokenizer(folder) else (None, False)
+        transform, (tokenizer, token_types) = read_image_transform(folder), read_tokenizer(folder)
         if transform is None and tokenizer is None:
             raise ValueError(f"{folder} has neither a tokenizer nor {IMAGE_FILE}")
         with blamed_on(folder):
@@ -1770,13 +1768,13 @@ DATA_READERS = {
 # 7  Checkpoints
 # --------------------------------------------------------------------------------------------------
 
-MODEL_TYPE = "dualenc"  # config.json names its writer in model_type, as transformers' files do
+# config.json names its writer in model_type: us, or transformers.
+MODEL_TYPE, PUBLISHED_TYPE = "dualenc", "vision-text-dual-encoder"
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
 IMAGE_FILE = "preprocessor_config.json"
-# Fields of older files, left out where they hold the only value that there still is.
-OLD_FIELDS = [("vision", "channels", 3), ("text", "embedding_width", "width")]
-OLD_FIELDS += [("text", "layer_groups", None)]
 RUN_CONFIG = "train_config.json"  # the folder that holds it is a run of train.py
+# Fields of older files. Models in which they matter do not have the weights of ours.
+OLD_FIELDS = [("vision", "channels"), ("text", "embedding_width"), ("text", "layer_groups")]
 
 
 def build_from_towers(cls, vision, text, projection_dim, pretrained, overrides):
@@ -1788,37 +1786,32 @@ def build_from_towers(cls, vision, text, projection_dim, pretrained, overrides):
         sides[side][name] = value
     vision_model = build_vision_tower(str(vision), pretrained, sides["vision"])
     if text == "scratch":
-        folder, text_model = None, text_tower(config_from_dict(TextConfig, sides["text"]))
+        text_model = text_tower(config_from_dict(TextConfig, sides["text"]))
     else:
-        folder = find_folder(text)
-        text_model = load_text_encoder(folder, sides["text"])
-        text_model.source = str(text)
+        text_model = load_tower("text", text, sides["text"])
     config = {"vision": vision_model.config, "text": text_model.config, **sides["dual"]}
     model = cls(config_from_dict(DualEncoderConfig, config), vision_model, text_model)
-    if folder and find_tokenizer(folder):
-        model.processor = Processor(vision_model.image_transform(), *read_tokenizer(folder))
-        fit_processor(model, folder)
+    if text != "scratch":
+        add_processor(model, vision_model.image_transform(), find_folder(text))
     return model
 
 
 def build_vision_tower(vision, pretrained, overrides):
     """A VisionEncoder from a timm name, or from a folder or hub id of timm's or transformers'."""
-    place, found, weights = vision.removeprefix("hf-hub:"), {"name": vision, "args": {}}, vision
+    place, found, args, weights = vision.removeprefix("hf-hub:"), {"name": vision}, {}, vision
     if "/" in place or Path(place).is_dir():
         folder = find_folder(place)
         values = read_json(folder / CONFIG_FILE)
         if "architecture" not in values:
-            tower = load_vision_encoder(folder, values, overrides)
-            tower.source = vision
-            return tower
+            return load_tower("vision", place, overrides)
         # A timm folder. What we save names its architecture and arguments, not where it lay.
         found["name"], weights = values["architecture"], f"local-dir:{folder}"
-        args = found["args"] = {**(values.get("model_args") or {})}
+        args = {**(values.get("model_args") or {})}
         args.pop("num_classes", None)
         fields = {"image_size": "img_size", "pooling": "global_pool"}
-        found |= {f: args.pop(name) for f, name in fields.items() if name in args}
+        found |= {field: args.pop(name) for field, name in fields.items() if name in args}
         pretrained = pretrained or place == vision
-    args = {**found["args"], **overrides.get("args", {})}
+    args |= overrides.get("args", {})
     config = config_from_dict(VisionConfig, {**found, **overrides, "args": args})
     tower = VisionEncoder(config, pretrained_from=weights if pretrained else None)
     tower.config = dataclasses.replace(config, image_size=tower.image_size)
@@ -1830,16 +1823,19 @@ def build_vision_tower(vision, pretrained, overrides):
     return tower
 
 
-def fit_processor(model, folder):
-    """Limit captions to the text tower's positions; refuse token ids beyond its vocabulary."""
-    model.processor.limit_length(model.text_model.max_tokens)
-    tokenizer, vocab_size = model.processor.tokenizer, model.config.text.vocab_size
+def add_processor(model, image_transform, folder):
+    """Give the model a processor with the folder's tokenizer, if both halves are there."""
+    tokenizer, token_types = read_tokenizer(folder)
+    if tokenizer is None or image_transform is None:
+        return
+    last = model.config.text.vocab_size - 1
     with blamed_on(find_tokenizer(folder)):
-        ids = {*tokenizer.get_vocab().values(), *tokenizer.encode("").ids}
-    ids.add(tokenizer.padding["pad_id"])
-    if max(ids) >= vocab_size:
-        has = f"{find_tokenizer(folder)} has token id {max(ids)}"
-        raise ValueError(f"{has}, but the text tower's vocabulary ends at {vocab_size - 1}")
+        model.processor = Processor(image_transform, tokenizer, token_types)
+        ids = (*tokenizer.get_vocab().values(), *tokenizer.encode("").ids)
+        largest = max(*ids, tokenizer.padding["pad_id"])
+        if largest > last:
+            raise ValueError(f"id {largest} is beyond the text tower's vocabulary, 0 to {last}")
+    model.processor.limit_length(model.text_model.max_tokens)
 
 
 def save_dual_encoder(model, folder, format):
@@ -1864,45 +1860,30 @@ def load_dual_encoder(cls, folder_or_hub_id):
     folder = find_checkpoint(folder_or_hub_id)
     values = read_json(folder / CONFIG_FILE)
     kind = values.get("model_type")
-    if kind not in (MODEL_TYPE, PUBLISHED_TYPE):
-        raise ValueError(
-            f"{folder / CONFIG_FILE} has model_type {kind!r}, expected {MODEL_TYPE!r} or "
-            f"{PUBLISHED_TYPE!r}; other models lend towers to from_vision_text_pretrained"
-        )
     own = kind == MODEL_TYPE
-    for side, name, only in OLD_FIELDS if own else ():
-        fields = values.get(side)
-        if isinstance(fields, dict) and fields.get(name, "?") == fields.get(only, only):
-            del fields[name]
-    weights = read_shard(folder / WEIGHTS_FILE) if own else read_published_weights(folder)
+    for side, name in OLD_FIELDS:
+        if own and isinstance(values.get(side), dict):
+            values[side].pop(name, None)
+    # On the meta device shapes take no memory: a config that lies costs nothing.
+    with blamed_on(folder / CONFIG_FILE, "cannot build the model of"), torch.device("meta"):
+        what = "model_type (other models lend towers to from_vision_text_pretrained)"
+        check_choice(what, kind, (MODEL_TYPE, PUBLISHED_TYPE))
+        model = cls(DualEncoderConfig.from_dict(values) if own else read_dual_config(values))
+    weights = read_weights(folder / WEIGHTS_FILE) if own else read_published_weights(folder)
     weights.pop("vision_model.mask_token", None)  # unused; versions before this one kept it
-    with blamed_on(folder / CONFIG_FILE, "cannot build the model of"):
-        config = DualEncoderConfig.from_dict(values) if own else read_dual_config(values)
-        with torch.device("meta"):  # shapes without memory: a config that lies costs nothing
-            model = cls(config)
     fill(model, weights if own else own_names(model, weights, folder), folder)
-    if find_tokenizer(folder) and (own or find_image_processor(folder)):
-        model.processor = Processor.from_pretrained(folder)
-        fit_processor(model, folder)
+    add_processor(model, read_image_transform(folder), folder)
     return model.eval()
 
 
 def fill(module, weights, source):
-    """Give a module on the meta device exactly the weights {name: tensor}, in its own types.
-
-    raises  ValueError with torch's list of what is missing, unexpected or misshapen
-    """
-    wanted = module.state_dict()
-    ready = {
-        name: tensor.to(wanted[name].dtype, copy=True)  # the file is only mapped into memory
-        for name, tensor in weights.items()
-        if name in wanted and tensor.is_floating_point() == wanted[name].is_floating_point()
-    }
+    """Give a module on the meta device exactly the weights {name: tensor}, as float32."""
     try:
-        module.load_state_dict({**weights, **ready}, assign=True)
+        module.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         listed = textwrap.shorten(str(error).partition("\n")[2], 600)
         raise ValueError(f"{source} does not fit its {CONFIG_FILE}: {listed}") from error
+    module.float()
     for part in module.modules():  # tables of timm's that are computed, and in no file
         for name, buffer in part.named_buffers(recurse=False):
             if buffer.is_meta:
@@ -1912,23 +1893,18 @@ def fill(module, weights, source):
 
 
 def find_folder(folder_or_hub_id):
-    """A local folder, or a hub id's folder in huggingface_hub's cache, downloaded if need be.
-
-    raises  ValueError for what is neither; a hub id may end in @ and a revision
-    """
+    """A local folder, or that of a hub id (or id@revision) in the cache, downloaded if need be."""
     folder = Path(folder_or_hub_id)
     if folder.is_dir():
         return folder
-    name = re.fullmatch(r"([\w-][\w.-]*(?:/[\w.-]+)?)(?:@([\w./-]+))?", str(folder_or_hub_id))
-    if not name:
-        raise ValueError(f"no folder {folder_or_hub_id}")
+    name, _, revision = str(folder_or_hub_id).partition("@")
     # Of folders only 1_Pooling/, which sentence-transformers writes.
-    skip = {"revision": name[2], "ignore_patterns": "[!1]*/*"}
-    download = functools.partial(huggingface_hub.snapshot_download, name[1], **skip)
-    with blamed_on(name[0], "no folder, nor a hub id within reach:"):
+    skip = {"revision": revision or None, "ignore_patterns": "[!1]*/*"}
+    download = functools.partial(huggingface_hub.snapshot_download, name, **skip)
+    with blamed_on(f"{folder_or_hub_id}, nor a hub id within reach", "no folder"):
         folder = Path(download(allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):
-            download(allow_patterns="pytorch_model*.bin")
+            download(allow_patterns="pytorch_model.bin")
         return folder
 
 
@@ -1943,8 +1919,10 @@ def find_checkpoint(folder_or_hub_id):
     raise ValueError(f"the run in {folder} has not saved a checkpoint yet")
 
 
-def read_json(path):
-    """The object in a json file; raises ValueError naming a file that is missing or has none."""
+def read_json(path, default=None):
+    """The object in a json file; the default, if there is one, stands for a missing file."""
+    if default is not None and not Path(path).is_file():
+        return default
     with blamed_on(path):
         values = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(values, dict):
@@ -1952,11 +1930,17 @@ def read_json(path):
         return values
 
 
-def write_file(path, content):
-    """Write text or bytes whole or not at all: a crash leaves the old file or the new one.
+def read_weights(path):
+    """{name: tensor} of a file of weights; nothing in it is executed."""
+    with blamed_on(path, "cannot read weights"):
+        if path.suffix == ".safetensors":
+            mapped = safetensors.torch.load_file(path)  # and would change with the file
+            return {name: tensor.clone() for name, tensor in mapped.items()}
+        return torch.load(path, map_location="cpu", weights_only=True)
 
-    raises  OSError naming the file, as on a full disk; the old file is kept
-    """
+
+def write_file(path, content):
+    """Write text or bytes whole or not at all: a crash leaves the old file or the new one."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -2202,9 +2186,9 @@ class GatherRows(torch.autograd.Function):
 # --------------------------------------------------------------------------------------------------
 #
 # Files of transformers are read and written by the same tables. A family's `names` are
-# substitutions that turn our tensors' names into those of its files, one after the other. {a,b,c}
-# means that these tensors, laid end to end along their first dimension, are one of ours: timm's
-# attn.qkv.weight is query.weight, key.weight and value.weight.
+# substitutions that turn our tensors' names into those of its files, one after the other.
+# {a,b,c} means that these tensors of a file, laid end to end along their first dimension, are one
+# of ours: timm's attn.qkv.weight is query.weight, key.weight and value.weight.
 
 
 class RobertaEncoder(TextEncoder):
@@ -2236,7 +2220,7 @@ class MPNetEncoder(RobertaEncoder):
 
     def __init__(self, config):
         super().__init__(config)
-        bias = nn.Embedding(RELATIVE_BUCKETS, config.heads)
+        bias = nn.Embedding(32, config.heads)
         self.encoder["relative_attention_bias"] = bias
         self._init_weights(bias)
 
@@ -2247,77 +2231,65 @@ class MPNetEncoder(RobertaEncoder):
         return bias if is_real is None else bias.masked_fill(~is_real, torch.finfo(bias.dtype).min)
 
 
-RELATIVE_BUCKETS = 32  # rows of MPNet's bias table
+def relative_buckets(T):
+    """(T, T) rows of MPNet's bias table: 16 for keys up to the query, 16 for keys on its right.
 
-
-def relative_buckets(T, buckets=RELATIVE_BUCKETS, max_distance=128):
-    """Which row of MPNet's bias table each query takes for each key, (T, T).
-
-    Half of the rows are for keys on the right. Distances below a quarter of them have a row each;
-    beyond, the row grows with the logarithm, up to max_distance.
+    Distances below 8 have a row each; beyond, the row grows with the logarithm, up to 128.
 
     source  Raffel et al. 2020 (T5), section 2.1
     """
     distance = torch.arange(T)[None, :] - torch.arange(T)[:, None]
-    exact = buckets // 4
-    far = (distance.abs().clamp(min=1) / exact).log() / math.log(max_distance / exact)
-    far = (exact + (far * (buckets // 2 - exact)).long()).clamp(max=buckets // 2 - 1)
-    row = torch.where(distance.abs() < exact, distance.abs(), far)
-    return row + (distance > 0) * (buckets // 2)
+    far = (distance.abs().clamp(min=1) / 8).log() / math.log(128 / 8)
+    far = (8 + (far * 8).long()).clamp(max=15)
+    row = torch.where(distance.abs() < 8, distance.abs(), far)
+    return row + 16 * (distance > 0)
 
 
 class PublishedVisionEncoder(VisionEncoder):
-    """A vision tower of transformers, built from timm's parts; config.args has its config.json.
-
-    raises  ValueError for a family without its sizes, and for a pooling that it does not have
-    """
+    """A vision tower of transformers, built from timm's parts; config.args has its config.json."""
 
     own_transform = None  # the ImageTransform in the folder that the weights came from
 
     def build_trunk(self, pretrained_from):
-        config, values = self.config, self.config.args
+        name, pooling, values = self.config.name, self.config.pooling, {**self.config.args}
         if "hidden_size" not in values:
-            raise ValueError(f"{config.name!r} is a family: name a folder, hub id or timm model")
-        known = [*HF_VISION[config.name].defaults, "use_mask_token"]
-        for key in values:
-            check_choice(f"argument of a {config.name} tower", key, known)
-        poolings = ("pooler", "token") if "pooler_act" in values else (None,)
-        check_choice(f"{config.name} pooling", config.pooling, poolings)
-        width = values["hidden_size"]
-        if config.pooling == "pooler":
-            self.pooler = nn.ModuleDict({"dense": nn.Linear(width, width)})
-            self.pooler_activation = ACTIVATIONS[values["pooler_act"]]()
-        arguments = {TIMM_NAMES[key]: values[key] for key in values.keys() & TIMM_NAMES.keys()}
-        arguments["proj_drop_rate"] = values.get("hidden_dropout_prob", 0.0)
-        if config.name == "beit":
-            arguments["global_pool"] = "avg" if values["use_mean_pooling"] else "token"
-        if config.patch_dropout:
-            arguments["patch_drop_rate"] = config.patch_dropout
-        mlp_width = values.get("intermediate_size") or int(width * values["mlp_ratio"])
-        arguments["mlp_ratio"] = (mlp_width + 0.5) / width  # timm rounds width * ratio down
-        arguments |= {"img_size": config.image_size, "num_classes": 0}
-        norm = functools.partial(nn.LayerNorm, eps=values["layer_norm_eps"])
-        trunk = HF_VISION[config.name].make(norm_layer=norm, **arguments)
-        trunk.pretrained_cfg = {"input_size": (3, config.image_size, config.image_size)}
+            raise ValueError(f"{name!r} is a family: name a folder, hub id or timm model")
+        values.pop("use_mask_token", None)  # in older files
+        width, act = values["hidden_size"], values.pop("hidden_act")
+        pooler_act = values.pop("pooler_act", None)
+        check_choice(f"{name} pooling", pooling, ("pooler", "token") if pooler_act else (None,))
+        if pooling == "pooler":
+            layers = {"dense": nn.Linear(width, width), "activation": ACTIVATIONS[pooler_act]()}
+            self.pooler = nn.Sequential(OrderedDict(layers))
+        if name == "beit":
+            values["global_pool"] = "avg" if values.pop("use_mean_pooling") else "token"
+        if "intermediate_size" in values:  # timm rounds width * ratio down
+            values["mlp_ratio"] = (values.pop("intermediate_size") + 0.5) / width
+        if self.config.patch_dropout:
+            values["patch_drop_rate"] = self.config.patch_dropout
+        values["proj_drop_rate"] = values.get("hidden_dropout_prob", 0.0)
+        values["norm_layer"] = functools.partial(nn.LayerNorm, eps=values.pop("layer_norm_eps"))
+        arguments = {TIMM_NAMES.get(key, key): value for key, value in values.items()}
+        size = self.config.image_size
+        trunk = HF_VISION[name].make(img_size=size, num_classes=0, **arguments)
         for module in trunk.modules():
             if isinstance(module, timm.layers.Mlp):
-                module.act = ACTIVATIONS[values["hidden_act"]]()
+                module.act = ACTIVATIONS[act]()
         return trunk
 
     def has_fixed_size(self):
         return self.config.name != "dinov2"
 
     def pool(self, features):
-        if not self.config.pooling:
+        if self.config.pooling is None:
             return super().pool(features)
         first = features[:, 0]  # timm would average DeiT's class and distillation tokens
-        pooler = self.config.pooling == "pooler"
-        return self.pooler_activation(self.pooler["dense"](first)) if pooler else first
+        return self.pooler(first) if self.config.pooling == "pooler" else first
 
     def image_transform(self, crop_pct=None):
         """What the folder's own file says."""
         if self.own_transform is None:
-            raise ValueError(f"no {IMAGE_FILE} came with this tower; give the model a Processor")
+            raise ValueError(f"{self.source} has no {IMAGE_FILE} to say how images are prepared")
         return self.own_transform
 
 
@@ -2347,29 +2319,20 @@ def text_tower(config):
 
 
 class Published(typing.NamedTuple):
-    """A family of towers, and how transformers writes it.
+    """A family of towers, and how transformers writes it."""
 
-    make      text: class of the tower; vision: what makes the timm model
-    prefix    what tensor names start with where a task head is on top
-    names     {pattern in our tensor names: what is there in theirs}
-    defaults  vision: of config.json, whose keys it lists; text: of TextConfig
-    keys      text: {field of TextConfig: key of config.json}; none: never published
-    """
-
-    make: typing.Callable
-    prefix: str = ""
-    names: dict = {}
-    defaults: dict = {}
-    keys: dict = {}
+    make: typing.Callable  # text: class of the tower; vision: what makes the timm model
+    prefix: str = ""  # of tensor names where a task head is on top; "" is a family never published
+    names: dict = {}  # {pattern in our tensor names: what is there in theirs}
+    defaults: dict = {}  # vision: of config.json, whose keys it lists; text: of TextConfig
 
 
 # Keys of a published config.json: the same arguments in timm's words.
 TIMM_NAMES = {
-    **{"hidden_size": "embed_dim", "num_hidden_layers": "depth", "patch_size": "patch_size"},
-    **{"num_attention_heads": "num_heads", "qkv_bias": "qkv_bias"},
+    **{"hidden_size": "embed_dim", "num_hidden_layers": "depth"},
+    **{"num_attention_heads": "num_heads", "hidden_dropout_prob": "pos_drop_rate"},
     **{"attention_probs_dropout_prob": "attn_drop_rate", "attention_dropout": "attn_drop_rate"},
     **{"layer_scale_init_value": "init_values", "layerscale_value": "init_values"},
-    **{"drop_path_rate": "drop_path_rate", "hidden_dropout_prob": "pos_drop_rate"},
     "use_relative_position_bias": "use_rel_pos_bias",
     "use_shared_relative_position_bias": "use_shared_rel_pos_bias",
     "use_absolute_position_embeddings": "use_abs_pos_emb",
@@ -2404,22 +2367,18 @@ _CLIP_NAMES = {
     **{"attn_pool.proj": "head.attention.out_proj", "attn_pool.norm": "head.layernorm"},
     "attn_pool": "head",
 }
-# Tensors that have fewer dimensions in the files: ours begin with ones.
-_FILE_DIMENSIONS = {"class_embedding": 1, "position_embedding.weight": 2}
 
 _SIZES = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
-_SIZES |= {"image_size": 224, "patch_size": 16, "num_channels": 3, "intermediate_size": 3072}
-_SIZES |= {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
+_SIZES |= {"patch_size": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
 _BEIT = _SIZES | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-_VIT = _BEIT | {"qkv_bias": True, "pooler_act": "tanh"}
+_VIT = _BEIT | {"intermediate_size": 3072, "qkv_bias": True, "pooler_act": "tanh"}
 _DINO = _BEIT | {"qkv_bias": True, "mlp_ratio": 4, "layerscale_value": 1.0, "drop_path_rate": 0.0}
 _DINO |= {"layer_norm_eps": 1e-6, "patch_size": 14}
-del _DINO["intermediate_size"]
-_BEIT |= {"layer_scale_init_value": 0.1, "use_mean_pooling": True, "drop_path_rate": 0.1}
-_BEIT |= {key: False for key in TIMM_NAMES if key.startswith("use_")}
-_CLIP = _SIZES | {"patch_size": 32, "attention_dropout": 0.0, "hidden_act": "quick_gelu"}
-_CLIP["layer_norm_eps"] = 1e-5
-_SIGLIP = _CLIP | {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+_BEIT |= {"intermediate_size": 3072, "layer_scale_init_value": 0.1, "drop_path_rate": 0.1}
+_BEIT |= {key: False for key in TIMM_NAMES if key.startswith("use_")} | {"use_mean_pooling": True}
+_SIGLIP = _SIZES | {"intermediate_size": 3072, "attention_dropout": 0.0}
+_SIGLIP |= {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+_CLIP = _SIGLIP | {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 
 _TIMM, _TIMM_DEIT = timm.models.VisionTransformer, timm.models.deit.VisionTransformerDistilled
 _TIMM_CLIP = functools.partial(_TIMM, pre_norm=True, fc_norm=True)
@@ -2434,18 +2393,15 @@ HF_VISION = {
     "dinov2": Published(_TIMM_DINO, "dinov2.", _DINO_NAMES, _DINO),
 }
 
-_KEYS = {"vocab_size": "vocab_size", "max_positions": "max_position_embeddings"}
-_MPNET_KEYS = {
-    **{"width": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads"},
-    **{"mlp_width": "intermediate_size", "activation": "hidden_act", **_KEYS},
-    **{"dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob"},
-    "layer_norm_eps": "layer_norm_eps",
-}
-_BERT_KEYS = _MPNET_KEYS | {name: name for name in ("pad_token_id", "type_vocab_size")}
-_DISTILBERT_KEYS = {
-    **{"width": "dim", "depth": "n_layers", "heads": "n_heads", "mlp_width": "hidden_dim", **_KEYS},
-    **{name: name for name in ("pad_token_id", "activation", "dropout", "attention_dropout")},
-}
+# Keys of config.json in BERT and those like it, and in DistilBERT: fields of TextConfig.
+BERT_KEYS = {n: n for n in ("vocab_size", "pad_token_id", "type_vocab_size", "layer_norm_eps")}
+BERT_KEYS |= {"hidden_size": "width", "num_hidden_layers": "depth", "num_attention_heads": "heads"}
+BERT_KEYS |= {"intermediate_size": "mlp_width", "max_position_embeddings": "max_positions"}
+BERT_KEYS |= {"hidden_act": "activation", "hidden_dropout_prob": "dropout"}
+BERT_KEYS |= {"attention_probs_dropout_prob": "attention_dropout"}
+DISTILBERT_KEYS = {name: name for name in ("activation", "dropout", "attention_dropout")}
+DISTILBERT_KEYS |= {"dim": "width", "n_layers": "depth", "n_heads": "heads"}
+DISTILBERT_KEYS["hidden_dim"] = "mlp_width"
 _BERT = {"dropout": 0.1, "attention_dropout": 0.1, "mlp_width": 3072}  # the rest is TextConfig's
 _DISTILBERT = _BERT | {"depth": 6, "type_vocab_size": 0}
 _XLMR = _BERT | {"pad_token_id": 1}
@@ -2464,40 +2420,39 @@ _DISTILBERT_NAMES = {
     "output.LayerNorm": "output_layer_norm",
 }
 HF_TEXT = {
-    "bert": Published(TextEncoder, "bert.", {}, _BERT, _BERT_KEYS),
-    "roberta": Published(RobertaEncoder, "roberta.", {}, _ROBERTA, _BERT_KEYS),
-    "xlm-roberta": Published(RobertaEncoder, "roberta.", {}, _XLMR, _BERT_KEYS),
-    "camembert": Published(RobertaEncoder, "roberta.", {}, _XLMR, _BERT_KEYS),
-    "mpnet": Published(MPNetEncoder, "mpnet.", _MPNET_NAMES, _MPNET, _MPNET_KEYS),
-    "distilbert": Published(
-        TextEncoder, "distilbert.", _DISTILBERT_NAMES, _DISTILBERT, _DISTILBERT_KEYS
-    ),
+    "bert": Published(TextEncoder, "bert.", {}, _BERT),
+    "roberta": Published(RobertaEncoder, "roberta.", {}, _ROBERTA),
+    "xlm-roberta": Published(RobertaEncoder, "roberta.", {}, _XLMR),
+    "camembert": Published(RobertaEncoder, "roberta.", {}, _XLMR),
+    "mpnet": Published(MPNetEncoder, "mpnet.", _MPNET_NAMES, _MPNET),
+    "distilbert": Published(TextEncoder, "distilbert.", _DISTILBERT_NAMES, _DISTILBERT),
 }
 
-# ---- Tensors -------------------------------------------------------------------------------------
+# ---- Reading and writing -------------------------------------------------------------------------
+
+
+def published_row(config):
+    """The family of a tower's configuration; None for a timm model."""
+    is_vision = isinstance(config, VisionConfig)
+    return HF_VISION.get(config.name) if is_vision else HF_TEXT[config.family]
 
 
 def published_pieces(module):
-    """[(our name, name in a published file, piece)] for a tower, or a whole DualEncoder.
+    """[(our name, name in a published file, piece)] of the towers of a module, or of a tower.
 
-    Where the file has more tensors than we, ours is in pieces, cut along its first dimension; where
-    it has fewer, several pieces have one name there.
+    A tensor of ours that is several there is cut into them; pieces of one name are one there.
     """
+    towers, pieces = {"": module}, []
     if isinstance(module, DualEncoder):
-        pieces = [(n, n, t) for n, t in module.state_dict().items() if "_model." not in n]
-        for side in ("vision_model.", "text_model."):
-            inside = published_pieces(module.get_submodule(side[:-1]))
-            pieces += [(side + ours, side + theirs, piece) for ours, theirs, piece in inside]
-        return pieces
-    is_text, pieces = isinstance(module, TextEncoder), []
-    row = HF_TEXT[module.config.family] if is_text else HF_VISION[module.config.name]
-    for ours, tensor in module.state_dict().items():
-        name = ours.removeprefix("trunk.")
-        for pattern, replacement in row.names.items():
-            name = re.sub(pattern, replacement, name)
-        start, parts, end = re.fullmatch(r"([^{]*)(?:{(.*)}(.*))?", name).groups("")
-        theirs = [start + part + end for part in parts.split(",")]
-        pieces += [(ours, *pair) for pair in zip(theirs, tensor.chunk(len(theirs)))]
+        towers = {"vision_model.": module.vision_model, "text_model.": module.text_model}
+    for side, tower in towers.items():
+        for ours, tensor in tower.state_dict().items():
+            name = ours.removeprefix("trunk.")
+            for pattern, replacement in published_row(tower.config).names.items():
+                name = re.sub(pattern, replacement, name)
+            start, parts, end = re.fullmatch(r"([^{]*)(?:{(.*)}(.*))?", name).groups("")
+            theirs = [side + start + part + end for part in parts.split(",")]
+            pieces += [(side + ours, *pair) for pair in zip(theirs, tensor.chunk(len(theirs)))]
     return pieces
 
 
@@ -2517,31 +2472,29 @@ def own_names(module, weights, source):
     return ours | left
 
 
-def to_published(pieces):
-    """{the file's name: tensor} of published_pieces."""
-    tensors = {}
-    for _, theirs, piece in pieces:
-        dimensions = _FILE_DIMENSIONS.get(theirs.partition("embeddings.")[2], piece.ndim)
-        piece = piece.reshape(piece.shape[piece.ndim - dimensions :])
+def published_weights(model):
+    """{name in a published file: tensor} of a DualEncoder."""
+    tensors = {n: t for n, t in model.state_dict().items() if "_model." not in n}
+    nests = published_row(model.config.vision).prefix == "vision_model."  # CLIP and SigLIP
+    for _, theirs, piece in published_pieces(model):
+        if nests and theirs.startswith("vision_model."):  # old versions read no other name
+            theirs = "vision_model." + theirs
+        # Two tables of CLIP's have fewer dimensions in the files: ours begin with ones.
+        if theirs.endswith(("embeddings.class_embedding", "embeddings.position_embedding.weight")):
+            piece = piece.squeeze()
         tensors[theirs] = torch.cat([tensors[theirs], piece]) if theirs in tensors else piece
     return tensors
 
 
 def read_published_weights(folder):
-    """{name: tensor} from model.safetensors or pytorch_model.bin, whole or in shards.
-
-    Old names of LayerNorm's tensors are brought up to date. What no tower here has is left out:
-    tables that are computed, and the mask tokens of masked image modelling.
-    """
-    patterns = ("model.safetensors", "model-*-of-*.safetensors")
-    patterns += ("pytorch_model.bin", "pytorch_model-*-of-*.bin")
-    files = next((files for p in patterns if (files := sorted(folder.glob(p)))), [])
+    """{name: tensor} of a transformers folder, without mask tokens and tables that are computed."""
+    files = [folder / name for name in (WEIGHTS_FILE, "pytorch_model.bin")]
+    files = [file for file in files if file.is_file()]
     if not files:
-        listed = ", ".join(sorted(os.listdir(folder))) or "nothing"
-        raise ValueError(f"{folder} has no {patterns[0]} or {patterns[2]}, but {listed}")
+        raise ValueError(f"{folder} has no {WEIGHTS_FILE} or pytorch_model.bin in one piece")
     left_out = (".position_ids", ".token_type_ids", "_position_index", "embeddings.mask_token")
     weights = {}
-    for name, tensor in itertools.chain.from_iterable(read_shard(file).items() for file in files):
+    for name, tensor in read_weights(files[0]).items():
         name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
         # Some versions nest CLIP and SigLIP towers once more than others.
         name = re.sub(r"^vision_model\.vision_model\.", "vision_model.", name)
@@ -2550,134 +2503,92 @@ def read_published_weights(folder):
     return weights
 
 
-def read_shard(path):
-    """{name: tensor} of a file of weights; nothing in it is executed."""
-    with blamed_on(path, "cannot read weights"):
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-# ---- Reading and writing -------------------------------------------------------------------------
-
-PUBLISHED_TYPE = "vision-text-dual-encoder"
-
-
 def read_dual_config(values):
     """The DualEncoderConfig of a transformers VisionTextDualEncoder folder."""
     return DualEncoderConfig(  # in a dual encoder transformers always has poolers
-        vision=read_vision_config(values.get("vision_config") or {}, pooler=True),
-        text=read_text_config(values.get("text_config") or {}, {"pooling": "pooler"}),
+        vision=read_vision_config(values.get("vision_config") or {}, "pooler", {}),
+        text=read_text_config(values.get("text_config") or {}, "pooler", {}),
         projection_dim=values.get("projection_dim", DualEncoderConfig.projection_dim),
         logit_scale_init=float(values.get("logit_scale_init_value", LOGIT_SCALE_INIT)),
     )
 
 
-def read_vision_config(values, pooler=False, overrides=None):
+def read_vision_config(values, pooling, overrides):
     """A VisionConfig from the config.json of a vision tower, or of a CLIP or SigLIP that has one.
 
-    pooler     whether a ViT or DeiT has one, which config.json does not tell
-    overrides  fields of VisionConfig
-    raises     ValueError for other models, and for images of another size
+    pooling  of a ViT or DeiT, whose config.json does not say whether it has a pooler
     """
     if values.get("model_type") in ("clip", "siglip"):
         values = {**values["vision_config"], "model_type": values["model_type"] + "_vision_model"}
-    name, args, overrides = values.get("model_type"), {}, overrides or {}
+    name, size = values.get("model_type"), values.get("image_size") or 224
     check_choice("vision model_type (timm has more by name)", name, HF_VISION)
-    for key, default in HF_VISION[name].defaults.items():
-        value = default if values.get(key) is None else values[key]
-        # transformers insists on the point of 0.0 when it reads what we write.
-        args[key] = float(value) if isinstance(default, float) else value
-    check_choice("activation", args["hidden_act"], ACTIVATIONS)
-    size = args.pop("image_size")
-    if args.pop("num_channels") != 3 or (overrides.get("image_size") or size) != size:
+    if values.get("num_channels", 3) != 3 or (overrides.get("image_size") or size) != size:
         raise ValueError(f"it reads RGB of {size} pixels; timm has towers of any size by name")
-    found = {"name": name, **overrides, "image_size": size}
-    if "pooler_act" in args:
-        found.setdefault("pooling", "pooler" if pooler else "token")
-    return config_from_dict(VisionConfig, {**found, "args": {**args, **found.get("args", {})}})
+    args = dict(HF_VISION[name].defaults)
+    args |= {key: values[key] for key in args if values.get(key) is not None}
+    check_choice("activation", args["hidden_act"], ACTIVATIONS)
+    found = {"name": name, "pooling": pooling if "pooler_act" in args else None, **overrides}
+    args |= overrides.get("args", {})
+    return config_from_dict(VisionConfig, {**found, "image_size": size, "args": args})
 
 
-def read_text_config(values, overrides):
-    """A TextConfig from the config.json of a text tower; raises ValueError for other models."""
-    family = values.get("model_type")
-    check_choice("text model_type", family, [name for name, row in HF_TEXT.items() if row.keys])
-    row, wanted = HF_TEXT[family], {"position_embedding_type": "absolute", "is_decoder": False}
-    for key, accepted in {**wanted, "add_cross_attention": False}.items():
+def read_text_config(values, pooling, overrides):
+    """A TextConfig from the config.json of a text tower."""
+    family, keys = values.get("model_type"), BERT_KEYS | DISTILBERT_KEYS
+    check_choice("text model_type", family, [name for name, row in HF_TEXT.items() if row.prefix])
+    for key, accepted in (("position_embedding_type", "absolute"), ("is_decoder", False)):
         if values.get(key) not in (accepted, None):
             raise ValueError(f"{family} with {key} = {values[key]!r}: only {accepted!r} is read")
-    found = {name: values[key] for name, key in row.keys.items() if values.get(key) is not None}
-    return config_from_dict(TextConfig, {"family": family, **row.defaults, **found, **overrides})
+    given = {keys[key]: values[key] for key in keys if values.get(key) is not None}
+    found = {"family": family, "pooling": pooling, **HF_TEXT[family].defaults, **given}
+    return config_from_dict(TextConfig, {**found, **overrides})
 
 
-def load_text_encoder(folder, overrides):
-    """A text tower from the folder of transformers or sentence-transformers."""
+def load_tower(side, folder_or_hub_id, overrides):
+    """A "vision" or "text" tower of transformers; a warning says which weights are left out."""
+    folder = find_folder(folder_or_hub_id)
     values, weights = read_json(folder / CONFIG_FILE), read_published_weights(folder)
-    pooling = sentence_pooling(folder) or ("pooler" if has_pooler(weights) else "cls")
-    with blamed_on(folder / CONFIG_FILE, "cannot build the model of"):
-        config = read_text_config(values, {"pooling": pooling, **overrides})
-        with torch.device("meta"):
-            tower = text_tower(config)
-    return fill_tower(tower, weights, HF_TEXT[config.family].prefix, folder)
-
-
-def has_pooler(weights):
-    """Whether a BERT, ViT or DeiT checkpoint has a pooler, which published ones often lack."""
-    return any(name.endswith("pooler.dense.weight") for name in weights)
-
-
-def sentence_pooling(folder):
-    """How a sentence-transformers folder pools, or None for other folders."""
-    path = folder / "1_Pooling" / CONFIG_FILE
-    if not path.is_file():
-        return None
-    values = read_json(path)
-    modes = [key for key, value in values.items() if key.startswith("pooling_mode_") and value]
-    modes = modes or [values.get("pooling_mode", "mean")]
-    known = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
-    pooling = known.get(modes[0], modes[0])
-    if len(modes) > 1 or pooling not in known.values():
-        raise ValueError(f"{path} pools by {', '.join(modes)}; choose text_pooling cls or mean")
-    return pooling
-
-
-def load_vision_encoder(folder, values, overrides):
-    """A vision tower from a transformers folder; values is its config.json."""
-    if not find_image_processor(folder):
-        raise ValueError(f"{folder} has no {IMAGE_FILE} to say how its images are prepared")
-    with blamed_on(folder / CONFIG_FILE, "cannot build the model of"):
-        weights = read_published_weights(folder)
-        config = read_vision_config(values, has_pooler(weights), overrides)
-        with torch.device("meta"):
-            tower = vision_tower(config)
-    tower.own_transform = read_image_transform(folder)
-    return fill_tower(tower, weights, HF_VISION[config.name].prefix, folder)
-
-
-def fill_tower(tower, weights, prefix, folder):
-    """Load a tower on the meta device; say what was left out: task heads, poolers not in use."""
+    has_pooler = any(name.endswith("pooler.dense.weight") for name in weights)
+    with blamed_on(folder / CONFIG_FILE, "cannot build the model of"), torch.device("meta"):
+        if side == "vision":
+            pooling = "pooler" if has_pooler else "token"
+            tower = vision_tower(read_vision_config(values, pooling, overrides))
+            tower.own_transform = read_image_transform(folder)
+        else:
+            pooling = overrides.get("pooling") or sentence_pooling(folder)
+            pooling = pooling or ("pooler" if has_pooler else "cls")
+            tower = text_tower(read_text_config(values, pooling, overrides))
+    tower.source, prefix = str(folder_or_hub_id), published_row(tower.config).prefix
     inside = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
-    inside = inside or weights
+    inside = inside or weights  # a file without a task head has no prefix
     # What BEiT's files call pooler is the norm that its mean pooling ends with.
     if tower.config.pooling not in (None, "pooler"):
         inside = {name: tensor for name, tensor in inside.items() if not name.startswith("pooler.")}
     if left_out := [name for name in weights if name.removeprefix(prefix) not in inside]:
         message = f"{folder}: {len(left_out)} tensors are no part of the tower and were left out: "
-        warnings.warn(message + textwrap.shorten(", ".join(left_out), 200), stacklevel=4)
+        warnings.warn(message + textwrap.shorten(", ".join(left_out), 200), stacklevel=3)
     fill(tower, own_names(tower, inside, folder), folder)
-    tower.source = str(folder)
     return tower
 
 
-def publish_dual_encoder(model):
-    """(config.json, {name: tensor}) of a model as transformers writes it.
+def sentence_pooling(folder):
+    """How a sentence-transformers folder pools, or None for other folders."""
+    path = folder / "1_Pooling" / CONFIG_FILE
+    values = read_json(path, {"pooling_mode": None})
+    modes = [key for key, chosen in values.items() if key.startswith("pooling_mode_") and chosen]
+    modes = [re.sub("pooling_mode_|_tokens?$", "", key) for key in modes]
+    modes = modes or [values.get("pooling_mode", "mean")]
+    if modes not in (["cls"], ["mean"], [None]):
+        raise ValueError(f"{path} pools by {', '.join(modes)}; choose text_pooling cls or mean")
+    return modes[0]
 
-    raises  ValueError for a model that transformers' dual encoder cannot compute
-    """
+
+def publish_dual_encoder(model):
+    """(config.json, {name: tensor}) of a model as transformers writes it."""
     config, vision, text = model.config, model.config.vision, model.config.text
-    vision_row, text_row = HF_VISION.get(vision.name), HF_TEXT[text.family]
     plain = config.projection_head == "linear" and config.logit_bias_init is None
-    readable = vision_row and text_row.keys and text.family != "distilbert"
+    published = published_row(vision) and published_row(text).prefix
+    readable = published and text.family != "distilbert"  # which has no pooler there
     if not (plain and readable and vision.pooling != "token" and text.pooling == "pooler"):
         raise ValueError(
             f"transformers' dual encoder cannot hold {vision.name} pooling by {vision.pooling!r} "
@@ -2685,145 +2596,115 @@ def publish_dual_encoder(model):
             f"logit_bias {config.logit_bias_init}; start from towers that end in a pooler, such as "
             f"google/vit-base-patch16-224-in21k and bert-base-uncased, and train plain clip_loss"
         )
-    sizes = {"image_size": vision.image_size, "num_channels": 3}
-    own = {"model_type": vision.name, "use_mask_token": False}
-    text_config = {key: getattr(text, name) for name, key in text_row.keys.items()}
-    published = {
+    sizes = {"image_size": vision.image_size, "num_channels": 3, "use_mask_token": False}
+    text_config = {key: getattr(text, name) for key, name in BERT_KEYS.items()}
+    values = {
         "model_type": PUBLISHED_TYPE,
         "architectures": ["VisionTextDualEncoderModel"],
         "projection_dim": config.projection_dim,
         "logit_scale_init_value": config.logit_scale_init,
-        "vision_config": {**vision.args, **sizes, **own},
+        "vision_config": {"model_type": vision.name, **vision.args, **sizes},
         "text_config": {"model_type": text.family, **text_config},
-        "torch_dtype": str(model.logit_scale.dtype).removeprefix("torch."),
     }
-    weights = to_published(published_pieces(model))
-    if vision_row.prefix == "vision_model.":  # CLIP, SigLIP: old versions read only the nested form
-        nested = "vision_model.vision_model."
-        weights = {re.sub(r"^vision_model\.", nested, name): t for name, t in weights.items()}
-    return published, weights
+    return values, published_weights(model)
 
 
 # ---- Image processors and tokenizers -------------------------------------------------------------
 
 
-def find_image_processor(folder):
-    """(file, settings in it) of a folder's image processor, the newer form first; None without."""
-    path = folder / "processor_config.json"
-    if path.is_file() and "image_processor" in (values := read_json(path)):
-        return path, values["image_processor"]
-    path = folder / IMAGE_FILE
-    return (path, read_json(path)) if path.is_file() else None
-
-
 def read_image_transform(folder):
-    """The ImageTransform that a folder's files describe."""
-    path, values = find_image_processor(folder)
-    with blamed_on(path):
-        return ImageTransform.from_dict(values)
+    """The ImageTransform that a folder's files describe, the newer one first; None without."""
+    values = read_json(folder / "processor_config.json", {}).get("image_processor")
+    values = values or read_json(folder / IMAGE_FILE, {})
+    with blamed_on(folder, "cannot read the image processor of"):
+        return ImageTransform.from_dict(values) if values else None
 
 
-# What a tokenizer is read from: the first there is. The last two are refused with a reason.
-TOKENIZER_FILES = (TOKENIZER_FILE, "vocab.txt", "vocab.json")
-TOKENIZER_FILES += ("sentencepiece.bpe.model", "spiece.model")
-# Tokenizer classes of transformers, without their end, and whether captions get token types.
-TOKENIZERS = dict.fromkeys(("bert", "electra", "pretrained", "tokenizersbackend"), True)
-TOKENIZERS |= dict.fromkeys(("distilbert", "mpnet", "roberta", "xlmroberta", "camembert"), False)
-SPECIAL_TOKENS = {  # the first that is in the vocabulary, where files do not say
-    **{"pad_token": ("[PAD]", "<pad>"), "unk_token": ("[UNK]", "<unk>")},
-    **{"cls_token": ("[CLS]", "<s>"), "sep_token": ("[SEP]", "</s>")},
-    "mask_token": ("[MASK]", "<mask>"),
-}
+# What a tokenizer is read from: the first there is. Sentencepiece's are refused with a reason.
+TOKENIZER_FILES = (TOKENIZER_FILE, "vocab.txt", "vocab.json", "*.model")
+# Special tokens of transformers' tokenizer classes (names without "Tokenizer") unless files say.
+_WORDS = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+_BERT_WORDS = dict(zip(_WORDS, ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")))
+_ROBERTA_WORDS = dict(zip(_WORDS, ("<pad>", "<unk>", "<s>", "</s>", "<mask>")))
+TOKENIZERS = dict.fromkeys(("bert", "electra", "pretrained", "tokenizersbackend"), _BERT_WORDS)
+TOKEN_TYPES = tuple(TOKENIZERS)  # these give their captions token_type_ids
+TOKENIZERS |= dict.fromkeys(("roberta", "xlmroberta", "camembert"), _ROBERTA_WORDS)
+TOKENIZERS |= {"distilbert": _BERT_WORDS, "mpnet": {**_ROBERTA_WORDS, "unk_token": "[UNK]"}}
 
 
 def find_tokenizer(folder):
     """The file of a folder to read its tokenizer from, or None."""
-    return next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
+    return next((path for name in TOKENIZER_FILES for path in sorted(folder.glob(name))), None)
 
 
 def read_tokenizer(folder):
-    """(tokenizers.Tokenizer with padding and truncation, whether it gives token types) of a folder.
-
-    raises  ValueError for classes and files that are not read, and without a padding token
-    """
-    path, settings, model = find_tokenizer(folder), {}, {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        settings |= read_json(folder / file) if (folder / file).is_file() else {}
-    if (folder / CONFIG_FILE).is_file():
-        model = read_json(folder / CONFIG_FILE)
-        model = model.get("text_config") or model
+    """(Tokenizer that pads and cuts, whether captions get token types); (None, False) without."""
+    path = find_tokenizer(folder)
+    if path is None:
+        return None, False
+    settings = read_json(folder / "special_tokens_map.json", {})
+    settings |= read_json(folder / "tokenizer_config.json", {})
+    model = read_json(folder / CONFIG_FILE, {})
+    model = model.get("text_config") or model
     name = settings.get("tokenizer_class") or model.get("tokenizer_class")
     name = str(name or model.get("model_type", "PreTrainedTokenizer"))
     kind = re.sub("tokenizer(fast)?$", "", name.lower().replace("-", ""))
-    ours = path.name == TOKENIZER_FILE and not settings  # such a file itself says how to pad
     with blamed_on(path):
-        if not ours and kind not in TOKENIZERS:
-            raise ValueError(f"tokenizer class {name}, which may split words in its own way")
         if path.name == TOKENIZER_FILE:
             tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        else:
-            tokenizer = read_old_tokenizer(path, settings)
-        if ours:
-            return tokenizer, False
-        pad_token = special_tokens(tokenizer.get_vocab(), settings)["pad_token"]
-        pad_id = tokenizer.token_to_id(pad_token)
+            if not settings:  # ours: such a file itself says how to pad and cut
+                return tokenizer, False
+        if kind not in TOKENIZERS:
+            raise ValueError(f"tokenizer class {name}, which may split words in its own way")
+        words = {n: settings.get(n) or word for n, word in TOKENIZERS[kind].items()}
+        words = {n: w["content"] if isinstance(w, dict) else w for n, w in words.items()}
+        if path.name != TOKENIZER_FILE:
+            tokenizer = read_old_tokenizer(path, settings, words)
+        pad_id = tokenizer.token_to_id(words["pad_token"])
         if pad_id is None:
-            raise ValueError(f"no pad_token {pad_token!r} in the vocabulary")
-        # transformers ignores what tokenizer.json says of padding and truncation.
-        side = settings.get("padding_side", "right")
-        tokenizer.enable_padding(direction=side, pad_id=pad_id, pad_token=pad_token)
+            raise ValueError(f"no pad_token {words['pad_token']!r} in the vocabulary")
+    # transformers ignores what tokenizer.json says of padding and truncation.
+    side = settings.get("padding_side", "right")
+    tokenizer.enable_padding(direction=side, pad_id=pad_id, pad_token=words["pad_token"])
     tokenizer.no_truncation()
-    longest, path = settings.get("model_max_length"), folder / "sentence_bert_config.json"
-    if path.is_file():
-        longest = read_json(path).get("max_seq_length") or longest
+    sentence = read_json(folder / "sentence_bert_config.json", {})
+    longest = sentence.get("max_seq_length") or settings.get("model_max_length")
     if longest and longest < 1e9:  # 1e30 stands for no limit
         side = settings.get("truncation_side", "right")
         tokenizer.enable_truncation(int(longest), direction=side)
     inputs = settings.get("model_input_names")
-    return tokenizer, "token_type_ids" in inputs if inputs else TOKENIZERS[kind]
+    return tokenizer, "token_type_ids" in inputs if inputs else kind in TOKEN_TYPES
 
 
-def special_tokens(vocabulary, settings):
-    """{name: token} for the rows of SPECIAL_TOKENS, as the files say or by the vocabulary."""
-    found = {}
-    for name, usual in SPECIAL_TOKENS.items():
-        token = settings.get(name) or next((t for t in usual if t in vocabulary), usual[0])
-        found[name] = token["content"] if isinstance(token, dict) else token
-    return found
-
-
-def read_old_tokenizer(path, settings):
-    """A tokenizer from the files before tokenizer.json."""
+def read_old_tokenizer(path, settings, words):
+    """A tokenizer from the files before tokenizer.json; words are its special tokens."""
     if path.suffix == ".model" or "\u2581" in path.read_text(encoding="utf-8"):
         raise ValueError("sentencepiece's pieces are not read: save them as tokenizer.json")
     if path.name == "vocab.txt":
-        words = special_tokens(tokenizers.models.WordPiece.read_file(str(path)), settings)
-        tokenizer = tokenizers.BertWordPieceTokenizer.from_file(
+        return tokenizers.BertWordPieceTokenizer.from_file(
             str(path),
             lowercase=settings.get("do_lower_case", True),
             strip_accents=settings.get("strip_accents"),
             handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
             **words,
         )._tokenizer
-    else:
-        words = special_tokens(read_json(path), settings)
-        tokenizer = tokenizers.ByteLevelBPETokenizer.from_file(
-            str(path),
-            str(path.with_name("merges.txt")),
-            add_prefix_space=settings.get("add_prefix_space", False),
-        )._tokenizer
-        ends = ((words[k], tokenizer.token_to_id(words[k])) for k in ("sep_token", "cls_token"))
-        tokenizer.post_processor = tokenizers.processors.RobertaProcessing(*ends)
-    for word in words.values():  # RoBERTa's mask takes the space before it along
-        token = tokenizers.AddedToken(word, lstrip=word == "<mask>", normalized=False, special=True)
-        tokenizer.add_special_tokens([token])
+    tokenizer = tokenizers.ByteLevelBPETokenizer.from_file(
+        str(path),
+        str(path.with_name("merges.txt")),
+        add_prefix_space=settings.get("add_prefix_space", False),
+    )._tokenizer
+    # The library's class leaves special tokens to its caller. RoBERTa's mask takes along a space.
+    ends = ((w, tokenizer.token_to_id(w)) for w in (words["sep_token"], words["cls_token"]))
+    tokenizer.post_processor = tokenizers.processors.RobertaProcessing(*ends)
+    mask = tokenizers.AddedToken(words.pop("mask_token"), lstrip=True)
+    tokenizer.add_special_tokens([*words.values(), mask])
     return tokenizer
 
 
 def tokenizer_config(processor):
     """What tokenizer.json does not say, as transformers reads it."""
     padding, vocabulary = processor.tokenizer.padding, processor.tokenizer.get_vocab()
-    words = special_tokens(vocabulary, {})
+    words = _ROBERTA_WORDS if padding["pad_token"] == "<pad>" else _BERT_WORDS
     types = ["token_type_ids"] if processor.token_types else []
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

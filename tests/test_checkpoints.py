@@ -133,15 +133,12 @@ def test_a_run_folder_stands_for_its_best_checkpoint(saved, tmp_path):
     assert dualenc.find_checkpoint(tmp_path / "last") == tmp_path / "last"
 
 
-def test_fields_of_older_versions_are_read_where_they_say_nothing(saved):
+def test_fields_of_older_versions_are_passed_over(saved):
     folder, model = saved
     edit(folder, text__embedding_width=32, text__layer_groups=None, vision__channels=3)
     weights = {**model.state_dict(), "vision_model.mask_token": torch.zeros(1)}
     safetensors.torch.save_file(weights, folder / "model.safetensors")
     assert load(folder).config == model.config
-    edit(folder, text__embedding_width=16)
-    with pytest.raises(ValueError, match="unknown field of TextConfig 'embedding_width'"):
-        load(folder)
 
 
 # ---- Towers and the hub --------------------------------------------------------------------------
@@ -156,7 +153,7 @@ def test_hub_ids_are_found_in_the_local_cache_and_missing_ones_explained(saved, 
     hub(folder.parent / "other", "someone/towers", "v1")
     for name, right in (("towers", model), ("someone/towers@v1", other)):
         assert torch.equal(load(name).text_projection.weight, right.text_projection.weight)
-    with pytest.raises(ValueError, match="no folder, nor a hub id within reach: nobody/x"):
+    with pytest.raises(ValueError, match="no folder nobody/x, nor a hub id within reach: "):
         load("nobody/x")
     with pytest.raises(ValueError, match="no folder .*missing"):
         load("./missing")
@@ -219,24 +216,24 @@ def test_what_of_a_tower_is_pretrained_is_noted(timm_folder):
     folder, _ = timm_folder
     build = dualenc.build_vision_tower
     assert build(str(folder), False, {"image_size": 32}).new_parts == ["position table (resized)"]
-    assert build("test_resnet", False, {}).source == "random weights"
-    hub_tower = build(f"hf-hub:{folder}", False, {})
-    assert hub_tower.source == "random weights" and hub_tower.new_parts == []
+    for name in ("test_resnet", f"hf-hub:{folder}"):
+        tower = build(name, False, {})
+        assert tower.source == "random weights" and tower.new_parts == []
 
 
 def test_overrides_reach_the_configuration_they_name():
-    build = dualenc.DualEncoder.from_vision_text_pretrained
+    build = functools.partial(dualenc.DualEncoder.from_vision_text_pretrained, "test_resnet")
     sizes = {"vision_image_size": 48, "text_width": 16, "text_heads": 2, "logit_scale_init": 1.0}
-    model = build("test_resnet", "scratch", 8, False, **sizes)
+    model = build("scratch", 8, False, **sizes)
     config = model.config
     assert (config.projection_dim, config.vision.image_size, config.text.width) == (8, 48, 16)
     assert model.logit_scale.item() == 1.0 and model.text_projection.weight.shape == (8, 16)
     with pytest.raises(ValueError, match="unknown field of VisionConfig 'imagesize'.*image_size"):
-        build("test_resnet", "scratch", pretrained=False, vision_imagesize=1)
+        build("scratch", pretrained=False, vision_imagesize=1)
     with pytest.raises(ValueError, match="unknown field of DualEncoderConfig 'projection'"):
-        build("test_resnet", "scratch", pretrained=False, projection=1)
+        build("scratch", pretrained=False, projection=1)
     with pytest.raises(ValueError, match="no folder no such tower"):
-        build("test_resnet", "no such tower", pretrained=False)
+        build("no such tower", pretrained=False)
 
 
 # ---- Refusals ------------------------------------------------------------------------------------
@@ -259,27 +256,34 @@ def test_weights_that_do_not_fit_are_listed(saved):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 800
 
 
+IMAGES, TOKENS = "preprocessor_config.json", "tokenizer.json"
+
+
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("name", "changes", "reason"),
     [
-        ({"text__vocab_size": 10**10}, "does not fit"),
-        ({"text__vocab_size": 10**30}, "cannot build"),
-        ({"vision__args__embed_dim": 90_000}, "does not fit"),
-        ({"vision__image_size": 80_000}, "does not fit"),
-        ({"text__family": "gpt9"}, "unknown text family 'gpt9'; expected"),
-        ({"vision__name": "resnet19"}, "unknown timm model 'resnet19'; the nearest names are"),
-        ({"vision__name": "vit"}, "'vit' is a family"),
-        ({"vision__args__checkpoint_path": "/etc/passwd"}, "no file"),
-        ({"text__width": "32"}, "width is '32', expected int"),
-        ({"text": 5}, "cannot build"),
-        ({"text__colour": 5}, "unknown field of TextConfig 'colour'"),
-        ({"vision__args__colour": 5}, "cannot build.*colour"),
-        ({"model_type": "gpt9"}, "model_type 'gpt9', expected 'dualenc'"),
+        ("config.json", {"text__vocab_size": 10**10}, "does not fit"),
+        ("config.json", {"text__vocab_size": 10**30}, "cannot build"),
+        ("config.json", {"vision__args__embed_dim": 90_000}, "does not fit"),
+        ("config.json", {"vision__image_size": 80_000}, "does not fit"),
+        ("config.json", {"text__family": "gpt9"}, "unknown text family 'gpt9'; expected"),
+        ("config.json", {"vision__name": "resnet19"}, "timm model 'resnet19'; the nearest names"),
+        ("config.json", {"vision__name": "vit"}, "'vit' is a family"),
+        ("config.json", {"vision__args__checkpoint_path": "/etc/passwd"}, "no file"),
+        ("config.json", {"text__width": "32"}, "width is '32', expected int"),
+        ("config.json", {"text": 5}, "cannot build"),
+        ("config.json", {"text__colour": 5}, "unknown field of TextConfig 'colour'"),
+        ("config.json", {"vision__args__colour": 5}, "cannot build.*colour"),
+        ("config.json", {"model_type": "gpt9"}, "unknown model_type .* 'gpt9'; expected dualenc"),
+        (IMAGES, {"size": "5"}, "cannot read the image processor of"),
+        (TOKENS, {"padding": None}, "no padding"),
+        (TOKENS, {"model__vocab__a": 99999}, "tokenizer.json: id 99999 is beyond the text tower's"),
+        (TOKENS, {"padding__pad_id": 99999}, "id 99999 is beyond"),
     ],
 )
-def test_a_config_that_lies_is_refused_before_memory_is_taken(changes, reason, saved):
+def test_files_that_lie_are_refused_before_memory_is_taken(name, changes, reason, saved):
     folder, _ = saved
-    edit(folder, **changes)
+    edit(folder, name, **changes)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=reason) as caught:
         load(folder)
@@ -287,24 +291,17 @@ def test_a_config_that_lies_is_refused_before_memory_is_taken(changes, reason, s
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # kilobytes
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000])
-@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b"[" * 100_000, "cut"])
+@pytest.mark.parametrize("name", ["config.json", IMAGES, TOKENS, "model.safetensors"])
 def test_broken_files_are_refused_by_name(name, content, saved):
-    folder, _ = saved
-    (folder / name).write_bytes(content)
+    path = saved[0] / name
+    path.write_bytes(path.read_bytes()[:-1] if content == "cut" else content)
     with pytest.raises(ValueError, match=f"cannot read .*{name}"):
-        load(folder)
-
-
-@pytest.mark.parametrize("keep", [0, 5, 8, 100, -1])
-def test_truncated_weights_are_refused(keep, saved):
-    path = saved[0] / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match="cannot read weights .*model.safetensors"):
         load(saved[0])
 
 
-def test_a_pickle_is_not_opened(saved, tmp_path):
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_a_pickle_is_not_opened(name, saved, tmp_path):
     """Our own folders have no .bin, and code in what is called .safetensors does not run."""
 
     class Bomb:
@@ -313,33 +310,10 @@ def test_a_pickle_is_not_opened(saved, tmp_path):
 
     folder, _ = saved
     (folder / "model.safetensors").unlink()
-    torch.save(Bomb(), folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="cannot read weights .*model.safetensors"):
-        load(folder)
-    shutil.copy(folder / "pytorch_model.bin", folder / "model.safetensors")
+    torch.save(Bomb(), folder / name)
     with pytest.raises(ValueError, match="cannot read weights .*model.safetensors"):
         load(folder)
     assert not (tmp_path / "ran").exists()
-    (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="cannot read .*config.json"):
-        load(folder)
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "reason"),
-    [
-        ("preprocessor_config.json", {"size": "5"}, "cannot read .*preprocessor_config.json"),
-        ("tokenizer.json", {"padding": None}, "no padding"),
-        ("tokenizer.json", {"model__vocab__a": 99999}, "has token id 99999, but the text tower's"),
-        ("tokenizer.json", {"padding__pad_id": 99999}, "has token id 99999"),
-    ],
-)
-def test_processors_without_sense_are_refused_by_name(name, changes, reason, saved):
-    folder, _ = saved
-    edit(folder, name, **changes)
-    with pytest.raises(ValueError, match=reason) as caught:
-        load(folder)
-    assert str(folder) in str(caught.value)
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])

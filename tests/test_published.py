@@ -59,15 +59,15 @@ def two_towers(vision, text, **overrides):
         ).eval()
 
 
-def assert_reproduces(folder, name, tolerance=1e-5):
+def assert_reproduces(folder, name):
     """The dual encoder in folder computes what transformers computed for the fixture's name."""
     model = dualenc.DualEncoder.from_pretrained(folder)
     inputs, right = expected_of(FIXTURES / "dual" / name)
     output = model(**inputs, output_attentions=True)
     for key in ("image_embeds", "text_embeds"):
-        assert largest_difference(getattr(output, key), right[key]) < tolerance, key
+        assert largest_difference(getattr(output, key), right[key]) < 1e-5, key
     logits = output.logits_per_image, right["logits_per_image"]
-    assert largest_difference(*logits) / model.logit_scale.exp().item() < tolerance
+    assert largest_difference(*logits) / model.logit_scale.exp().item() < 1e-5
     for tower in (output.vision_model_output, output.text_model_output):
         assert len(tower.attentions) == 2
         for weights in tower.attentions:
@@ -88,8 +88,8 @@ def test_a_published_dual_encoder_gives_transformers_numbers(name):
     assert model.text_model.max_tokens == model.config.text.max_positions - unused
     inputs, right = expected_of(FIXTURES / "dual" / name)
     output = model(**inputs, return_loss=True, output_hidden_states=True)
-    assert largest_difference(output.image_embeds, right["image_embeds"]) < 1e-5
-    assert largest_difference(output.text_embeds, right["text_embeds"]) < 1e-5
+    for key in ("image_embeds", "text_embeds"):
+        assert largest_difference(getattr(output, key), right[key]) < 1e-5, key
     output.loss.backward()
     assert output.loss.item() == pytest.approx(right["loss"].item(), rel=1e-5)
     is_real = inputs["attention_mask"].bool()
@@ -155,21 +155,13 @@ def test_tensor_names_of_every_version_are_read(name, change, copy):
     assert_reproduces(copy(f"dual/{name}", change), name)
 
 
-@pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("kind", ["safetensors", "bin", "old bin"])
-def test_weights_are_read_from_every_kind_of_file(kind, shards, copy):
-    """Whole or in shards; safetensors, or pickles read with weights_only."""
+@pytest.mark.parametrize("kind", ["bin", "old bin"])
+def test_pickles_are_read_with_weights_only(kind, copy):
     folder = copy("dual/vit-bert")
-    weights = [*load_file(folder / "model.safetensors").items()]
+    weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    file = "model.safetensors" if kind == "safetensors" else "pytorch_model.bin"
-    for i in range(shards):
-        part = {key: tensor.clone() for key, tensor in weights[i::shards]}
-        path = folder / (file.replace(".", f"-{i}-of-3.") if shards > 1 else file)
-        if kind == "safetensors":
-            save_file(part, path)
-        else:
-            torch.save(part, path, _use_new_zipfile_serialization=kind == "bin")
+    path = folder / "pytorch_model.bin"
+    torch.save(weights, path, _use_new_zipfile_serialization=kind == "bin")
     assert_reproduces(folder, "vit-bert")
 
 
@@ -271,7 +263,7 @@ def test_a_vision_tower_is_read_from_below_its_task_head(name):
     [
         ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, {}, "mean"),
         ({"pooling_mode": "cls"}, {}, "cls"),
-        ({"pooling_mode_cls_token": True}, {"text_pooling": "mean"}, "mean"),
+        ({"pooling_mode_max_tokens": True}, {"text_pooling": "mean"}, "mean"),
         (None, {}, "pooler"),
         ({"pooling_mode_max_tokens": True}, {}, None),
     ],
@@ -289,23 +281,18 @@ def test_a_sentence_transformers_folder_says_how_to_pool_and_cut(
         (folder / "1_Pooling").mkdir()
         (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     if expected is None:
-        with pytest.raises(ValueError, match="1_Pooling/config.json pools by pooling_mode_max_tok"):
+        with pytest.raises(ValueError, match="1_Pooling/config.json pools by max; choose"):
             two_towers("vit-classifier", folder)
         return
     model = two_towers("vit-classifier", folder, **overrides)
     assert model.config.text.pooling == expected
     assert model.processor.max_length == 7 and model.text_model.source == str(folder)
-    inputs, right = expected_of(FIXTURES / "tower" / "bert-classifier")
-    states, mask = right["last_hidden_state"], inputs["attention_mask"][:, :, None]
-    means = (states * mask).sum(1) / mask.sum(1)
-    pooled = {"mean": means, "cls": states[:, 0], "pooler": right["pooler_output"]}[expected]
-    assert largest_difference(model.text_model(**inputs).pooler_output, pooled) < 1e-4
 
 
 def test_ids_beyond_a_towers_vocabulary_are_refused_when_it_is_loaded(copy):
     folder = copy("tower/bert-classifier")
     shutil.copytree(FIXTURES / "tokens" / "bert-saved", folder, dirs_exist_ok=True)
-    with pytest.raises(ValueError, match=r"tokenizer.json has token id \d+, .*ends at 79"):
+    with pytest.raises(ValueError, match=r"tokenizer.json: id \d+ is beyond .*, 0 to 79"):
         two_towers("vit-classifier", folder)
 
 
@@ -318,8 +305,6 @@ def test_a_folder_says_how_its_images_are_prepared_and_their_size(copy):
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match="clip has no preprocessor_config.json to say how"):
         two_towers(folder, "bert-classifier")
-    with pytest.raises(ValueError, match="no preprocessor_config.json came with this tower"):
-        dualenc.vision_tower(tower.config).image_transform()
     folder = copy("dual/vit-bert")
     shutil.copy(FIXTURES / "tokens" / "bert-saved" / "tokenizer.json", folder)
     assert dualenc.DualEncoder.from_pretrained(folder).processor is None
@@ -340,13 +325,13 @@ def test_ids_masks_and_types_are_those_of_transformers(name, tmp_path):
 
 
 def tokenizer_folder(tmp_path, name, files=(), **settings):
-    """A copy of a fixture's tokenizer with other settings, and further json files."""
+    """A copy of a fixture's tokenizer with other settings, and further files."""
     folder = tmp_path / "tokenizer"
     shutil.copytree(FIXTURES / "tokens" / name, folder)
-    (folder / "tokenizer_config.json").unlink()
-    for file, values in {**dict(files), "tokenizer_config.json": settings}.items():
-        if values:
-            (folder / file).write_text(json.dumps(values))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    for file, content in dict(files).items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / file).write_text(text, encoding="utf-8")
     return folder
 
 
@@ -380,6 +365,7 @@ def test_a_caption_is_cut_where_the_settings_say(side, kept, tmp_path):
         ("bert-saved", {}, {"tokenizer_class": "PhobertTokenizer"}, "class PhobertTokenizer, wh"),
         ("bert-old", {"config.json": {"tokenizer_class": "XTokenizer"}}, {}, "class XTokenizer"),
         ("bert-old", {"config.json": {"model_type": "funnel"}}, {}, "class funnel"),
+        ("bert-old", {"vocab.txt": "\u2581the\n"}, {}, "sentencepiece's pieces are not read"),
         ("bert-saved", {}, {"pad_token": "<none>"}, "no pad_token '<none>' in the vocabulary"),
         ("xlm-roberta-old", {}, {"tokenizer_class": "XLMRobertaTokenizer"}, "tokenizer.json"),
     ],
@@ -389,55 +375,51 @@ def test_tokenizers_of_other_kinds_are_refused_by_name(name, files, settings, me
         dualenc.read_tokenizer(tokenizer_folder(tmp_path, name, files, **settings))
 
 
-def test_a_vocab_txt_of_sentencepiece_is_refused(tmp_path):
-    folder = tokenizer_folder(tmp_path, "bert-old")
-    with open(folder / "vocab.txt", "a", encoding="utf-8") as file:
-        file.write("\u2581the\n")
-    with pytest.raises(ValueError, match="vocab.txt: sentencepiece's pieces are not"):
-        dualenc.read_tokenizer(folder)
-
-
 # ---- Refusals ------------------------------------------------------------------------------------
 
 
-def change(side, **values):
-    return lambda config: config[f"{side}_config"].update(values)
-
-
-def without(key):
-    return lambda weights: {name: tensor for name, tensor in weights.items() if name != key}
-
-
-def shorter(key):
-    return lambda weights: {name: t[:-1] if name == key else t for name, t in weights.items()}
-
-
-POOLER, QUERY = "vision_model.pooler.dense.weight", "attention.attention.query.weight"
-WORDS = "text_model.embeddings.word_embeddings.weight"
-BROKEN = [
-    (change("vision", model_type="dinov2_with_registers"), None, "timm has more by name"),
-    (change("text", model_type="albert"), None, "text model_type 'albert'; expected bert, "),
-    (change("vision", hidden_act="mish"), None, "unknown activation 'mish'; expected gelu"),
-    (change("text", position_embedding_type="relative_key"), None, "only 'absolute' is read"),
-    (change("text", add_cross_attention=True), None, "add_cross_attention = True: only False"),
-    (change("vision", hidden_size="x"), None, "cannot build the model of"),
-    (change("vision", num_attention_heads=7), None, "cannot build the model of"),
-    (lambda config: config.update(vision_config=[1]), None, "cannot build the model of"),
-    (lambda config: config.pop("text_config"), None, "unknown text model_type None"),
-    (None, without("logit_scale"), 'does not fit .*Missing.*"logit_scale"'),
-    (None, without(POOLER), 'does not fit .*Missing.*"vision_model.pooler.dense.weight"'),
-    (None, without(f"vision_model.encoder.layer.0.{QUERY}"), "does not fit .*attn.qkv.weight"),
-    (None, lambda weights: weights | {"visual_bias": torch.zeros(2)}, 'Unexpected.*"visual_bias"'),
-    (None, shorter(WORDS), f"size mismatch for {WORDS}"),
-]
-
-
-@pytest.mark.parametrize("config, weights, message", BROKEN)
-def test_what_cannot_be_loaded_exactly_is_refused(config, weights, message, copy):
-    folder = copy("dual/vit-bert", weights, config)
+@pytest.mark.parametrize(
+    "side, changes, message",
+    [
+        ("vision", {"model_type": "dinov2_with_registers"}, "timm has more by name"),
+        ("text", {"model_type": "albert"}, "text model_type 'albert'; expected bert, "),
+        ("text", {"model_type": None}, "unknown text model_type None"),
+        ("vision", {"hidden_act": "mish"}, "unknown activation 'mish'; expected gelu"),
+        ("text", {"position_embedding_type": "relative_key"}, "only 'absolute' is read"),
+        ("text", {"is_decoder": True}, "is_decoder = True: only False is read"),
+        ("vision", {"hidden_size": "x"}, "cannot build the model of"),
+        ("vision", {"num_attention_heads": 7}, "cannot build the model of"),
+    ],
+)
+def test_what_a_config_asks_for_in_vain_is_refused(side, changes, message, copy):
+    folder = copy("dual/vit-bert", None, lambda config: config[f"{side}_config"].update(changes))
     with pytest.raises(ValueError, match=message) as caught:
         dualenc.DualEncoder.from_pretrained(folder)
     assert str(folder) in str(caught.value)
+
+
+POOLER, LAYER = "vision_model.pooler.dense.weight", "vision_model.encoder.layer.0"
+WORDS = "text_model.embeddings.word_embeddings.weight"
+
+
+@pytest.mark.parametrize(
+    "name, tensor, message",
+    [
+        ("logit_scale", None, 'Missing.*"logit_scale"'),
+        (POOLER, None, f'Missing.*"{POOLER}"'),
+        (f"{LAYER}.attention.attention.query.weight", None, ".*attn.qkv.weight"),
+        ("visual_bias", torch.zeros(2), 'Unexpected.*"visual_bias"'),
+        (WORDS, torch.zeros(79, 24), f"size mismatch for {WORDS}"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(name, tensor, message, copy):
+    def change(weights):
+        changed = {**weights, name: tensor}
+        return {key: tensor for key, tensor in changed.items() if tensor is not None}
+
+    folder = copy("dual/vit-bert", change)
+    with pytest.raises(ValueError, match=f"{folder} does not fit .*{message}"):
+        dualenc.DualEncoder.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -445,12 +427,7 @@ def test_what_cannot_be_loaded_exactly_is_refused(config, weights, message, copy
     [
         ("clip", {"vision_pooling": "avg"}, "unknown clip_vision_model pooling 'avg'; expected No"),
         ("beit-classifier", {"vision_patch_dropout": 0.5}, "Beit.*argument 'patch_drop_rate'"),
-        (
-            "clip",
-            {"vision_args": {"lora": 4}},
-            "unknown argument of a clip_vision_model tower 'lora'",
-        ),
-        ("clip", {"text_size": 3}, "unknown field of TextConfig 'size'"),
+        ("clip", {"vision_args": {"lora": 4}}, "VisionTransformer.*argument 'lora'"),
         ("clip", {"vision_image_size": 32}, "clip.*16 pixels; timm has towers of any size by name"),
     ],
 )
@@ -460,25 +437,18 @@ def test_settings_a_family_does_not_have_are_refused(tower, overrides, message):
 
 
 def test_a_full_clip_is_no_dual_encoder_but_lends_its_vision_tower():
-    with pytest.raises(ValueError, match="model_type 'clip', .* to from_vision_text_pretrained"):
+    with pytest.raises(ValueError, match="model_type .*from_vision_text_pretrained. 'clip'"):
         dualenc.DualEncoder.from_pretrained(FIXTURES / "tower" / "clip")
     with pytest.raises(ValueError, match="unknown text model_type 'clip'"):
         dualenc.TextEncoder.from_pretrained(FIXTURES / "tower" / "clip")
 
 
-@pytest.mark.parametrize("side", ["vision", "text"])
-def test_a_tower_whose_config_makes_no_sense_is_refused_by_name(side, copy):
-    towers = {"vision": "vit-classifier", "text": "bert-classifier"}
-    folder = copy(f"tower/{towers[side]}", config=lambda config: config.update(hidden_size="wide"))
-    towers[side] = folder
-    with pytest.raises(ValueError, match=f"cannot build the model of {folder}"):
-        two_towers(*towers.values())
-
-
 def test_a_folder_without_weights_or_with_code_in_them_is_refused(copy):
     folder = copy("dual/vit-bert")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="has no model.safetensors or pytorch_model.bin, but c"):
+    with pytest.raises(
+        ValueError, match="has no model.safetensors or pytorch_model.bin in one piece"
+    ):
         dualenc.DualEncoder.from_pretrained(folder)
     torch.save({"logit_scale": Path("anything")}, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="cannot read weights .*pytorch_model.bin"):
@@ -544,7 +514,7 @@ def test_defaults_are_those_of_transformers_configurations(name, hf):
     if name in dualenc.HF_VISION:
         ours = dualenc.HF_VISION[name].defaults
     else:
-        values = dualenc.read_text_config({"model_type": name}, {})
-        keys = dualenc.HF_TEXT[name].keys
-        ours = {key: getattr(values, field) for field, key in keys.items()}
-    assert ours == {key: getattr(config, key) for key in ours}
+        values = dualenc.read_text_config({"model_type": name}, "cls", {})
+        keys = dualenc.DISTILBERT_KEYS if name == "distilbert" else dualenc.BERT_KEYS
+        ours = {key: getattr(values, field) for key, field in keys.items()}
+    assert ours == {key: getattr(config, key, 0) for key in ours}  # MPNet has no token types
