@@ -492,7 +492,7 @@ class TextEncoder(nn.Module):
         hidden = self.embeddings["LayerNorm"](hidden)
         hidden = F.dropout(hidden, self.config.dropout, self.training)
 
-        mask = self.attention_bias(attention_mask, hidden)
+        mask = self.score_mask(attention_mask, hidden)
         hidden_states, attentions = [hidden], []
         for layer in self.encoder["layer"]:
             hidden, weights = layer(hidden, mask, output_attentions)
@@ -514,8 +514,8 @@ class TextEncoder(nn.Module):
         """The row of the position table for each token, (1, T) or (B, T)."""
         return torch.arange(input_ids.shape[1], device=input_ids.device)[None, :]
 
-    def attention_bias(self, attention_mask, hidden):
-        """The mask of masked_attention for every layer; hidden (B, T, W) is for subclasses."""
+    def score_mask(self, attention_mask, hidden):
+        """The mask that every layer gives to masked_attention, (B, 1, 1, T); MPNet has another."""
         return None if attention_mask is None else attention_mask[:, None, None, :].bool()
 
     @classmethod
@@ -2224,10 +2224,10 @@ class MPNetEncoder(RobertaEncoder):
         self.encoder["relative_attention_bias"] = bias
         self._init_weights(bias)
 
-    def attention_bias(self, attention_mask, hidden):
+    def score_mask(self, attention_mask, hidden):
         buckets = relative_buckets(hidden.shape[1]).to(hidden.device)
         bias = self.encoder["relative_attention_bias"](buckets).permute(2, 0, 1)[None]
-        is_real = super().attention_bias(attention_mask, hidden)
+        is_real = super().score_mask(attention_mask, hidden)
         return bias if is_real is None else bias.masked_fill(~is_real, torch.finfo(bias.dtype).min)
 
 
@@ -2616,8 +2616,13 @@ def read_image_transform(folder):
     """The ImageTransform that a folder's files describe, the newer one first; None without."""
     values = read_json(folder / "processor_config.json", {}).get("image_processor")
     values = values or read_json(folder / IMAGE_FILE, {})
+    if not values:
+        return None
+    # The oldest files leave it to config.json which processor they are for.
+    family = read_json(folder / CONFIG_FILE, {}).get("model_type")
+    kind = next((kind for kind in IMAGE_PROCESSORS if kind.lower() == family), None)
     with blamed_on(folder, "cannot read the image processor of"):
-        return ImageTransform.from_dict(values) if values else None
+        return ImageTransform.from_dict({"feature_extractor_type": kind, **values})
 
 
 # What a tokenizer is read from: the first there is. Sentencepiece's are refused with a reason.

@@ -386,3 +386,13 @@ def test_files_of_every_age_are_read_as_transformers_does(kind, written, resize,
     got = dualenc.ImageTransform.from_dict({name: kind, **written})
     assert ((got.resize, got.squash), got.crop) == (resize, crop)
     assert got.mean == pytest.approx(mean)
+
+
+def test_a_file_without_a_type_is_for_the_model_beside_it(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text('{"size": 96}')
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    got = dualenc.Processor.from_pretrained(tmp_path).image_transform
+    assert (got.resize, got.squash, got.interpolation) == (96, True, "bilinear")
+    (tmp_path / "config.json").write_text('{"model_type": "swin"}')
+    with pytest.raises(ValueError, match="unknown image processor 'none'"):
+        dualenc.Processor.from_pretrained(tmp_path)

@@ -106,6 +106,17 @@ def test_a_new_loss_is_one_row_and_an_incomplete_row_raises(make_model, monkeypa
             train.Loss(**{key: value for key, value in row.items() if key != name})
 
 
+@dataclasses.dataclass(frozen=True)
+class WithHead(train.TrainConfig):
+    projection_head: str = dualenc.flag("mlp", "row of PROJECTION_HEADS", "towers", sets="")
+
+
+def test_a_new_head_is_one_row_and_one_flag(monkeypatch):
+    monkeypatch.setitem(dualenc.PROJECTION_HEADS, "mlp", torch.nn.Linear)
+    model = train.make_model(WithHead(**TINY_RUN), dualenc.load_pairs("shapes", "val"))
+    assert model.config.projection_head == "mlp" and model.text_projection.bias is not None
+
+
 def test_in_batch_accuracy_counts_both_directions_and_any_right_answer():
     images, texts = torch.eye(4), torch.eye(4)[[0, 1, 3, 2]]  # the last two changed places
     assert train.in_batch_accuracy(images, texts, torch.arange(4)) == 0.5
