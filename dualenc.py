@@ -8,16 +8,20 @@ An image and its caption should land close together in one space, everything els
                                                                                                │
               loss () ── clip_loss ── logits_per_image (B, B) = exp(logit_scale) * cosine ─────┘
 
-Symbols    B pairs of a batch (I images and N captions where they differ), T tokens after padding,
-           P patches and class tokens (T in a text tower), S pixels a side, W tower width, H heads,
-           E embedding size.
+Symbols    B pairs of a batch (I images and N captions where they differ; R of one process), T
+           tokens after padding, P patches and class tokens (T in a text tower), S pixels a side,
+           W tower width, H heads, E embedding size.
 Words      "features" come out of a tower or a projection; "embeds" are features of unit norm.
            A "trunk" is a timm model without its classifier. "Exercise n" marks what a course can
            leave out of a student's copy.
 
 Sections   1 Losses        2 DualEncoder       3 Text tower       4 Vision tower    (the lesson)
            5 Processor     6 Data              7 Checkpoints      8 Large batches
-           9 Published checkpoints             10 Flags and devices
+           9 Published checkpoints             10 Checks, flags and devices
+
+First time Sections 1 to 4, 6 up to the shapes, and 8; train.py's loop; ranks and zero-shot in
+           eval.py. Names from below: check_... and autocast are in section 10, HF_... (Hugging
+           Face's families), vision_tower and text_tower in section 9.
 
 Sources    Radford et al. 2021, "Learning Transferable Visual Models From Natural Language
            Supervision" (CLIP); Zhai et al. 2022, "LiT: Zero-Shot Transfer with Locked-image text
@@ -77,6 +81,9 @@ LOGIT_SCALE_MAX = math.log(100)  # CLIP, section 2.5: train.py clamps after each
 def clip_loss(image_embeds, text_embeds, logit_scale):
     """Symmetric contrastive loss over every pair in the batch.
 
+    Cosines lie between -1 and 1, too close for a sharp softmax. They are multiplied by a factor
+    that the model learns: as exp(logit_scale) it stays positive.
+
     image_embeds  (B, E)  unit-norm rows
     text_embeds   (B, E)  unit-norm rows; row i describes image i
     logit_scale   ()      natural log of the inverse temperature
@@ -87,6 +94,7 @@ def clip_loss(image_embeds, text_embeds, logit_scale):
     """
     check_same_shape(image_embeds, text_embeds)
     logits_per_image = logit_scale.exp() * (image_embeds @ text_embeds.T)
+    # Image i is a question with B answers, and caption i is the right one; captions likewise.
     labels = torch.arange(len(logits_per_image), device=logits_per_image.device)
     image_to_text = F.cross_entropy(logits_per_image, labels)
     text_to_image = F.cross_entropy(logits_per_image.T, labels)
@@ -103,7 +111,7 @@ def siglip_loss(image_embeds, text_embeds, logit_scale, logit_bias):
     source                     Zhai et al. 2023, Algorithm 1
     """
     check_same_shape(image_embeds, text_embeds)
-    logits = logit_scale.exp() * image_embeds @ text_embeds.T + logit_bias
+    logits = logit_scale.exp() * (image_embeds @ text_embeds.T) + logit_bias
     is_pair = torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
     return F.binary_cross_entropy_with_logits(logits, is_pair, reduction="sum") / len(logits)
 
@@ -111,10 +119,10 @@ def siglip_loss(image_embeds, text_embeds, logit_scale, logit_bias):
 def multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group_ids):
     """clip_loss where several captions fit an image: all pairs of a group are right answers.
 
-    clip_loss calls the caption of another dog image wrong. Here the right answer is shared evenly
-    by the row's group. Such an answer has an entropy of ln(group size), below which no
-    cross-entropy can fall; it is subtracted, so that the best value is 0. If all groups have one
-    pair, this is clip_loss.
+    With two images of dogs, clip_loss calls each one's caption wrong for the other. Here a row's
+    right answer is shared evenly by its group: of groups 0, 0, 1 the rows are ½ ½ 0, ½ ½ 0 and
+    0 0 1. Its entropy, ln(group size), is the least that a cross-entropy can be; it is subtracted,
+    so that the best value is 0. If all groups have one pair, this is clip_loss.
 
     image_embeds, text_embeds  (B, E)  unit-norm rows; row i describes image i
     logit_scale                ()      natural log of the inverse temperature
@@ -124,7 +132,7 @@ def multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group_ids):
     source                     Yang et al. 2022, "Unified Contrastive Learning", equations 3 and 4
     """
     check_same_shape(image_embeds, text_embeds)
-    logits_per_image = logit_scale.exp() * image_embeds @ text_embeds.T
+    logits_per_image = logit_scale.exp() * (image_embeds @ text_embeds.T)
     same_group = (group_ids[:, None] == group_ids[None, :]).to(logits_per_image.dtype)
     target = same_group / same_group.sum(dim=1, keepdim=True)  # symmetric: serves both directions
     entropy = same_group.sum(dim=1).log().mean()
@@ -185,7 +193,8 @@ def linear_head(width, projection_dim):
     return projection
 
 
-# Functions of the tower's width and the embedding size that make the module between them.
+# Functions of the tower's width and the embedding size that make the module between them: to try
+# another head, add a row, and a flag to train.py.
 PROJECTION_HEADS = {"linear": linear_head}
 
 
@@ -237,6 +246,7 @@ class DualEncoder(nn.Module):
         self.text_projection = make_head(self.text_model.width, config.projection_dim)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init)))
         if config.logit_bias_init is not None:
+            # Not part of forward: only siglip_loss reads it, in train.py.
             self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias_init)))
         self.processor = None  # a Processor, saved and loaded with the weights if there is one
         self.locked = set()
@@ -262,8 +272,11 @@ class DualEncoder(nn.Module):
         raises        ValueError if there is nothing to encode, or a loss but no pairs
         Exercise 2    medium, 40 minutes: from towers to logits, run `pytest -k exercise_2`
         """
+        both = input_ids is not None and pixel_values is not None
         if input_ids is None and pixel_values is None:
             raise ValueError("nothing to encode: give input_ids, pixel_values or both")
+        if return_loss and not both:
+            raise ValueError("return_loss needs both input_ids and pixel_values")
         extras = (output_hidden_states, output_attentions)
         output = DualEncoderOutput()
         if pixel_values is not None:
@@ -273,17 +286,14 @@ class DualEncoder(nn.Module):
             inputs = (input_ids, attention_mask, token_type_ids, position_ids)
             output.text_model_output = self.text_model(*inputs, *extras)
             output.text_embeds = self.project_text(output.text_model_output.pooler_output)
-        if input_ids is not None and pixel_values is not None:
-            with autocast(self.logit_scale.device, "fp32"):  # full precision, as in _normalize
+        if both:
+            with autocast(self.logit_scale.device, "fp32"):  # also inside train.py's bf16
                 cosines = output.image_embeds @ output.text_embeds.T
+                if return_loss:
+                    embeds = output.image_embeds, output.text_embeds
+                    output.loss = clip_loss(*embeds, self.logit_scale)
             output.logits_per_image = self.logit_scale.exp() * cosines
             output.logits_per_text = output.logits_per_image.T
-        if return_loss:
-            if output.logits_per_image is None:
-                raise ValueError("return_loss needs both input_ids and pixel_values")
-            with autocast(self.logit_scale.device, "fp32"):
-                embeds = output.image_embeds, output.text_embeds
-                output.loss = clip_loss(*embeds, self.logit_scale)
         return output
 
     def encode_image(self, pixel_values):
@@ -319,7 +329,7 @@ class DualEncoder(nn.Module):
 
         Exercise 2  with forward
         """
-        # Autocast (section 8) gives bf16 features; a cosine in bf16 has two to three digits.
+        # Under train.py's autocast features are bf16, and cosines would have two to three digits.
         return F.normalize(features.to(self.logit_scale.dtype), dim=-1)
 
     def lock(self, tower):
@@ -433,7 +443,7 @@ RANDOM_WEIGHTS = "random weights"  # the source of a tower that is not pretraine
 
 
 class TextEncoder(nn.Module):
-    """BERT's encoder, which RoBERTa and MPNet (section 9) change in its positions only.
+    """BERT's encoder; in section 9 RoBERTa changes its positions, MPNet its attention scores too.
 
     All modules have BERT's published names, so that loading its weights is a copy.
 
@@ -444,7 +454,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.width = config, config.width
-        self.source, self.new_parts = RANDOM_WEIGHTS, []  # loaders say what is pretrained
+        self.source, self.new_parts = RANDOM_WEIGHTS, []  # for train.py: what is pretrained
         tables = {
             "word_embeddings": nn.Embedding(config.vocab_size, config.width),
             "position_embeddings": nn.Embedding(config.max_positions, config.width),
@@ -472,7 +482,7 @@ class TextEncoder(nn.Module):
 
         input_ids       (B, T)
         attention_mask  (B, T)  1 on real tokens, 0 on padding; all real unless given
-        token_type_ids  (B, T)  0 unless given
+        token_type_ids  (B, T)  which of BERT's two sentences; 0 unless given
         position_ids    (B, T)  0, 1, 2, ... unless given
         raises          ValueError for captions longer than max_tokens
         """
@@ -558,7 +568,8 @@ class TextLayer(nn.Module):
         query, key, value = split_heads("query"), split_heads("key"), split_heads("value")
         dropout = self.config.attention_dropout if self.training else 0.0
         mixed, weights = masked_attention(query, key, value, mask, dropout, return_weights)
-        hidden = self.attention["output"](mixed.transpose(1, 2).flatten(2), hidden)
+        mixed = mixed.transpose(1, 2).flatten(2)  # heads side by side again
+        hidden = self.attention["output"](mixed, hidden)
         inner = self.activation(self.intermediate["dense"](hidden))
         return self.output(inner, hidden), weights
 
@@ -596,7 +607,7 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask
-    weights = F.dropout(scores.softmax(dim=-1), dropout)
+    weights = F.dropout(scores.softmax(dim=-1), dropout)  # 0 in evaluation
     return weights @ value, (weights if return_weights else None)
 
 
@@ -647,10 +658,12 @@ class VisionConfig:
     """
 
     name: str = "vit_base_patch16_224"  # a timm model, or a row of HF_VISION
-    args: dict = field(default_factory=dict)  # for timm.create_model; for HF_VISION its config
+    args: dict = field(default_factory=dict)  # of timm.create_model, or a family's config.json
     image_size: int | None = None  # pixels a side; None: the model's own
     pooling: str | None = None  # timm's global_pool ("avg", "token", "map"); None: the model's own
-    patch_dropout: float = 0.0  # share of each training image's patches left out (FLIP; ViTs only)
+    patch_dropout: float = (
+        0.0  # share of a training image's patches left out (ViTs; Li et al. 2023)
+    )
 
     def __post_init__(self):
         if self.image_size is not None:
@@ -666,8 +679,7 @@ class VisionEncoder(nn.Module):
     """Any timm model without its classifier.
 
     config           VisionConfig
-    pretrained_from  the timm name whose weights to load; position tables are resampled to
-                     config.image_size
+    pretrained_from  what timm loads weights from; position tables are resampled to image_size
     raises           ValueError for a name timm does not know (with near ones), or arguments that
                      the model does not take
     """
@@ -675,14 +687,15 @@ class VisionEncoder(nn.Module):
     def __init__(self, config, pretrained_from=None):
         super().__init__()
         self.config = config
-        self.source, self.new_parts = RANDOM_WEIGHTS, []  # loaders say what is pretrained
+        self.source, self.new_parts = RANDOM_WEIGHTS, []  # for train.py: what is pretrained
         self.trunk = self.build_trunk(pretrained_from)
         self.width = self.trunk.head_hidden_size  # what timm would hand to a classifier
         self.image_size = config.image_size or self.trunk.pretrained_cfg["input_size"][-1]
 
     def build_trunk(self, pretrained_from):
         """The timm model that the configuration describes."""
-        config, base = self.config, self.config.name.split(".")[0]
+        config = self.config
+        base = config.name.split(".")[0]  # the part after the dot names pretrained weights
         if not timm.is_model(base):
             near = nearest(base, timm.list_models())
             raise ValueError(f"unknown timm model {config.name!r}; {near}")
@@ -714,26 +727,16 @@ class VisionEncoder(nn.Module):
                       stages, and for attentions of a model that does not call torch's attention
         """
         self.check_pixels(pixel_values)
-        weight = next(self.parameters())
-        pixel_values = pixel_values.to(weight.dtype)
+        pixel_values = pixel_values.to(next(self.parameters()).dtype)
         if pixel_values.is_cuda:  # the layout in which CUDA's convolutions are fast
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        hidden_states, attention = [], OwnAttention(output_attentions)
-        hooks = self._record_hidden_states(hidden_states) if output_hidden_states else []
-        try:
-            own = output_attentions or fused_kernel_is_slow(weight)
-            with attention if own else nullcontext():
-                features = self.trunk.forward_features(pixel_values)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if output_attentions and not attention.weights:
-            raise ValueError(f"{self.config.name} computes no attention by torch's fused kernel")
+        with self.recording(output_hidden_states, output_attentions) as (hidden_states, attentions):
+            features = self.trunk.forward_features(pixel_values)
         return TowerOutput(
             last_hidden_state=features,
             pooler_output=self.pool(features),
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            attentions=tuple(attention.weights) if output_attentions else None,
+            attentions=tuple(attentions) if output_attentions else None,
         )
 
     def pool(self, features):
@@ -764,22 +767,35 @@ class VisionEncoder(nn.Module):
             std=tuple(data["std"]),
         )
 
-    def _record_hidden_states(self, into):
-        """Hooks that append the input of the first block, and the output of each block or stage."""
+    @contextmanager
+    def recording(self, hidden_states, attentions):
+        """Inside, two lists fill with hidden states and attention weights, if they are wanted."""
         blocks = getattr(self.trunk, "blocks", None) or getattr(self.trunk, "stages", None)
-        if not blocks:
+        if hidden_states and not blocks:
             raise ValueError(f"{self.config.name} has neither blocks nor stages to show")
-        first = blocks[0].register_forward_pre_hook(lambda module, args: into.append(args[0]))
-        later = [
-            b.register_forward_hook(lambda module, args, out: into.append(out)) for b in blocks
-        ]
-        return [first, *later]
+        states, hooks, own = [], [], OwnAttention(attentions)
+        for block in blocks if hidden_states else ():
+            if not hooks:
+                hooks.append(
+                    block.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+                )
+            hooks.append(block.register_forward_hook(lambda _, args, out: states.append(out)))
+        try:
+            needed = attentions or fused_kernel_is_slow(next(self.parameters()))
+            with own if needed else nullcontext():
+                yield states, own.weights
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if attentions and not own.weights:
+            raise ValueError(f"{self.config.name} computes no attention by torch's fused kernel")
 
 
 class OwnAttention(torch.overrides.TorchFunctionMode):
     """A with block in which timm's calls of torch's fused attention go to masked_attention.
 
-    It can record the weights, and is faster where fused_kernel_is_slow.
+    It can record the weights, and is faster where fused_kernel_is_slow. In __torch_function__ the
+    block is switched off, so that calls from there go to torch itself.
     """
 
     def __init__(self, record):
@@ -806,15 +822,6 @@ MAX_SIDE = 8192  # pixels; a checkpoint that asks for larger images is broken
 MAX_ASPECT = 100  # a strip of 1 x 60,000 pixels, resized by its shorter side, would fill the memory
 # Pillow would have Ghostscript run an EPS; files of the other formats are seldom images.
 NOT_IMAGES = {"EPS", "HDF5", "GRIB", "BUFR", "MPEG", "WMF"}
-# What transformers' image processors do where a file does not say.
-_BEIT = {"do_resize": True, "size": {"height": 224, "width": 224}, "resample": 3}
-_BEIT |= {"do_center_crop": False, "crop_size": 224, "do_rescale": True, "rescale_factor": 1 / 255}
-_BEIT |= {"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-_CLIP = _BEIT | {"size": {"shortest_edge": 224}, "do_center_crop": True}
-_CLIP |= {"image_mean": timm.data.OPENAI_CLIP_MEAN, "image_std": timm.data.OPENAI_CLIP_STD}
-_DEIT = _BEIT | {"size": {"height": 256, "width": 256}, "do_center_crop": True}
-IMAGE_PROCESSORS = {"Beit": _BEIT, "Siglip": _BEIT, "CLIP": _CLIP, "Bit": _CLIP, "DeiT": _DEIT}
-IMAGE_PROCESSORS["ViT"] = _BEIT | {"resample": 2}
 
 
 @dataclass(frozen=True)
@@ -1143,7 +1150,7 @@ def train_tokenizer(captions, vocab_size, max_length=None):
 
 
 def count_same_ids(processor, captions):
-    """How many distinct captions have the token ids of another: no model can tell them apart."""
+    """How many of the distinct captions have token ids that another one had before."""
     distinct = set(captions)
     processor.cut_at(processor.max_length)
     return len(distinct) - len({tuple(processor.tokenizer.encode(c).ids) for c in distinct})
@@ -1224,6 +1231,7 @@ class Pairs(torch.utils.data.Dataset):
         Two pairs describe each other if they agree in either column; see positive_groups.
         """
         groups = [self.labels[i] if self.labels else i for i in indices]
+        # A text's number must be the same on every rank.
         texts = [int.from_bytes(digest(caption)[:8], "big", signed=True) for caption in captions]
         return torch.tensor([groups, texts]).T
 
@@ -1237,7 +1245,7 @@ class Pairs(torch.utils.data.Dataset):
 
 
 def positive_groups(pair_ids):
-    """(B, 2) of Pairs.pair_ids to (B,): a group for pairs that share an id, also through others."""
+    """(B, 2) of Pairs.pair_ids to (B,): the connected components of pairs that share an id."""
     groups = torch.arange(len(pair_ids), device=pair_ids.device)
     columns = [column.unique(return_inverse=True)[1] for column in pair_ids.T]
     while True:
@@ -1402,8 +1410,8 @@ def draw_scenes(rng, count, held_out):
         if first == second or is_held_out(*scene) != held_out:
             continue
         new_object = not HELD_OUT_OBJECTS.isdisjoint((first[1:], second[1:]))
-        half_done = len(scenes) >= count // 2
-        if held_out and (new_object == half_done or scene in scenes):
+        wants_new_object = len(scenes) < count // 2
+        if held_out and (new_object != wants_new_object or scene in scenes):
             continue
         scenes += [scene, (second, relation, first)]
     return scenes[:count]
@@ -1528,7 +1536,7 @@ def load_pairs(
     if split == "all":
         return pairs
     splits = [split_of(own) for own in rows_of.values()]
-    part = split if split in splits else {"val": "test", "test": "val"}.get(split)
+    part = split if split in splits else {"val": "test", "test": "val"}.get(split)  # a stand-in
     if {"val", "test"}.isdisjoint(splits):
         # A hash decides, so new images never move old ones across.
         groups = [own[0].group or name for (name, _), own in rows_of.items()]
@@ -1591,6 +1599,7 @@ def captions_of(rows):
     captions = {}
     for row in rows:
         text = row.caption.strip() if isinstance(row.caption, str) else ""
+        # The pattern is a list as Python or json writes it.
         if not text or re.fullmatch(r"""\[\s*(['"]).*\1\s*\]""", text, re.DOTALL):
             raise ValueError(f"{row.where}: caption is {row.caption!r}, expected one text a row")
         captions[text] = True
@@ -1968,8 +1977,8 @@ class MicroBatches(nn.Module):
 
     Adding up the gradients of small batches would not do: the loss compares each pair with all
     others, and the sum of small losses is another objective. But the loss needs only embeddings,
-    which are small. Each piece is one checkpoint: it keeps its inputs and its embeddings. In the
-    backward pass, when every embedding has its gradient from the loss of the whole batch, the
+    which are small. A piece is one torch.utils.checkpoint, which keeps its inputs and outputs. In
+    the backward pass, when every embedding has its gradient from the loss of the whole batch, the
     piece is computed again, with the same dropout, and carries that gradient into the weights.
     Batch norm sees a piece at a time; its running statistics take the same step twice.
 
@@ -2025,7 +2034,7 @@ def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=TILE, sharded=F
     """clip_loss, value and gradients, with a few tiles of the B x B matrix in memory at a time.
 
     A row's cross-entropy is its log-sum-exp minus the score of the pair. Only the log-sum-exp needs
-    the other rows.
+    the other rows. So the loss is the mean over i of (lse of row i + lse of column i) / 2 - pair i.
 
     image_embeds, text_embeds  (B, E)  unit-norm rows; row i describes image i
     logit_scale                ()      natural log of the inverse temperature
@@ -2040,9 +2049,10 @@ def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=TILE, sharded=F
     check_same_shape(image_embeds, text_embeds)
     all_texts = gather_embeds(text_embeds) if sharded else text_embeds
     of_rows, of_columns = TiledLogSumExp.apply(image_embeds, all_texts, logit_scale, tile)
-    if sharded:  # this rank has summed its own rows of every column
+    if sharded:  # every rank has summed its own rows of all columns; now all have all columns
         of_columns = gather_embeds(of_columns[None]).logsumexp(dim=0)
     pairs = logit_scale.exp() * (image_embeds * text_embeds).sum(dim=1)
+    # Ranks are averaged in the end: what is only this rank's counts world_size times.
     own_part = (of_rows / 2 - pairs).sum() * (world_size() if sharded else 1) / len(all_texts)
     return own_part + of_columns.mean() / 2
 
@@ -2058,7 +2068,7 @@ class TiledLogSumExp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, image_embeds, text_embeds, logit_scale, tile):
+    def forward(ctx, image_embeds, text_embeds, logit_scale, tile):  # ctx: for the backward pass
         of_rows = image_embeds.new_full((len(image_embeds),), -math.inf)
         of_columns = text_embeds.new_full((len(text_embeds),), -math.inf)
         for rows, columns, _, scores in score_tiles(image_embeds, text_embeds, logit_scale, tile):
@@ -2082,7 +2092,7 @@ class TiledLogSumExp(torch.autograd.Function):
             grad_texts[columns].addmm_(grad.T, scaled)
         grad_images *= logit_scale.exp()
         # The scores are exp(logit_scale) * image_embeds @ ..., so one sum serves the scale too.
-        grad_scale = torch.einsum("ie,ie->", grad_images, image_embeds)
+        grad_scale = (grad_images * image_embeds).sum()
         return grad_images, grad_texts, grad_scale, None
 
 
@@ -2457,7 +2467,11 @@ def published_pieces(module):
 
 
 def own_names(module, weights, source):
-    """A published file's weights {name: tensor} cut, joined and named as in our module."""
+    """A published file's weights {name: tensor} cut, joined and named as in our module.
+
+    Three of theirs, query, key and value, are joined to timm's qkv; SigLIP's in_proj is cut into
+    our q and kv, whose names for the file are the same.
+    """
     left, ours, pieces = dict(weights), {}, published_pieces(module)
     waiting = Counter(theirs for _, theirs, _ in pieces)
     for name, theirs, piece in pieces:
@@ -2466,7 +2480,7 @@ def own_names(module, weights, source):
             tensor = left.pop(theirs)
             if waiting[theirs]:  # another piece takes what follows
                 tensor, left[theirs] = tensor[: len(piece)], tensor[len(piece) :]
-            tensor = tensor[(None,) * (piece.ndim - tensor.ndim)]
+            tensor = tensor[(None,) * (piece.ndim - tensor.ndim)]  # ours begin with ones
             with blamed_on(source, "cannot join the weights of"):
                 ours[name] = torch.cat([ours[name], tensor]) if name in ours else tensor
     return ours | left
@@ -2611,6 +2625,17 @@ def publish_dual_encoder(model):
 
 # ---- Image processors and tokenizers -------------------------------------------------------------
 
+# What transformers' image processors do where a file does not say.
+_DEFAULT = {"do_resize": True, "size": {"height": 224, "width": 224}, "resample": 3}
+_DEFAULT |= {"do_center_crop": False, "crop_size": 224, "do_rescale": True}
+_DEFAULT |= {"rescale_factor": 1 / 255, "do_normalize": True}
+_DEFAULT |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+_OF_CLIP = _DEFAULT | {"size": {"shortest_edge": 224}, "do_center_crop": True}
+_OF_CLIP |= {"image_mean": timm.data.OPENAI_CLIP_MEAN, "image_std": timm.data.OPENAI_CLIP_STD}
+_OF_DEIT = _DEFAULT | {"size": {"height": 256, "width": 256}, "do_center_crop": True}
+IMAGE_PROCESSORS = {"ViT": _DEFAULT | {"resample": 2}, "DeiT": _OF_DEIT, "CLIP": _OF_CLIP}
+IMAGE_PROCESSORS |= {"Beit": _DEFAULT, "Siglip": _DEFAULT, "Bit": _OF_CLIP}
+
 
 def read_image_transform(folder):
     """The ImageTransform that a folder's files describe, the newer one first; None without."""
@@ -2723,7 +2748,7 @@ def tokenizer_config(processor):
 
 
 # --------------------------------------------------------------------------------------------------
-# 10  Flags and devices
+# 10  Checks, flags and devices
 # --------------------------------------------------------------------------------------------------
 
 
@@ -2815,7 +2840,7 @@ def pick_device(name):
 
 
 def pick_workers(count, device):
-    """How many processes read images; -1 picks up to 8 beside a GPU, and 1 where cores compute."""
+    """How many processes read images; -1 picks up to 8 beside a GPU, on a CPU 1 if it has cores."""
     spare = min(8 if device.type == "cuda" else 1, own_cores() - 1)
     return spare if count < 0 else count
 
@@ -2827,7 +2852,7 @@ def worker_init(worker_id):
 
 
 def pick_precision(name, device):
-    """ "bf16", "fp16" or "fp32"; "auto" takes bf16 where the hardware has it, else fp16 on CUDA."""
+    """Auto takes "bf16" where the hardware has it, else "fp16" on CUDA and "fp32" on a CPU."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -2837,7 +2862,7 @@ def pick_precision(name, device):
 
 
 def autocast(device, precision):
-    """The context in which towers run; with "fp32" it does nothing."""
+    """The context in which towers run; "fp32" also switches an outer one off."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 

@@ -114,7 +114,7 @@ def embed_captions(model, captions, precision="fp32", batch_size=EVAL_BATCH, poo
     """Embed captions through the model's own processor; the ranks of a job share the work.
 
     Equal captions are embedded once: in batches padded to different lengths they would come out
-    slightly different, and rounding would decide their ties. Batches hold captions of one length.
+    slightly different, and rounding would decide their ties. Batches have similar lengths.
 
     captions  N strings
     pooled    stop at the text tower's pooled features, before the projection
@@ -906,7 +906,7 @@ def open_data(config, checkpoint):
         run = dualenc.read_json(home / dualenc.RUN_CONFIG)
     if (home / "trained_on.txt").is_file():
         trained_on.update((home / "trained_on.txt").read_bytes().split(b"\n"))
-    flags, asked = run.get("flags", {}), {k: v for k, v in asdict(config).items() if v}
+    flags, given = run.get("flags", {}), {k: v for k, v in asdict(config).items() if v}
     if not (config.data or flags):
         raise ValueError(f"{checkpoint} does not belong to a run with data of its own: give --data")
     spec, search = config.data or flags["data"], config.task == "search"
@@ -916,19 +916,20 @@ def open_data(config, checkpoint):
         pairs = dualenc.Pairs(names, dualenc.Lazy(paths, dualenc.open_image), [[] for _ in paths])
         return pairs, None, (), store_folder(spec, "index"), f"{spec}   {len(pairs):,} images"
     same_spec = spec == flags.get("data")
-    settings = {**(flags if same_spec else {}), **asked}
+    settings = {**(flags if same_spec else {}), **given}
     where = {name: settings[name] for name in ("data_root", "images") if settings.get(name)}
     where["seed"] = flags.get("seed", 0)
+    # The names of all images come first: they tell whether the run's settings hold.
     names = dualenc.load_pairs(spec, "all", **where).names
-    own = same_spec or run.get("data_names") == data_checksum(names)
-    settings = {**(flags if own else {}), **asked}
+    is_own = same_spec or run.get("data_names") == data_checksum(names)
+    settings = {**(flags if is_own else {}), **given}
     templates = read_templates(settings.get("templates", ""))
     class_names = read_class_names(settings.get("classes", ""))
     classes = list(class_names) if list(class_names) == list(class_names.values()) else []
     part, val_fraction = config.split, settings.get("val_fraction", 0.1)
     if part == "auto":
         part = "all" if search else "test"
-        val_fraction = val_fraction if own else 1.0  # without a test part of its own: all of it
+        val_fraction = val_fraction if is_own else 1.0  # without a test part of its own: all of it
     where |= {
         "templates": templates,
         "val_fraction": val_fraction,
@@ -951,7 +952,8 @@ def open_data(config, checkpoint):
     pairs = load(part)
     seen = sum(name.encode(errors="surrogateescape") in trained_on for name in pairs.names)
     line = f"{spec}   {part}, {len(pairs):,} of {len(names):,} images"
-    line += "   the run's own data" * own + f"   the run trained on {seen:,} of them" * bool(seen)
+    line += "   the run's own data" if is_own else ""
+    line += f"   the run trained on {seen:,} of them" if seen else ""
     folder = store_folder(spec, f"{part}.index", where.get("data_root", "data"))
     load_train = partial(load, "train") if part in ("val", "test") else None
     return pairs, load_train, templates, folder, line

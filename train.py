@@ -50,7 +50,7 @@ TILED_FROM = 2048  # pairs over all ranks from which on the tiled losses are fas
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """A row of LOSSES. sizes lists how many pairs of the batch each group has; see pair_ids."""
+    """A row of LOSSES. Chance and floor are only printed beside the loss; sizes are the groups'."""
 
     function: Callable  # (image_embeds, text_embeds, *inputs) -> ()
     inputs: tuple  # names among "logit_scale", "logit_bias" and "group_ids"
@@ -61,7 +61,7 @@ class Loss:
 
 
 def mean_over_groups(nats):
-    """A floor: nats(n) is the loss of n pairs that all look alike."""
+    """The mean over pairs of nats(n), the loss of n pairs that all look alike: a pair's group."""
     return lambda sizes: sum(size * nats(size) for size in sizes) / sum(sizes)
 
 
@@ -111,7 +111,7 @@ def random_flip(pixels, flip, rng):
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The flags.
+    """The flags. Their metadata:
 
     augment  function(pixels (3, h, w), value, rng) -> pixels, called unless value is the default
     sets     prefix of the flag's name as an argument of from_vision_text_pretrained, given unless 0
@@ -184,7 +184,7 @@ def train(config, run, model, optimizer, state):
     returns  the metrics of the best evaluation
     raises   ValueError once loss or gradient are no longer finite
     """
-    device, bounds, first_step = model.logit_scale.device, LOSSES[config.loss], state["step"] + 1
+    device, loss_row, first_step = model.logit_scale.device, LOSSES[config.loss], state["step"] + 1
     embed = dualenc.MicroBatches(model, config.micro_batch, config.precision)
     if dualenc.world_size() > 1:
         embed = nn.parallel.DistributedDataParallel(embed)
@@ -233,7 +233,7 @@ def train(config, run, model, optimizer, state):
             sizes = group_ids.unique(return_counts=True)[1].tolist()
             accuracy = in_batch_accuracy(image_embeds, text_embeds, group_ids)
             sums.update(steps=1, loss=loss, in_batch_acc=accuracy)
-            sums.update(chance_loss=bounds.chance(sizes), floor_loss=bounds.floor(sizes))
+            sums.update(chance_loss=loss_row.chance(sizes), floor_loss=loss_row.floor(sizes))
             if step > first_step:
                 sums.update(timed=1, waited=fetched - ready, seconds=time.perf_counter() - ready)
             if step in (1, config.steps) or step % config.log_every == 0:
@@ -363,7 +363,7 @@ def fetch(config, run, model, first_step, bad_images):
     Images are uint8 pixels (R, 3, S, S) or cached features (R, W). The place of an unreadable image
     is taken by the next one, and bad_images, {index: reason}, grows.
     """
-    batches = partial(batch_keys, config, run.pairs, first_step)
+    batches = partial(batch_keys, config, run.pairs, first_step)  # for the loader and beside it
     if "train" in run.features:
         loader = cached_images(*run.features["train"], batches())
     else:
