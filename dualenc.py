@@ -1528,11 +1528,14 @@ def load_pairs(
         files = ", ".join(kind for kind in DATA_READERS if kind[0] == ".")
         near = nearest(spec, ["shapes", *TORCHVISION_SETS])
         raise ValueError(f"no data {spec!r}: expected a folder, a file ({files}) or a set; {near}")
+    if kind[0] == "." and kind != ".tar" and not os.path.isfile(spec):
+        raise ValueError(f"no file {spec}; where a run's data has moved, --data says where to")
     rows = DATA_READERS[kind](spec, data_root=data_root, download=download)
     rows_of = rows_by_image(rows, images or (spec if kind == "folder" else os.path.dirname(spec)))
     pairs = pairs_from_rows(rows_of, templates, class_names or {})
-    with suppress(ValueError):
-        pairs.images[0]  # notices that images are dark in this process rather than in workers
+    for i in range(0, len(pairs), len(pairs) // 8 + 1):
+        with suppress(ValueError):
+            pairs.images[i]  # notices here that images are dark: workers keep it to themselves
     if split == "all":
         return pairs
     splits = [split_of(own) for own in rows_of.values()]
@@ -1570,6 +1573,8 @@ def pairs_from_rows(rows_of, templates, class_names):
     names, sources = zip(*rows_of)
     images, folders = Lazy(sources, open_image), [own[0].label for own in rows_of.values()]
     if folders[0] is None:
+        if class_names:
+            raise ValueError("there are names for classes, but the data has captions, no classes")
         return Pairs(list(names), images, [captions_of(own) for own in rows_of.values()])
     known = sorted({*folders})
     unknown = [name for name in class_names if name not in known]
@@ -1600,7 +1605,7 @@ def captions_of(rows):
     for row in rows:
         text = row.caption.strip() if isinstance(row.caption, str) else ""
         # The pattern is a list as Python or json writes it.
-        if not text or re.fullmatch(r"""\[\s*(['"]).*\1\s*\]""", text, re.DOTALL):
+        if not text or re.fullmatch(r"""\[\s*['"].*['"]\s*\]""", text, re.DOTALL):
             raise ValueError(f"{row.where}: caption is {row.caption!r}, expected one text a row")
         captions[text] = True
     return list(captions)

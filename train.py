@@ -582,9 +582,10 @@ def open_run(out, config, run, argv, device, step):
     lines = []
     if config.resume:
         begun = dualenc.read_json(out / dualenc.RUN_CONFIG)
-        for name in ("data_names", "processes"):
-            changed = f"{out} began with {name} {begun[name]}, not {record[name]}"
-            refuse(begun[name] != record[name], changed)
+        moved = begun["data_names"] != record["data_names"]
+        refuse(moved, f"{out} began with other images: give the place of the right ones by --data")
+        began = f"{out} began with {begun['processes']} processes, not {record['processes']}"
+        refuse(begun["processes"] != record["processes"], began)
         record = {**begun, "flags": record["flags"]}  # the data may have moved
         # Lines after the last checkpoint come again; a kill may have cut the last one.
         whole = (out / METRICS_FILE).read_text(encoding="utf-8").split("\n")[:-1]

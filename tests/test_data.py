@@ -307,6 +307,11 @@ SPLIT = "image,caption,split\na.png,x,train\n"
         ("c.csv", START + "b.png,\n", "c.csv, line 3: caption is '', expected one text a row"),
         ("c.csv", START + "b.png\n", "line 3: caption is None"),
         ("c.csv", START + "b.png,\"['a dog', 'a cat']\"\n", "line 3: caption is .*one text a row"),
+        (
+            "c.csv",
+            START + 'b.png,"[""it\'s a dog"", \'a\']"\n',
+            "line 3: caption is .*one text a row",
+        ),
         ("c.csv", START + ",a dog\n", "line 3: missing image"),
         ("c.csv", START + "d.png,a dog\n", "line 3: missing image .*d.png"),
         ("c.csv", START + "b.png,a dog, running\n", "line 3: more cells than the header .*; quote"),
@@ -335,7 +340,7 @@ def test_mistakes_in_tables_are_named_with_file_and_line(name, content, message,
     [
         ({"spec": "cifar11"}, "no data 'cifar11': .*did you mean cifar10"),
         ({"spec": "no_such_folder/"}, "no data 'no_such_folder/': expected a folder"),
-        ({"spec": "missing.csv"}, "missing.csv"),
+        ({"spec": "missing.csv"}, "no file missing.csv; .* --data says where"),
         ({"spec": "https://host/{08..9}.tar"}, "cannot read https://host/08.tar: .*No such file"),
         ({"spec": "shapes", "split": "valid"}, "unknown split 'valid'; expected train, val, test"),
         ({"spec": "shapes", "val_fraction": 5}, "val_fraction is 5, expected a share from 0 to 1"),
@@ -346,7 +351,7 @@ def test_unknown_data_is_refused_with_what_there_is(options, message):
         dualenc.load_pairs(**options)
 
 
-def test_a_reader_is_one_row_and_one_function(monkeypatch):
+def test_a_reader_is_one_row_and_one_function(monkeypatch, tmp_path):
     """Here of a file whose images come from a data set of its own."""
 
     class Gray(torch.utils.data.Dataset):
@@ -359,6 +364,7 @@ def test_a_reader_is_one_row_and_one_function(monkeypatch):
             yield dualenc.Row(f"{path}, row {row}", image, caption, split="test")
 
     monkeypatch.setitem(dualenc.DATA_READERS, ".parquet", read_parquet)
+    monkeypatch.chdir(write(tmp_path / "data.parquet", "").parent)
     pairs = dualenc.load_pairs("data.parquet", "val")
     assert pairs.captions == [["x", "y"]] and pairs[0][0].size == (8, 8)
     assert pairs.names == ["data.parquet, row 0"]

@@ -381,9 +381,12 @@ def test_the_script_prints_tables_and_writes_the_metrics(checkpoint, colours, tm
 
 
 def test_other_data_without_a_test_part_is_measured_whole(checkpoint, table, capsys):
-    hashed = len(dualenc.load_pairs(table, "test"))
+    hashed, lines = len(dualenc.load_pairs(table, "test")), table.with_suffix(".jsonl")
+    pairs = dualenc.load_pairs(table, "all")
+    records = [{"image": n, "text": text} for n, text in zip(pairs.names, pairs.captions)]
+    lines.write_text("\n".join(map(json.dumps, records)))
     for flags, wanted in (([], 40), (["--split", "all"], 40), (["--split", "test"], hashed)):
-        results = evaluation.main([str(checkpoint), "--data", str(table), *flags])
+        results = evaluation.main([str(checkpoint), "--data", str(lines), *flags])
         assert results["retrieval"]["n_images"] == wanted
         assert f"{wanted} of 40 images" in capsys.readouterr().out
 

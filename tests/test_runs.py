@@ -220,7 +220,7 @@ def test_a_moved_run_goes_on_with_moved_data(place, stopped, data, tmp_path, mon
     flags = json.loads(Path("run/train_config.json").read_text())["flags"]
     assert flags["data"] == str(table), "where eval.py finds it"
     table.write_text(table.read_text().replace("\n5.png", "\n6.png"))
-    with pytest.raises(ValueError, match="began with data_names"):
+    with pytest.raises(ValueError, match="began with other images, .*--data"):
         run("--resume", "run", "--data", table)
 
 
@@ -488,7 +488,7 @@ def test_two_processes_stop_together_and_resume_to_the_bit(data, tmp_path):
     stopped = support.in_processes(2, train_here, [*flags, "--out", cut], "signal")
     said = f"stopped  SIGTERM; step 7 is saved; go on with --resume {cut}"
     assert stopped == [(143, said)] * 2
-    with pytest.raises(ValueError, match="began with processes 2, not 1"):
+    with pytest.raises(ValueError, match="began with 2 processes, not 1"):
         train.main(["--resume", str(cut)])
     support.in_processes(2, train_here, ["--resume", cut])
     assert_same(outcome(cut), outcome(tmp_path / "whole"))

@@ -281,6 +281,20 @@ def test_init_starts_a_new_run_from_the_weights_of_another(run, capsys):
     assert learning[0] == learning[1] + 1, "several processes would wait for its gradient"
 
 
+def test_init_takes_a_folder_of_transformers_and_what_is_learned_goes_back(run, tmp_path):
+    config = dualenc.DualEncoder.from_pretrained(ROOT / "tests/fixtures/dual/vit-bert").config
+    tokenizer = dualenc.train_tokenizer(["a red circle"], 300)
+    words = dataclasses.replace(config.text, vocab_size=300)
+    model = dualenc.DualEncoder(dataclasses.replace(config, text=words))
+    model.processor = dualenc.Processor(dualenc.ImageTransform(24, 24), tokenizer)
+    model.save_pretrained(tmp_path / "theirs", format="hf")
+    _, out = run("tuned", {}, init=tmp_path / "theirs", steps=2)
+    tuned = dualenc.DualEncoder.from_pretrained(out)
+    tuned.save_pretrained(tmp_path / "back", format="hf")
+    assert same_weights(out / "best", tmp_path / "back") and tuned.config == model.config
+    assert not same_weights(out, tmp_path / "theirs")
+
+
 # ---- Whole runs ----------------------------------------------------------------------------------
 
 
