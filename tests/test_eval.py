@@ -118,6 +118,8 @@ def test_embedding_in_batches_equals_one_at_a_time(make_model, images):
             workers = int(size == 2)
             got, bad = evaluation.embed_images(model, images, "fp32", size, workers, features)
             assert torch.allclose(got, wanted, atol=1e-5) and bad == {}
+    got = evaluation.embed_captions(model, [*captions, captions[0]], batch_size=2)
+    assert torch.equal(got[0], got[3]), "equal captions tie to the bit"
     got = evaluation.embed_captions(model, captions, pooled=True)
     with torch.no_grad():
         wanted = model.text_model(**model.processor(text=captions)).pooler_output
