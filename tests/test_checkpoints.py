@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import random
 import resource
 import shutil
 from pathlib import Path
@@ -232,8 +231,6 @@ def test_overrides_reach_the_configuration_they_name():
         build("scratch", pretrained=False, vision_imagesize=1)
     with pytest.raises(ValueError, match="unknown field of DualEncoderConfig 'projection'"):
         build("scratch", pretrained=False, projection=1)
-    with pytest.raises(ValueError, match="no folder no such tower"):
-        build("no such tower", pretrained=False)
 
 
 # ---- Refusals ------------------------------------------------------------------------------------
@@ -250,10 +247,6 @@ def test_weights_that_do_not_fit_are_listed(saved):
         load(folder)
     for part in ("logit_scale", "stranger", "text_projection.weight", "visual_projection.weight"):
         assert part in str(caught.value)
-    safetensors.torch.save_file({}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match="does not fit") as caught:
-        load(folder)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 800
 
 
 IMAGES, TOKENS = "preprocessor_config.json", "tokenizer.json"
@@ -263,22 +256,14 @@ IMAGES, TOKENS = "preprocessor_config.json", "tokenizer.json"
     ("name", "changes", "reason"),
     [
         ("config.json", {"text__vocab_size": 10**10}, "does not fit"),
-        ("config.json", {"text__vocab_size": 10**30}, "cannot build"),
         ("config.json", {"vision__args__embed_dim": 90_000}, "does not fit"),
-        ("config.json", {"vision__image_size": 80_000}, "does not fit"),
-        ("config.json", {"text__family": "gpt9"}, "unknown text family 'gpt9'; expected"),
-        ("config.json", {"vision__name": "resnet19"}, "timm model 'resnet19'; the nearest names"),
         ("config.json", {"vision__name": "vit"}, "'vit' is a family"),
-        ("config.json", {"vision__args__checkpoint_path": "/etc/passwd"}, "no file"),
-        ("config.json", {"text__width": "32"}, "width is '32', expected int"),
-        ("config.json", {"text": 5}, "cannot build"),
         ("config.json", {"text__colour": 5}, "unknown field of TextConfig 'colour'"),
         ("config.json", {"vision__args__colour": 5}, "cannot build.*colour"),
         ("config.json", {"model_type": "gpt9"}, "unknown model_type .* 'gpt9'; expected dualenc"),
         (IMAGES, {"size": "5"}, "cannot read the image processor of"),
         (TOKENS, {"padding": None}, "no padding"),
         (TOKENS, {"model__vocab__a": 99999}, "tokenizer.json: id 99999 is beyond the text tower's"),
-        (TOKENS, {"padding__pad_id": 99999}, "id 99999 is beyond"),
     ],
 )
 def test_files_that_lie_are_refused_before_memory_is_taken(name, changes, reason, saved):
@@ -314,23 +299,6 @@ def test_a_pickle_is_not_opened(name, saved, tmp_path):
     with pytest.raises(ValueError, match="cannot read weights .*model.safetensors"):
         load(folder)
     assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
-def test_flipped_bits_are_refused_or_load(count, saved, tmp_path):
-    """Anywhere in any file: a ValueError that names the folder, or a model."""
-    folder, _ = saved
-    rng = random.Random("bits")
-    for _ in range(count):
-        shutil.copytree(folder, tmp_path / "changed", dirs_exist_ok=True)
-        path = tmp_path / "changed" / rng.choice(sorted(os.listdir(folder)))
-        data = bytearray(path.read_bytes())
-        data[rng.randrange(min(len(data), 2000))] ^= 1 << rng.randrange(8)
-        path.write_bytes(data)
-        try:
-            load(tmp_path / "changed")
-        except ValueError as error:
-            assert str(tmp_path / "changed") in str(error)
 
 
 # ---- One atomic write ----------------------------------------------------------------------------

@@ -47,13 +47,6 @@ def names_by_split(spec, **options):
 # ---- Pairs
 
 
-def test_selected_pairs_keep_image_captions_and_label_together():
-    pairs = dualenc.Pairs(list("abc"), [0, 1, 2], [["x"], ["y"], ["z"]], [0, 1, 0], ["k", "l"])
-    some = pairs.select([2, 1, 0]).select([0, 1])
-    assert (some.names, some.labels, some.classes) == (["c", "b"], [0, 1], ["k", "l"])
-    assert [some[i] for i in range(2)] == [(2, ["z"]), (1, ["y"])]
-
-
 def test_pairs_of_an_image_a_class_or_a_text_are_positives():
     """Also by way of a third pair; computed by comparing all with all."""
     rng = np.random.default_rng(0)
@@ -154,15 +147,6 @@ def test_shapes_come_from_the_seed_alone():
     assert not {*one.stamps()} & {*dualenc.ShapesPairs("train", count=20, side=32).stamps()}
 
 
-def test_no_more_shapes_are_held_out_than_there_are():
-    objects = [(a, b, c) for a in dualenc.SIZES for b in dualenc.COLOURS for c in dualenc.SHAPES]
-    known = [thing for thing in objects if thing[1:] not in dualenc.HELD_OUT_OBJECTS]
-    scenes = [(a, r, b) for a in known for b in known if a != b for r in ("left of", "above")]
-    assert 2 * sum(dualenc.is_held_out(*scene) for scene in scenes) == dualenc.MAX_HELD_OUT
-    with pytest.raises(ValueError, match="3185 held-out images, expected at most 3184"):
-        dualenc.ShapesPairs("test", count=dualenc.MAX_HELD_OUT + 1)
-
-
 def test_held_out_shapes_are_never_seen_in_training():
     train, test = dualenc.load_pairs("shapes"), dualenc.load_pairs("shapes", "test")
     assert len(train) == 10_000
@@ -179,6 +163,8 @@ def test_held_out_shapes_are_never_seen_in_training():
         mirrors = zip(scenes[::2], scenes[1::2])
         assert all(mirror == (b, r, a) for (a, r, b), mirror in mirrors), "its mirror is next"
     assert dualenc.load_pairs("shapes", "all").names == train.names + test.names
+    with pytest.raises(ValueError, match="3185 held-out images, expected at most 3184"):
+        dualenc.ShapesPairs("test", count=3185)
 
 
 def test_shapes_look_like_their_captions():
@@ -305,25 +291,17 @@ SPLIT = "image,caption,split\na.png,x,train\n"
     ("name", "content", "message"),
     [
         ("c.csv", START + "b.png,\n", "c.csv, line 3: caption is '', expected one text a row"),
-        ("c.csv", START + "b.png\n", "line 3: caption is None"),
         ("c.csv", START + "b.png,\"['a dog', 'a cat']\"\n", "line 3: caption is .*one text a row"),
-        (
-            "c.csv",
-            START + 'b.png,"[""it\'s a dog"", \'a\']"\n',
-            "line 3: caption is .*one text a row",
-        ),
-        ("c.csv", START + ",a dog\n", "line 3: missing image"),
+        ("c.csv", START + 'b.png,"[""it\'s"", \'a\']"\n', "line 3: caption is .*one text a row"),
         ("c.csv", START + "d.png,a dog\n", "line 3: missing image .*d.png"),
         ("c.csv", START + "b.png,a dog, running\n", "line 3: more cells than the header .*; quote"),
         ("c.csv", START + 'b.png,"a dog\nb.png,a cat\n', "line 3: .*; quote captions"),
         ("c.csv", SPLIT + "b.png,y,fold1", "line 3: split is 'fold1', expected train, val or test"),
-        ("c.csv", SPLIT + "b.png,y,", "line 3: split is ''"),
         ("c.csv", SPLIT + "a.png,y,test", "line 2: split is '(train', 'test|test', 'train)'"),
         ("c.csv", "image,words\na.png,x", "no caption column in image, words; expected .* caption"),
         ("c.csv", "photo,caption\na.png,x", "no image column in photo, caption; expected .* image"),
         ("c.csv", "", "no images with captions below"),
         ("c.csv", START.encode("utf-16"), "cannot read UTF-8 text from .*c.csv: 'utf-8"),
-        ("c.jsonl", '\n{"image": "a.png", "caption": null}', "line 2: caption is None"),
         ("c.jsonl", '{"image": "a.png", "caption": []}', r"line 1: caption is \[\]"),
         ("c.jsonl", '{"image": ["a.png"], "caption": "x"}', "line 1: missing image"),
         ("c.jsonl", "[" * 100_000, "no json object in .*line 1: RecursionError"),
@@ -339,7 +317,6 @@ def test_mistakes_in_tables_are_named_with_file_and_line(name, content, message,
     ("options", "message"),
     [
         ({"spec": "cifar11"}, "no data 'cifar11': .*did you mean cifar10"),
-        ({"spec": "no_such_folder/"}, "no data 'no_such_folder/': expected a folder"),
         ({"spec": "missing.csv"}, "no file missing.csv; .* --data says where"),
         ({"spec": "https://host/{08..9}.tar"}, "cannot read https://host/08.tar: .*No such file"),
         ({"spec": "shapes", "split": "valid"}, "unknown split 'valid'; expected train, val, test"),
@@ -531,7 +508,6 @@ def test_other_members_of_a_shard_are_left_alone(tmp_path):
     ("members", "message"),
     [
         ({"a.png": b"x"}, "sample a has no caption"),
-        ({"a.png": b"x", "a.txt": b" \n"}, "sample a has no caption"),
         ({"a.txt": b"x"}, "sample a has no image"),
         ({"a.png": b"x", "a.txt": b"\xff\xfa"}, "'utf-8' codec"),
     ],

@@ -1,6 +1,5 @@
 """Claims about section 10: flags (test_train.py has more), devices, and how a script ends."""
 
-import os
 from argparse import Namespace
 from dataclasses import dataclass
 
@@ -62,15 +61,6 @@ def test_devices_are_named_or_picked(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert dualenc.pick_device("auto") == torch.device("cuda:1")
     assert dualenc.pick_device("cuda:0") == torch.device("cuda:0")
-
-
-def test_workers_are_as_many_as_asked_for_or_as_fit_the_machine(monkeypatch):
-    assert dualenc.pick_workers(3, CPU) == 3 and dualenc.pick_workers(0, CUDA) == 0
-    for cores, ranks, on_cpu, on_cuda in ((1, 1, 0, 0), (4, 1, 1, 3), (32, 1, 1, 8), (8, 4, 1, 1)):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: range(n), raising=False)
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-        got = dualenc.pick_workers(-1, CPU), dualenc.pick_workers(-1, CUDA)
-        assert got == (on_cpu, on_cuda), f"{cores} cores, {ranks} ranks"
 
 
 def test_precision_follows_the_hardware(monkeypatch):

@@ -59,16 +59,6 @@ def test_multi_positive_loss_is_clip_loss_where_no_pair_repeats():
     assert single.item() == pytest.approx(dualenc.clip_loss(*tensors(*ARRAYS)).item(), abs=1e-12)
 
 
-def test_floors_of_the_losses_where_the_rows_of_a_group_are_equal():
-    """ln(group size) for clip_loss, 0 for the loss that knows the groups; siglip's reaches 0."""
-    groups = torch.tensor([0, 0, 1, 1])
-    embeds, scale = torch.eye(2)[groups], torch.tensor(math.log(100.0))
-    assert dualenc.clip_loss(embeds, embeds, scale).item() == pytest.approx(math.log(2), abs=1e-5)
-    assert dualenc.multi_positive_clip_loss(embeds, embeds, scale, groups).abs() < 1e-5
-    rows = torch.eye(3)
-    assert dualenc.siglip_loss(rows, rows, scale, torch.tensor(-50.0)).abs() < 1e-5
-
-
 @pytest.mark.parametrize(
     ("loss", "extra"),
     [

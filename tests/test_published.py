@@ -383,12 +383,10 @@ def test_tokenizers_of_other_kinds_are_refused_by_name(name, files, settings, me
     [
         ("vision", {"model_type": "dinov2_with_registers"}, "timm has more by name"),
         ("text", {"model_type": "albert"}, "text model_type 'albert'; expected bert, "),
-        ("text", {"model_type": None}, "unknown text model_type None"),
         ("vision", {"hidden_act": "mish"}, "unknown activation 'mish'; expected gelu"),
         ("text", {"position_embedding_type": "relative_key"}, "only 'absolute' is read"),
         ("text", {"is_decoder": True}, "is_decoder = True: only False is read"),
         ("vision", {"hidden_size": "x"}, "cannot build the model of"),
-        ("vision", {"num_attention_heads": 7}, "cannot build the model of"),
     ],
 )
 def test_what_a_config_asks_for_in_vain_is_refused(side, changes, message, copy):
@@ -405,10 +403,8 @@ WORDS = "text_model.embeddings.word_embeddings.weight"
 @pytest.mark.parametrize(
     "name, tensor, message",
     [
-        ("logit_scale", None, 'Missing.*"logit_scale"'),
         (POOLER, None, f'Missing.*"{POOLER}"'),
         (f"{LAYER}.attention.attention.query.weight", None, ".*attn.qkv.weight"),
-        ("visual_bias", torch.zeros(2), 'Unexpected.*"visual_bias"'),
         (WORDS, torch.zeros(79, 24), f"size mismatch for {WORDS}"),
     ],
 )
@@ -427,7 +423,6 @@ def test_weights_that_do_not_fit_are_refused(name, tensor, message, copy):
     [
         ("clip", {"vision_pooling": "avg"}, "unknown clip_vision_model pooling 'avg'; expected No"),
         ("beit-classifier", {"vision_patch_dropout": 0.5}, "Beit.*argument 'patch_drop_rate'"),
-        ("clip", {"vision_args": {"lora": 4}}, "VisionTransformer.*argument 'lora'"),
         ("clip", {"vision_image_size": 32}, "clip.*16 pixels; timm has towers of any size by name"),
     ],
 )
@@ -446,9 +441,7 @@ def test_a_full_clip_is_no_dual_encoder_but_lends_its_vision_tower():
 def test_a_folder_without_weights_or_with_code_in_them_is_refused(copy):
     folder = copy("dual/vit-bert")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(
-        ValueError, match="has no model.safetensors or pytorch_model.bin in one piece"
-    ):
+    with pytest.raises(ValueError, match="no model.safetensors or pytorch_model.bin in one piece"):
         dualenc.DualEncoder.from_pretrained(folder)
     torch.save({"logit_scale": Path("anything")}, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="cannot read weights .*pytorch_model.bin"):

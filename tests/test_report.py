@@ -74,24 +74,6 @@ def test_the_report_is_one_page_with_everything_inside(make_model, folder, tmp_p
         assert all(f"{value:.3f}" in words for value in values), "every number of the json file"
 
 
-def test_a_table_aligns_columns_and_shades_larger_values_darker():
-    table = evaluation.Table(
-        "scores", "two", ("", "a", "b"), [("row", "1.5", "22.25")], [[0.1, 0.9]]
-    )
-    assert table.lines() == ["scores      two", "          a       b", "  row   1.5   22.25"]
-    styles = [attributes["style"] for tag, attributes in Page(table.html()).tags if tag == "td"]
-    assert [re.search(r"/([\d.]+)\)", style)[1] for style in styles] == ["0.10", "0.90"]
-    assert ["#fff" in style for style in styles] == [False, True]
-
-
-def test_metrics_become_tables_of_numbers_intervals_and_shares():
-    metrics = {"n": 5, "chance_r1": 0.2, "r1": 0.5, "r1_low": 0.25, "r1_high": 0.75, "medr": 2.0}
-    first, second = evaluation.metric_tables("task", {**metrics, "by_class": {"a": 0.1, "b": 0.9}})
-    assert first.note == "n 5   chance_r1 0.2000"
-    assert first.rows == [("r1", "0.500", "0.250 to 0.750"), ("medr", "2.000", "")]
-    assert second.rows == [("b", "0.900"), ("a", "0.100")], "the best first"
-
-
 def test_the_similarity_table_has_captions_in_rows_and_images_in_columns(context):
     table = evaluation.retrieval_blocks(context, {})[0]
     values = torch.tensor([[float(cell) for cell in row[1:]] for row in table.rows])
@@ -130,11 +112,3 @@ def test_confusion_has_right_classes_in_rows(context):
     (table,) = evaluation.zeroshot_blocks(context, {})
     assert table.rows == [("<b>dog & cat", "33%", "67%"), ("fox", "", "100%")]
     assert table.shades[0] == pytest.approx([1 / 3, 2 / 3])
-
-
-def test_images_are_drawn_in_a_grid_of_squares():
-    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
-    images = [Image.new("RGB", (20, 40), colour) for colour in colours]
-    grid = evaluation.image_grid(images, columns=2, side=40)
-    assert [grid.getpixel(place) for place in ((28, 28), (76, 28), (28, 76))] == colours
-    assert grid.getpixel((10, 28)) == (255, 255, 255), "padded, not stretched"

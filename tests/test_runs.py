@@ -391,15 +391,6 @@ def test_a_bad_image_stops_training_by_name_or_is_skipped_and_counted(variant, t
             run(*flags, *skip, "--out", tmp_path / "run", "--overwrite")
 
 
-def test_the_features_of_an_unreadable_image_are_those_of_the_next_readable_one():
-    rows, keys = torch.arange(5.0)[:, None], [(0, 1), (0, 2), (0, 4), (0, 3)]
-    for torn, indices in (({2, 3}, [1, 4, 4, 4]), ({3, 4}, [1, 2, 0, 0])):
-        reasons = dict.fromkeys(torn, "torn")
-        ((got, used, errors),) = train.cached_images(rows, reasons, [keys])
-        assert used == indices and got[:, 0].tolist() == indices
-        assert errors == [reasons.get(i, "") for _, i in keys]
-
-
 # ---- Several processes ---------------------------------------------------------------------------
 
 CASES = [

@@ -194,7 +194,6 @@ def test_pixels_of_another_shape_are_refused_but_convnets_take_any_size(family):
         ({"image_size": 0}, "vision image_size is 0, expected at least 1"),
         ({"args": {"img_size": 32}}, "vision args hold img_size; here that is image_size"),
         ({"args": {"in_chans": 1}}, "vision args hold in_chans; here that is fixed"),
-        ({"args": {"global_pool": "avg"}}, "vision args hold global_pool; here that is pooling"),
         ({"args": {"num_classes": 10}}, "vision args hold num_classes; here that is fixed"),
         ({"args": {"checkpoint_path": "a"}}, "vision args hold checkpoint_path; here"),
     ],

@@ -212,7 +212,6 @@ WRONG = {
         "sum over the batch, not mean": (".mean()", ".sum()"),
         "was it detached": (_SCALE, "math.exp(logit_scale.item())"),
         "exp of a logit of 100 overflows float32": _NO_LOG_SOFTMAX,
-        "DID NOT RAISE": ('raise ValueError(f"shapes', 'print(f"shapes'),
     },
     2: {
         "the norm was detached": ("features.norm(", "features.detach().norm("),
@@ -233,7 +232,6 @@ WRONG = {
         "inverted mask": ("torch.where(mask,", "torch.where(~mask,"),
         "not divided by the root of the head size": (" / query.shape[-1] ** 0.5", ""),
         "by the head size, not by its root": ("** 0.5", "** 1"),
-        "divided by the root of the number of heads": ("query.shape[-1] **", "query.shape[1] **"),
         "softmax over the wrong axis": ("softmax(scores, dim=-1)", "softmax(scores, dim=-2)"),
         "weights set to 0 after the softmax": [
             ('scores = torch.where(mask, scores, -float("inf"))', "pass"),
@@ -249,7 +247,6 @@ WRONG = {
         "real tokens of the whole batch": ("count = mask.sum(1)", "count = mask.sum()"),
         "inverted mask": ("= attention_mask.unsqueeze(-1)", "= (1 - attention_mask).unsqueeze(-1)"),
         "hidden states, .* mask give": (".to(hidden.dtype)", ".float()"),
-        "inputs were changed": ("(hidden * mask).sum(1)", "hidden.mul_(mask).sum(1)"),
     },
     5: {
         "counted in int8": ("torch.cumsum(mask, dim=1)", "torch.cumsum(mask, 1, dtype=torch.int8)"),
@@ -257,7 +254,6 @@ WRONG = {
         "padding goes on counting": ("(count * mask)", "count"),
         "counted down the batch": ("dim=1", "dim=0"),
         "pad_token_id taken to be 1": [("ne(pad_token_id)", "ne(1)"), ("+ pad_token_id", "+ 1")],
-        "positions are torch.int32": (".long()", ".int()"),
     },
     6: {
         "the first step gets nothing": ("(step + 1) / n", "step / n"),
@@ -266,7 +262,6 @@ WRONG = {
         "counts from step 0": ("(step - n) / max(steps - n, 1)", "step / steps"),
         "as long as the whole run": ("max(steps - n, 1)", "steps"),
         "a number of steps": ("round(steps * warmup)", "round(warmup)"),
-        "ZeroDivisionError": ("max(steps - n, 1)", "(steps - n)"),
     },
     7: {
         "scored 0, not lowest": ("scores.masked_fill(~correct, -torch.inf)", "(scores * correct)"),
@@ -278,7 +273,6 @@ WRONG = {
         "ties count for the model": ("~(scores < best - 1e-6)", "(scores > best + 1e-6)"),
         "nan counts for the model": ("~(scores < best - 1e-6)", "(scores >= best - 1e-6)"),
         "right answers count as rivals": (" & ~correct", ""),
-        "DID NOT RAISE": ('raise ValueError("a query has no right answer")', "pass"),
     },
     8: {
         "not normalised after the mean": ("mean / mean.norm()", "mean"),
@@ -286,7 +280,6 @@ WRONG = {
         "templates are filled in wrongly": ('template.replace("{}", name)', "template + name"),
         "classes in another order": ("for name in classes", "for name in sorted(classes)"),
         "a row a caption, not averaged": ("rows.append(mean / mean.norm())", "rows.extend(embeds)"),
-        "embed_captions got other options": ("texts, precision, batch_size", "texts"),
     },
     9: {
         "sums start at 0, not at minus infinity": ("-torch.inf", "0.0"),
@@ -330,6 +323,5 @@ WRONG = {
         "still requires a gradient": ("requires_grad = False", "requires_grad = True"),
         "more than the tower": ('getattr(self, name + "_model").parameters', "self.parameters"),
         "train returns None": ("train(False)\n        return self", "train(False)"),
-        "DID NOT RAISE": ("raise ValueError(", "return ("),
     },
 }
