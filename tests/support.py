@@ -26,13 +26,8 @@ CAPTIONS = (
     "the quick brown fox jumps over the lazy dog",
     "a photo of a café",
 )
-TINY_TEXT = {
-    "text_width": 32,
-    "text_depth": 2,
-    "text_heads": 4,
-    "text_pooling": "mean",
-    "text_max_positions": 32,
-}
+TINY_TEXT = {"text_width": 32, "text_depth": 2, "text_heads": 4, "text_max_positions": 32}
+TINY_TEXT["text_pooling"] = "mean"
 TINY_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 4, "patch_size": 8}
 
 

@@ -75,10 +75,6 @@ def test_stamps_change_with_the_image(folder):
     save_image(folder / "b.png", size=(9, 9))
     after = dualenc.load_pairs(folder / "c.csv", "all").stamps()
     assert before[0] == after[0] and before[1] != after[1]
-    shard = write_shard(folder / "s.tar", samples(0, 2))
-    before = dualenc.load_pairs(shard, "all").stamps()
-    write_shard(shard, samples(0, 3))
-    assert not {*before} & {*dualenc.load_pairs(shard, "all").stamps()}
     with pytest.raises(ValueError, match="their Lazy has no stamp"):
         dualenc.Pairs(["a"], [Image.new("RGB", (2, 2))], [["x"]]).stamps()
 
@@ -394,8 +390,6 @@ def test_images_with_text_files_have_a_caption_a_line(tmp_path):
         dualenc.load_pairs(tmp_path)
     write(tmp_path / "sub" / "b.txt", "three")
     assert load_all(tmp_path) == {"a.png": ["one", "two"], "sub/b.jpg": ["three"]}
-    with pytest.raises(ValueError, match="no images with captions below"):
-        load_all(write(tmp_path / "empty" / "a.md", "x").parent)
 
 
 # ---- COCO, Karpathy, torchvision

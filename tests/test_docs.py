@@ -20,9 +20,9 @@ MODULES = {"dualenc": dualenc, "train": train, "eval": evaluation}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # What the project may grow to: a feature that does not fit pays with another's lines. The design
-# asks for 2,500 lines of dualenc.py and 7,500 of tests; until then these two only go down.
+# asks for 2,500 lines of dualenc.py; until then its number only goes down.
 CEILINGS = {"dualenc.py": 2890, "train.py": 750, "eval.py": 1000, "README.md": 200}
-CEILINGS |= {"notebooks/": 500, "tests/": 7520}
+CEILINGS |= {"notebooks/": 500, "tests/": 7500}
 
 TRAIN_FLAGS = """--data --data-root --download --images --classes --val-fraction --templates
     --on-bad-image --crop-scale --flip --vision --vision-args --pretrained --image-size

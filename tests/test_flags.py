@@ -43,7 +43,6 @@ def test_flags_are_the_fields_of_a_dataclass(capsys):
 def test_error_messages_name_what_looks_like_the_value_given():
     with pytest.raises(ValueError, match="unknown loss 'clap'; expected clip, siglip .did you"):
         dualenc.check_choice("loss", "clap", ("clip", "siglip"))
-    assert dualenc.nearest("resnet", range(30)) == "no known name is near it"
     dualenc.check_min("size", 3, 3)
     for wrong in (2, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"size is {wrong}, expected at least 3"):
