@@ -220,7 +220,7 @@ def test_a_moved_run_goes_on_with_moved_data(place, stopped, data, tmp_path, mon
     flags = json.loads(Path("run/train_config.json").read_text())["flags"]
     assert flags["data"] == str(table), "where eval.py finds it"
     table.write_text(table.read_text().replace("\n5.png", "\n6.png"))
-    with pytest.raises(ValueError, match="began with other images, .*--data"):
+    with pytest.raises(ValueError, match="began with other images: .*--data"):
         run("--resume", "run", "--data", table)
 
 
