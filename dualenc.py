@@ -1641,7 +1641,7 @@ def list_images(folder):
             if name[0] != "." and suffix != ".txt":
                 (images if suffix in image_suffixes() else others).append(path)
     if others:
-        what = f"{len(others)} files below {folder} are left out: no images, such as {others[0]}"
+        what = f"{len(others)} below {folder} left out, which are no images, such as {others[0]}"
         notice(f"left out below {folder}", what)
     return images
 

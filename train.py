@@ -543,7 +543,7 @@ def read_flags(argv):
         config = dualenc.config_from_dict(TrainConfig, vars(parser.parse_args(argv)))
         now = json.loads(json.dumps(vars(config)))  # without tuples, like what is stored
         changed = {n: v for n, v in stored.items() if now[n] != v and n not in FREE_ON_RESUME}
-        refuse(changed, f"{flag_names(changed)} of a resumed run differ from {changed}")
+        refuse(changed, f"a resumed run keeps {flag_names(changed)}; --init begins another run")
     return config
 
 
@@ -587,6 +587,7 @@ def open_run(out, config, run, argv, device, step):
         began = f"{out} began with {begun['processes']} processes, not {record['processes']}"
         refuse(begun["processes"] != record["processes"], began)
         record = {**begun, "flags": record["flags"]}  # the data may have moved
+        print(f"resumed  {out} at step {step:,}")
         # Lines after the last checkpoint come again; a kill may have cut the last one.
         whole = (out / METRICS_FILE).read_text(encoding="utf-8").split("\n")[:-1]
         lines = [f"{line}\n" for line in whole if json.loads(line)["step"] <= step]
@@ -679,8 +680,7 @@ def introduce(config, run, model, optimizer, flags):
     in_parts = seen < config.batch_size and any(norm.training for norm in norms)
     norm = f"; batch norm sees {seen} images at a time" if in_parts else ""
     where = f"{model.logit_scale.device} {config.precision}, {dualenc.world_size()} processes{norm}"
-    size = f"batch_size={config.batch_size} steps={config.steps}"
-    print(f"run      {size}   torch {torch.__version__}   {where}   seed {config.seed}")
+    print(f"run      {config.steps:,} steps of {config.batch_size}, seed {config.seed}   {where}")
     changed = [f"{k}={v}" for k, v in vars(flags).items() if v != vars(TrainConfig())[k]]
     print(f"flags    {' '.join(changed) or 'defaults'}", flush=True)
 
@@ -694,7 +694,8 @@ def check_recipe(config, pairs, held_out):
     refuse(max(config.crop_scale, config.warmup) > 1, "--crop-scale and --warmup are at most 1")
     uneven = f"--batch-size must be a multiple of the {dualenc.world_size()} processes"
     refuse(config.batch_size % dualenc.world_size(), uneven)
-    refuse(len(pairs) < config.batch_size, f"{len(pairs)} training images: lower --batch-size")
+    few = f"{len(pairs)} training images: lower --batch-size from {config.batch_size}"
+    refuse(len(pairs) < config.batch_size, few)
     refuse(not len(held_out), f"no images are held out of {config.data}: raise --val-fraction")
     kinds = set(pairs.labels or itertools.chain.from_iterable(pairs.captions))
     refuse(len(kinds) == 1, f"all images of {config.data} share their caption or class")

@@ -196,9 +196,9 @@ def test_a_kill_around_an_evaluation_leaves_no_trace(moment, data, tmp_path, mon
 
 
 def test_resuming_refuses_flags_that_change_what_is_learned(stopped, data, tmp_path):
-    with pytest.raises(ValueError, match=r"--batch-size, --lr of a resumed.*'lr': 0.001"):
+    with pytest.raises(ValueError, match="a resumed run keeps --batch-size, --lr; --init"):
         run("--resume", stopped, "--lr", "0.1", "--batch-size", "4")
-    with pytest.raises(ValueError, match=r"--vision-args of a resumed run"):
+    with pytest.raises(ValueError, match=r"keeps --vision-args; --init"):
         run("--resume", stopped, "--vision-args", "layers=[1]")
     harmless = ["--eval-every", "6", "--log-every", "3", "--workers", "1"]
     assert run("--resume", stopped, *harmless, "--on-bad-image", "skip") == 0
