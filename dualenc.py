@@ -1577,6 +1577,10 @@ def pairs_from_rows(rows_of, templates, class_names):
             raise ValueError("there are names for classes, but the data has captions, no classes")
         return Pairs(list(names), images, [captions_of(own) for own in rows_of.values()])
     known = sorted({*folders})
+    if len(known) == 1:
+        raise ValueError(
+            f"all images are of one class, {known[0]!r}; is there a table of captions?"
+        )
     unknown = [name for name in class_names if name not in known]
     if unknown and {*known} - {*class_names}:
         raise ValueError(f"no class {unknown[0]!r} to rename; {nearest(unknown[0], known)}")

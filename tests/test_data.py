@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import re
 import shutil
@@ -121,7 +122,8 @@ def test_large_jpegs_are_decoded_smaller_wherever_they_lie(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     large = Image.fromarray(noise).resize((640, 640), Image.Resampling.BICUBIC)
     large.save(buffer := io.BytesIO(), "JPEG")
-    write(tmp_path / "large" / "a.jpg", buffer.getvalue())
+    for name in ("large", "same"):
+        write(tmp_path / name / "a.jpg", buffer.getvalue())
     shard = write_shard(tmp_path / "s.tar", {"a.jpg": buffer.getvalue(), "a.txt": b"x"})
     transform = dualenc.ImageTransform(resize=64, crop=64)
     for spec in (tmp_path, shard):
@@ -287,7 +289,6 @@ SPLIT = "image,caption,split\na.png,x,train\n"
     ("name", "content", "message"),
     [
         ("c.csv", START + "b.png,\n", "c.csv, line 3: caption is '', expected one text a row"),
-        ("c.csv", START + "b.png,\"['a dog', 'a cat']\"\n", "line 3: caption is .*one text a row"),
         ("c.csv", START + 'b.png,"[""it\'s"", \'a\']"\n', "line 3: caption is .*one text a row"),
         ("c.csv", START + "d.png,a dog\n", "line 3: missing image .*d.png"),
         ("c.csv", START + "b.png,a dog, running\n", "line 3: more cells than the header .*; quote"),
@@ -299,7 +300,6 @@ SPLIT = "image,caption,split\na.png,x,train\n"
         ("c.csv", "", "no images with captions below"),
         ("c.csv", START.encode("utf-16"), "cannot read UTF-8 text from .*c.csv: 'utf-8"),
         ("c.jsonl", '{"image": "a.png", "caption": []}', r"line 1: caption is \[\]"),
-        ("c.jsonl", '{"image": ["a.png"], "caption": "x"}', "line 1: missing image"),
         ("c.jsonl", "[" * 100_000, "no json object in .*line 1: RecursionError"),
     ],
 )
@@ -363,17 +363,19 @@ def test_class_folders_become_captions_through_templates(tmp_path, capsys):
         dualenc.load_pairs(tmp_path, class_names={"cats": "tom"})
     with pytest.raises(ValueError, match="template 'a photo' has no {} for the class name"):
         dualenc.load_pairs(tmp_path, templates=("a photo",))
+    with pytest.raises(ValueError, match="all images are of one class, 'part'; is there a table"):
+        dualenc.load_pairs(tmp_path / "big_dog", "all")
 
 
 @pytest.mark.parametrize(
     "words", [("train", "val", "test"), ("Training", "Validation", "Testing"), ("Train", "valid")]
 )
 def test_own_splits_of_a_folder_are_used(words, tmp_path):
-    for word in words:
-        save_image(tmp_path / word / "dog" / "0.png")
+    for word, name in itertools.product(words, ("cat", "dog")):
+        save_image(tmp_path / word / name / "0.png")
     for split, word in (("train", words[0]), ("val", words[1]), ("test", words[-1])):
         pairs = dualenc.load_pairs(tmp_path, split)
-        assert pairs.names == [f"{word}/dog/0.png"] and pairs.classes == ["dog"]
+        assert pairs.names == [f"{word}/{name}/0.png" for name in ("cat", "dog")]
     save_image(tmp_path / "extra" / "dog" / "0.png")
     with pytest.raises(ValueError, match=f"has .*{words[0]}.*, but also extra"):
         dualenc.load_pairs(tmp_path)
