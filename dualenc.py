@@ -661,9 +661,7 @@ class VisionConfig:
     args: dict = field(default_factory=dict)  # of timm.create_model, or a family's config.json
     image_size: int | None = None  # pixels a side; None: the model's own
     pooling: str | None = None  # timm's global_pool ("avg", "token", "map"); None: the model's own
-    patch_dropout: float = (
-        0.0  # share of a training image's patches left out (ViTs; Li et al. 2023)
-    )
+    patch_dropout: float = 0.0  # share of patches left out in training (ViTs; Li et al. 2023)
 
     def __post_init__(self):
         if self.image_size is not None:
@@ -774,12 +772,12 @@ class VisionEncoder(nn.Module):
         if hidden_states and not blocks:
             raise ValueError(f"{self.config.name} has neither blocks nor stages to show")
         states, hooks, own = [], [], OwnAttention(attentions)
-        for block in blocks if hidden_states else ():
-            if not hooks:
-                hooks.append(
-                    block.register_forward_pre_hook(lambda _, args: states.append(args[0]))
-                )
-            hooks.append(block.register_forward_hook(lambda _, args, out: states.append(out)))
+        if hidden_states:
+            hooks.append(
+                blocks[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))
+            )
+            for block in blocks:
+                hooks.append(block.register_forward_hook(lambda _, args, out: states.append(out)))
         try:
             needed = attentions or fused_kernel_is_slow(next(self.parameters()))
             with own if needed else nullcontext():
