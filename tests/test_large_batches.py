@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support import CAPTIONS, TINY_TEXT, TINY_VIT, Memory, fails_like
+from support import CAPTIONS, Memory, build_model, fails_like
 
 import dualenc
 
@@ -59,16 +59,10 @@ def test_tiled_clip_loss_never_holds_the_matrix():
 
 def make_towers(vision="vit_tiny_patch16_224", locked=(), **overrides):
     """A tiny model in float64: what differs beyond the last digits differs."""
-    torch.manual_seed(0)
     tokenizer = dualenc.train_tokenizer(CAPTIONS, vocab_size=200, max_length=32)
-    fields = {**TINY_TEXT, "text_vocab_size": tokenizer.get_vocab_size(), "vision_image_size": 32}
-    fields["vision_args"] = TINY_VIT if vision.startswith("vit") else {}
-    model = dualenc.DualEncoder.from_vision_text_pretrained(
-        vision, "scratch", 16, pretrained=False, **{**fields, **overrides}
-    )
+    model = build_model(tokenizer, vision, **overrides)
     for tower in locked:
         model.lock(tower)
-    model.processor = dualenc.Processor(model.vision_model.image_transform(), tokenizer)
     return model.double().train()
 
 

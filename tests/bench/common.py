@@ -14,7 +14,6 @@ import time
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -22,7 +21,6 @@ import timm
 import torch
 
 import dualenc
-import train
 
 CPU = torch.device("cpu")
 WORDS = [a + b for a, b in zip(string.ascii_lowercase, string.ascii_lowercase[1:] + "a")]
@@ -93,24 +91,6 @@ def batch_of(preset):
     lengths = [T, *(rng.randint(max(3, T // 4), T) for _ in range(preset.batch - 1))]
     captions = [" ".join(rng.choices(WORDS, k=length - 2)) for length in lengths]  # [CLS], [SEP]
     return images, captions, dict(dualenc.Processor(None, TOKENIZER)(text=captions))
-
-
-def our_step(model, images, draw_captions, precision):
-    """A function that takes one step of train.train on these images and draw_captions()."""
-    B = len(images)
-    config = train.TrainConfig(batch_size=B, steps=1, eval_every=1, precision=precision)
-    optimizer = train.make_optimizer(model, config)
-    pairs = dualenc.Pairs([str(i) for i in range(B)], range(B), [[]] * B)
-    run = train.Run(Path(), pairs, pairs, (), {})
-    left_out = dict.fromkeys(("evaluate", "save_checkpoint", "log"), lambda *_: None)
-
-    def step():
-        batches = [(images, list(range(B)), draw_captions())]
-        state = {"step": 0, "best": None, "skipped_steps": 0, "sums": {}}
-        with mock.patch.multiple(train, fetch=lambda *_: batches, **left_out):
-            train.train(config, run, model, optimizer, state)
-
-    return step
 
 
 def alternate(ways, rounds, warmup=1):

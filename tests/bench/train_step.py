@@ -9,6 +9,8 @@ memory, which the peers by themselves do not.
 """
 
 import math
+from pathlib import Path
+from unittest import mock
 
 import common
 import torch
@@ -18,8 +20,21 @@ import train
 
 
 def our_step(preset, precision):
-    images, captions, _ = common.batch_of(preset)
-    return common.our_step(common.our_model(preset), images, lambda: captions, precision)
+    model, (images, captions, _) = common.our_model(preset), common.batch_of(preset)
+    B = len(images)
+    config = train.TrainConfig(batch_size=B, steps=1, eval_every=1, precision=precision)
+    optimizer = train.make_optimizer(model, config)
+    pairs = dualenc.Pairs([str(i) for i in range(B)], range(B), [[]] * B)
+    run = train.Run(Path(), pairs, pairs, (), {})
+    left_out = dict.fromkeys(("evaluate", "save_checkpoint", "log"), lambda *_: None)
+
+    def step():
+        state = {"step": 0, "best": None, "skipped_steps": 0, "sums": {}}
+        batches = [(images, list(range(B)), captions)]
+        with mock.patch.multiple(train, fetch=lambda *_: batches, **left_out):
+            train.train(config, run, model, optimizer, state)
+
+    return step
 
 
 def transformers_step(preset, precision):
