@@ -692,7 +692,7 @@ def check_recipe(config, pairs, held_out):
         if isinstance(value, (int, float)) and name != "workers":
             dualenc.check_min(flag_names([name]), value, least.get(name, 0))
     refuse(max(config.crop_scale, config.warmup) > 1, "--crop-scale and --warmup are at most 1")
-    uneven = f"--batch-size must be a multiple of the {dualenc.world_size()} processes"
+    uneven = f"--batch-size {config.batch_size} is no multiple of {dualenc.world_size()} processes"
     refuse(config.batch_size % dualenc.world_size(), uneven)
     few = f"{len(pairs)} training images: lower --batch-size from {config.batch_size}"
     refuse(len(pairs) < config.batch_size, few)

@@ -363,6 +363,9 @@ def test_class_folders_become_captions_through_templates(tmp_path, capsys):
         dualenc.load_pairs(tmp_path, class_names={"cats": "tom"})
     with pytest.raises(ValueError, match="template 'a photo' has no {} for the class name"):
         dualenc.load_pairs(tmp_path, templates=("a photo",))
+    with pytest.raises(ValueError, match="names for classes, but .* has captions, no classes"):
+        table = write(tmp_path / "c.csv", "image,caption\ntop.png,a dog")
+        dualenc.load_pairs(table, class_names={"cat": "tom"})
     with pytest.raises(ValueError, match="all images are of one class, 'part'; is there a table"):
         dualenc.load_pairs(tmp_path / "big_dog", "all")
 

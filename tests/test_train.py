@@ -465,6 +465,13 @@ def test_what_cannot_be_trained_is_refused_with_the_reason(flags, message, run):
         run(**flags)
 
 
+def test_batches_that_processes_cannot_share_are_refused(monkeypatch):
+    pairs = dualenc.load_pairs("shapes", "val")
+    monkeypatch.setattr(dualenc, "world_size", lambda: 3)
+    with pytest.raises(ValueError, match="--batch-size 8 is no multiple of 3 processes"):
+        train.check_recipe(train.TrainConfig(batch_size=8), pairs, pairs)
+
+
 def test_features_of_a_locked_tower_that_learns_are_not_cached(run, monkeypatch):
     """Adapters in a locked tower would be trained past, without a word."""
     monkeypatch.setattr(dualenc.DualEncoder, "lock", lambda model, tower: model.locked.add(tower))
