@@ -1148,7 +1148,7 @@ def train_tokenizer(captions, vocab_size, max_length=None):
 
 
 def count_same_ids(processor, captions):
-    """How many of the distinct captions have token ids that another one had before."""
+    """How many distinct captions repeat the token ids of an earlier one."""
     distinct = set(captions)
     processor.cut_at(processor.max_length)
     return len(distinct) - len({tuple(processor.tokenizer.encode(c).ids) for c in distinct})
@@ -1643,7 +1643,7 @@ def list_images(folder):
             if name[0] != "." and suffix != ".txt":
                 (images if suffix in image_suffixes() else others).append(path)
     if others:
-        what = f"{len(others)} below {folder} left out, which are no images, such as {others[0]}"
+        what = f"left out below {folder}, as no images: {len(others)}, such as {others[0]}"
         notice(f"left out below {folder}", what)
     return images
 

@@ -200,9 +200,9 @@ def train(config, run, model, optimizer, state):
             group_ids = dualenc.positive_groups(pair_ids).to(device)
 
             # Learning rate. Dropout follows from seed, step and rank, and so repeats on resuming.
-            share = learning_rate(state["step"], config.steps, config.warmup, peak=1.0)
+            factor = learning_rate(state["step"], config.steps, config.warmup, peak=1.0)
             for group in optimizer.param_groups:
-                group["lr"] = share * group["peak"]
+                group["lr"] = factor * group["peak"]
             seed = random.Random(f"dropout {config.seed} {state['step']}").getrandbits(63)
             torch.manual_seed(seed + dualenc.rank())
 
@@ -240,7 +240,7 @@ def train(config, run, model, optimizer, state):
                 line, seconds = {"step": step}, sums["seconds"] or 1
                 for name in ("loss", "chance_loss", "floor_loss", "in_batch_acc"):
                     line[name] = sums[name] / sums["steps"]
-                line |= {"logit_scale": model.logit_scale.item(), "lr": share * config.lr}
+                line |= {"logit_scale": model.logit_scale.item(), "lr": factor * config.lr}
                 line["pairs_per_s"] = sums["timed"] * config.batch_size / seconds
                 line["data_share"] = sums["waited"] / seconds
                 line |= {"skipped_steps": state["skipped_steps"], "bad_images": len(bad_images)}
