@@ -535,7 +535,8 @@ class TextEncoder(nn.Module):
         overrides  fields of TextConfig; pooling is the folder's own unless given
         raises     ValueError for another model, and for weights that are missing or do not fit
         """
-        return load_tower("text", find_folder(folder_or_hub_id), overrides).eval()
+        folder = find_folder(folder_or_hub_id)
+        return load_tower("text", folder, folder_or_hub_id, overrides).eval()
 
     def _init_weights(self, module):
         """BERT's start: normal weights of standard deviation 0.02, zero biases."""
@@ -1804,11 +1805,12 @@ def build_from_towers(cls, vision, text, projection_dim, pretrained, overrides):
     if text == "scratch":
         text_model = text_tower(config_from_dict(TextConfig, sides["text"]))
     else:
-        text_model = load_tower("text", text, sides["text"])
+        folder = find_folder(text)
+        text_model = load_tower("text", folder, text, sides["text"])
     config = {"vision": vision_model.config, "text": text_model.config, **sides["dual"]}
     model = cls(config_from_dict(DualEncoderConfig, config), vision_model, text_model)
     if text != "scratch":
-        add_processor(model, vision_model.image_transform(), find_folder(text))
+        add_processor(model, vision_model.image_transform(), folder)
     return model
 
 
@@ -1819,7 +1821,7 @@ def build_vision_tower(vision, pretrained, overrides):
         folder = find_folder(place)
         values = read_json(folder / CONFIG_FILE)
         if "architecture" not in values:
-            return load_tower("vision", place, overrides)
+            return load_tower("vision", folder, place, overrides)
         # A timm folder. What we save names its architecture and arguments, not where it lay.
         found["name"], weights = values["architecture"], f"local-dir:{folder}"
         args = {**(values.get("model_args") or {})}
@@ -2565,21 +2567,19 @@ def read_text_config(values, pooling, overrides):
     return config_from_dict(TextConfig, {**found, **overrides})
 
 
-def load_tower(side, folder_or_hub_id, overrides):
+def load_tower(side, folder, source, overrides):
     """A "vision" or "text" tower of transformers; a warning says which weights are left out."""
-    folder = find_folder(folder_or_hub_id)
     values, weights = read_json(folder / CONFIG_FILE), read_published_weights(folder)
     has_pooler = any(name.endswith("pooler.dense.weight") for name in weights)
+    pooling = "pooler" if has_pooler else {"vision": "token", "text": "cls"}[side]
     with blamed_on(folder / CONFIG_FILE, "cannot build the model of"), torch.device("meta"):
         if side == "vision":
-            pooling = "pooler" if has_pooler else "token"
             tower = vision_tower(read_vision_config(values, pooling, overrides))
             tower.own_transform = read_image_transform(folder)
         else:
-            pooling = overrides.get("pooling") or sentence_pooling(folder)
-            pooling = pooling or ("pooler" if has_pooler else "cls")
+            pooling = overrides.get("pooling") or sentence_pooling(folder) or pooling
             tower = text_tower(read_text_config(values, pooling, overrides))
-    tower.source, prefix = str(folder_or_hub_id), published_row(tower.config).prefix
+    tower.source, prefix = str(source), published_row(tower.config).prefix
     inside = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
     inside = inside or weights  # a file without a task head has no prefix
     # What BEiT's files call pooler is the norm that its mean pooling ends with.
