@@ -46,15 +46,11 @@ EVAL_BATCH = 256
 # ---- 1  Embeddings, computed once ----------------------------------------------------------------
 
 
-class NotFinite(ValueError):
-    """Some embeddings are nan or infinite: no rank of them means anything."""
-
-
 def finite(embeds):
-    """The same rows, or NotFinite."""
-    if embeds.isfinite().all():
-        return embeds
-    raise NotFinite("embeddings are not finite: the weights or the pixel values are broken")
+    """The same rows; ValueError if some are nan or infinite: no rank of them means anything."""
+    if not embeds.isfinite().all():
+        raise ValueError("embeddings are not finite: the weights or the pixel values are broken")
+    return embeds
 
 
 @contextmanager
@@ -210,8 +206,7 @@ class EvalContext:
     @cached_property
     def ranks(self):  # of each image's best right caption (I,), of each caption's best image (N,)
         device = self.model.logit_scale.device
-        images, texts = self.image_embeds.to(device), self.text_embeds.to(device)
-        return ranks(images, texts, self.right), ranks(texts, images, self.right.flip(1))
+        return ranks(self.image_embeds.to(device), self.text_embeds.to(device), self.right)
 
     @cached_property
     def train(self):  # pooled features of the training images, and their labels
@@ -311,37 +306,40 @@ def with_interval(name, values, per_image=None):
     return {name: mean.item(), f"{name}_low": low.item(), f"{name}_high": high.item()}
 
 
-def ranks(queries, gallery, right, rows=512):
-    """The rank of each query's best right answer in the whole gallery: 1 is first.
+def ranks(image_embeds, text_embeds, right, rows=512):
+    """The rank of each image's best right caption and of each caption's best right image.
 
-    A tie counts against the model: wrong answers with the score of the right one stand before it.
-    A score that is nan stands before all others.
+    1 is first. A tie counts against the model: wrong answers with the score of the right one stand
+    before it. A score that is nan stands before all others.
 
-    queries     (Q, E)  unit-norm rows
-    gallery     (G, E)  unit-norm rows
-    right       (R, 2)  int64, (query index, gallery index) of every right answer
-    rows        queries at a time: at most twice rows x G scores are in memory
-    returns     (Q,)    int64 on the CPU, from 1; computed where the embeddings are
-    raises      ValueError if a query has no right answer
-    Exercise 7  medium, 45 minutes: ranks with several right answers, run `pytest -k exercise_7`
+    image_embeds  (I, E)  unit-norm rows
+    text_embeds   (N, E)  unit-norm rows of captions, or of classes
+    right         (R, 2)  int64, (image index, caption index) of every right answer
+    rows          images at a time: at most twice rows x N scores are in memory
+    returns       (I,) and (N,), int64 from 1, on the CPU; a caption of no image has rank I + 1
+    raises        ValueError if an image has no right answer
+    Exercise 7    medium, 45 minutes: ranks with several right answers, run `pytest -k exercise_7`
     """
-    cells = (right[:, 0] * len(gallery) + right[:, 1]).to(queries.device).unique()
-    query, answer = cells // len(gallery), cells % len(gallery)
-    n_right = query.bincount(minlength=len(queries))
-    if (n_right == 0).any():
-        raise ValueError("a query has no right answer in the gallery")
-    found = []
-    for start in progress(range(0, len(queries), rows), "ranks"):
-        scores = queries[start : start + rows] @ gallery.T
-        here = (query >= start) & (query < start + rows)
-        row, column = query[here] - start, answer[here]
-        best = scores.new_full((len(scores),), -torch.inf)
-        best.scatter_reduce_(0, row, scores[row, column], "amax")
-        scores[row, column] = torch.inf  # right answers are never counted as below
-        # In place, as 1.0 and 0.0: exact up to 2**24, and summed many times faster than booleans.
-        below = scores.lt_(best[:, None] - ROUNDING).sum(dim=1).long()
-        found.append(1 + len(gallery) - n_right[start : start + rows] - below)
-    return torch.cat(found).cpu()
+    image, text = right.to(image_embeds.device).unique(dim=0).T
+    n_images, n_texts = len(image_embeds), len(text_embeds)
+    # As if all wrong answers stood before the right ones; the loop takes those below off again.
+    image_ranks = 1 + n_texts - image.bincount(minlength=n_images)
+    text_ranks = 1 + n_images - text.bincount(minlength=n_texts)
+    if (image_ranks > n_texts).any():
+        raise ValueError("an image has no right answer")
+    pieces = zip(image.split(rows), text.split(rows))
+    scores = torch.cat([(image_embeds[i] * text_embeds[t]).sum(dim=1) for i, t in pieces])
+    image_best = scores.new_full((n_images,), -torch.inf).scatter_reduce(0, image, scores, "amax")
+    text_best = scores.new_full((n_texts,), -torch.inf).scatter_reduce(0, text, scores, "amax")
+    for start in progress(range(0, n_images, rows), "ranks"):
+        part, here = slice(start, start + rows), (image >= start) & (image < start + rows)
+        scores = image_embeds[part] @ text_embeds.T
+        scores[image[here] - start, text[here]] = torch.inf  # right answers are never below
+        # As 1.0 and 0.0: exact up to 2**24, and summed many times faster than booleans.
+        below = torch.lt(scores, text_best - ROUNDING, out=torch.empty_like(scores))
+        text_ranks -= below.sum(dim=0).long()
+        image_ranks[part] -= scores.lt_(image_best[part, None] - ROUNDING).sum(dim=1).long()
+    return image_ranks.cpu(), text_ranks.cpu()
 
 
 def retrieval_metrics(image_ranks, text_ranks, right):
@@ -375,12 +373,8 @@ def retrieval_task(context):
 
 def retrieval_blocks(context, metrics, size=8):
     """For the page: cosines of a few pairs; the best and worst captions with what they found."""
-    captions, right, pairs, text_ranks = (
-        context.captions,
-        context.right,
-        context.pairs,
-        context.ranks[1],
-    )
+    captions, right, pairs = context.captions, context.right, context.pairs
+    text_ranks = context.ranks[1]
     some = torch.linspace(0, len(pairs) - 1, min(size, len(pairs))).long().tolist()
     texts = [right[right[:, 0] == i, 1][0].item() for i in some]
     values = context.text_embeds[texts] @ context.image_embeds[some].T
@@ -438,7 +432,7 @@ def zeroshot_metrics(image_embeds, class_rows, labels, classes):
                   with _low and _high; zs_class_top1, {name: share}; chance_top1, n_images, ...
     """
     right = torch.stack([torch.arange(len(labels)), labels], dim=1)
-    rank = ranks(image_embeds, class_rows, right)
+    rank, _ = ranks(image_embeds, class_rows, right)
     hits, sizes = (rank <= 1).double(), labels.bincount(minlength=len(classes)).double()
     by_class = hits.new_zeros(len(classes)).index_add(0, labels, hits) / sizes
     # The mean over classes gives an image of a small class more weight.
@@ -930,11 +924,8 @@ def open_data(config, checkpoint):
     if part == "auto":
         part = "all" if search else "test"
         val_fraction = val_fraction if is_own else 1.0  # without a test part of its own: all of it
-    where |= {
-        "templates": templates,
-        "val_fraction": val_fraction,
-        "class_names": {} if classes else class_names,
-    }
+    where |= {"templates": templates, "val_fraction": val_fraction}
+    where["class_names"] = {} if classes else class_names
 
     def load(split):
         pairs = dualenc.load_pairs(spec, split, **where)
@@ -969,6 +960,10 @@ def main(argv=None):
     dualenc.check_min("--batch-size", config.batch_size, 1)
     if (config.query or config.out) and config.task != "search":
         raise ValueError(f"--query and --out are for --task search, and --task is {config.task}")
+    if config.out and Path(config.out).suffix.lower() not in dualenc.image_suffixes():
+        raise ValueError(f"--out is {config.out}, expected an image file such as found.png")
+    for file in filter(None, (config.json, config.out)):  # fails now, not after the work
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
 
     checkpoint = Path(dualenc.find_checkpoint(run))
     device = dualenc.pick_device(config.device)
@@ -980,8 +975,9 @@ def main(argv=None):
 
     tasks = config.task if config.task in PARTS else [config.task]
     workers = dualenc.pick_workers(config.workers, device)
-    reading = load_train, templates, precision, config.batch_size, workers
-    context = EvalContext(model, pairs, tasks, *reading, None, config.query, config.top, folder)
+    reading = {"precision": precision, "batch_size": config.batch_size, "workers": workers}
+    search = {"query": config.query, "top": config.top, "folder": folder}
+    context = EvalContext(model, pairs, tasks, load_train, templates, **reading, **search)
     results = measure(context, leave_out=config.task == "all")
     for name, metrics in results.items():
         for table in metric_tables(name, metrics):
@@ -992,6 +988,8 @@ def main(argv=None):
         image_grid(found_images(context, results["search"])).save(config.out)
     if config.report:
         write_report(config.report, context, results, facts)
+    for file in filter(None, (config.json, config.out, config.report)):
+        print(f"wrote       {file}")
     return results
 
 

@@ -331,8 +331,8 @@ def evaluate(config, run, model, state):
 def load_data(config):
     """(training pairs, held-out pairs, templates) that the flags name."""
     templates = evaluation.read_templates(config.templates)
-    source = {name: getattr(config, name) for name in ("data_root", "val_fraction", "seed")}
-    source |= {"images": config.images or None, "templates": templates}
+    flags = ("data_root", "images", "val_fraction", "seed")
+    source = {"templates": templates, **{name: getattr(config, name) for name in flags}}
     source["class_names"] = evaluation.read_class_names(config.classes)
     if config.download and dualenc.rank() == 0:
         dualenc.load_pairs(config.data, download=True, **source)
@@ -373,10 +373,12 @@ def fetch(config, run, model, first_step, bad_images):
         loader = dualenc.image_loader(dataset, batches(), config.workers, device)
     allowed = BAD_SHARE * len(run.pairs) if config.on_bad_image == "skip" else 0
     for keys, (images, indices, errors) in zip(batches(), loader):
-        bad_images.update({i: error for (_, i), error in zip(keys, errors) if error})
-        reason = next(iter(bad_images.values()), "")
-        count = f"{len(bad_images)} of {len(run.pairs):,} images; skip allows {BAD_SHARE:.0%}"
-        refuse(len(bad_images) > allowed, f"{reason} (--on-bad-image; {count})")
+        for (_, i), error in zip(keys, errors):
+            if error and i not in bad_images:
+                bad_images[i] = error
+                count = f"{len(bad_images)} of {len(run.pairs):,}; skip allows {BAD_SHARE:.0%}"
+                refuse(len(bad_images) > allowed, f"{error} (--on-bad-image; {count})")
+                print(f"skipped  {error}", flush=True)
         rngs = [random.Random(f"caption {config.seed} {key}") for key in keys]
         captions = [rng.choice(run.pairs.captions[i]) for rng, i in zip(rngs, indices)]
         yield images, indices, captions
@@ -499,9 +501,8 @@ def load_run(config, pairs, out, device):
     else:
         model = make_model(config, pairs)
         state["towers"] = {name: (t.source, t.new_parts) for name, t in towers(model).items()}
-    halves = [getattr(model.processor, name, None) for name in ("tokenizer", "image_transform")]
     start, needs_bias = config.init or config.text, "logit_bias" in LOSSES[config.loss].inputs
-    refuse(None in halves, f"{start} lacks a tokenizer or preprocessor_config.json")
+    refuse(model.processor is None, f"{start} lacks a tokenizer or preprocessor_config.json")
     if hasattr(model, "logit_bias"):
         model.logit_bias.requires_grad_(needs_bias)
     elif needs_bias:
@@ -566,6 +567,8 @@ def claim_run(config):
     except filelock.Timeout as error:
         raise ValueError(f"another process trains into {out}: name another --out") from error
     finally:
+        if lock.is_locked and [*out.iterdir()] == [out / LOCK_FILE]:
+            shutil.rmtree(out, ignore_errors=True)  # refused before it began: nothing to keep
         lock.release()
 
 
@@ -676,9 +679,7 @@ def introduce(config, run, model, optimizer, flags):
         size, decay = sum(w.numel() for w in group["params"]) / 1e6, group["weight_decay"]
         print(f"learns   {size:.2f}M weights at lr {group['peak']:.1e}, weight decay {decay:g}")
     seen = min(config.batch_size // dualenc.world_size(), config.micro_batch or config.batch_size)
-    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-    in_parts = seen < config.batch_size and any(norm.training for norm in norms)
-    norm = f"; batch norm sees {seen} images at a time" if in_parts else ""
+    norm = f"; any batch norm sees {seen} images at a time" if seen < config.batch_size else ""
     where = f"{model.logit_scale.device} {config.precision}, {dualenc.world_size()} processes{norm}"
     print(f"run      {config.steps:,} steps of {config.batch_size}, seed {config.seed}   {where}")
     changed = [f"{k}={v}" for k, v in vars(flags).items() if v != vars(TrainConfig())[k]]
@@ -694,8 +695,7 @@ def check_recipe(config, pairs, held_out):
     refuse(max(config.crop_scale, config.warmup) > 1, "--crop-scale and --warmup are at most 1")
     uneven = f"--batch-size {config.batch_size} is no multiple of {dualenc.world_size()} processes"
     refuse(config.batch_size % dualenc.world_size(), uneven)
-    few = f"{len(pairs)} training images: lower --batch-size from {config.batch_size}"
-    refuse(len(pairs) < config.batch_size, few)
+    refuse(len(pairs) < config.batch_size, f"{len(pairs)} training images: lower --batch-size")
     refuse(not len(held_out), f"no images are held out of {config.data}: raise --val-fraction")
     kinds = set(pairs.labels or itertools.chain.from_iterable(pairs.captions))
     refuse(len(kinds) == 1, f"all images of {config.data} share their caption or class")

@@ -79,15 +79,17 @@ def learning_rate(step, steps, warmup, peak):
     return peak * (1 + math.cos(math.pi * done)) / 2
 """,
     7: """
-def ranks(queries, gallery, right, rows=1024):
-    scores = queries @ gallery.T
+def ranks(image_embeds, text_embeds, right, rows=1024):
+    scores = image_embeds @ text_embeds.T
     correct = torch.zeros(scores.shape, dtype=torch.bool)
     correct[right[:, 0], right[:, 1]] = True
     if not correct.any(1).all():
-        raise ValueError("a query has no right answer")
-    best = scores.masked_fill(~correct, -torch.inf).amax(dim=1, keepdim=True)
-    rivals = ~(scores < best - 1e-6) & ~correct
-    return 1 + rivals.sum(dim=1)
+        raise ValueError("an image has no right answer")
+    found = []
+    for dim in (1, 0):
+        best = scores.masked_fill(~correct, -torch.inf).amax(dim=dim, keepdim=True)
+        found.append(1 + (~(scores < best - 1e-6) & ~correct).sum(dim=dim))
+    return found
 """,
     8: """
 def class_embeds(model, classes, templates, precision="fp32", batch_size=EVAL_BATCH):
@@ -267,9 +269,9 @@ WRONG = {
         "scored 0, not lowest": ("scores.masked_fill(~correct, -torch.inf)", "(scores * correct)"),
         "near scores taken for ties": ("best - 1e-6", "best - 1e-3"),
         "rounding are no tie": ("best - 1e-6", "best"),
-        "counted from 0": ("1 + rivals.sum", "rivals.sum"),
+        "counted from 0": ("append(1 + (", "append(("),
         "the worst right answer, not": (", -torch.inf).amax", ", torch.inf).amin"),
-        "lowest score first": ("scores = queries", "scores = -queries"),
+        "lowest score first": ("scores = image_embeds", "scores = -image_embeds"),
         "ties count for the model": ("~(scores < best - 1e-6)", "(scores > best + 1e-6)"),
         "nan counts for the model": ("~(scores < best - 1e-6)", "(scores >= best - 1e-6)"),
         "right answers count as rivals": (" & ~correct", ""),
