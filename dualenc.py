@@ -1790,8 +1790,6 @@ MODEL_TYPE, PUBLISHED_TYPE = "dualenc", "vision-text-dual-encoder"
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
 IMAGE_FILE = "preprocessor_config.json"
 RUN_CONFIG = "train_config.json"  # the folder that holds it is a run of train.py
-# Fields of older files. Models in which they matter do not have the weights of ours.
-OLD_FIELDS = [("vision", "channels"), ("text", "embedding_width"), ("text", "layer_groups")]
 
 
 def build_from_towers(cls, vision, text, projection_dim, pretrained, overrides):
@@ -1877,18 +1875,13 @@ def load_dual_encoder(cls, folder_or_hub_id):
     """See DualEncoder.from_pretrained."""
     folder = find_checkpoint(folder_or_hub_id)
     values = read_json(folder / CONFIG_FILE)
-    kind = values.get("model_type")
-    own = kind == MODEL_TYPE
-    for side, name in OLD_FIELDS:
-        if own and isinstance(values.get(side), dict):
-            values[side].pop(name, None)
+    own = values.get("model_type") == MODEL_TYPE
     # On the meta device shapes take no memory: a config that lies costs nothing.
     with blamed_on(folder / CONFIG_FILE, "cannot build the model of"), torch.device("meta"):
         what = "model_type (other models lend towers to from_vision_text_pretrained)"
-        check_choice(what, kind, (MODEL_TYPE, PUBLISHED_TYPE))
+        check_choice(what, values.get("model_type"), (MODEL_TYPE, PUBLISHED_TYPE))
         model = cls(DualEncoderConfig.from_dict(values) if own else read_dual_config(values))
     weights = read_weights(folder / WEIGHTS_FILE) if own else read_published_weights(folder)
-    weights.pop("vision_model.mask_token", None)  # unused; versions before this one kept it
     fill(model, weights if own else own_names(model, weights, folder), folder)
     add_processor(model, read_image_transform(folder), folder)
     return model.eval()
@@ -2273,7 +2266,6 @@ class PublishedVisionEncoder(VisionEncoder):
         name, pooling, values = self.config.name, self.config.pooling, {**self.config.args}
         if "hidden_size" not in values:
             raise ValueError(f"{name!r} is a family: name a folder, hub id or timm model")
-        values.pop("use_mask_token", None)  # in older files
         width, act = values["hidden_size"], values.pop("hidden_act")
         pooler_act = values.pop("pooler_act", None)
         check_choice(f"{name} pooling", pooling, ("pooler", "token") if pooler_act else (None,))

@@ -132,14 +132,6 @@ def test_a_run_folder_stands_for_its_best_checkpoint(saved, tmp_path):
     assert dualenc.find_checkpoint(tmp_path / "last") == tmp_path / "last"
 
 
-def test_fields_of_older_versions_are_passed_over(saved):
-    folder, model = saved
-    edit(folder, text__embedding_width=32, text__layer_groups=None, vision__channels=3)
-    weights = {**model.state_dict(), "vision_model.mask_token": torch.zeros(1)}
-    safetensors.torch.save_file(weights, folder / "model.safetensors")
-    assert load(folder).config == model.config
-
-
 # ---- Towers and the hub --------------------------------------------------------------------------
 
 
