@@ -1873,7 +1873,7 @@ def save_dual_encoder(model, folder, format):
 
 def load_dual_encoder(cls, folder_or_hub_id):
     """See DualEncoder.from_pretrained."""
-    folder = find_checkpoint(folder_or_hub_id)
+    folder = find_folder(folder_or_hub_id)
     values = read_json(folder / CONFIG_FILE)
     own = values.get("model_type") == MODEL_TYPE
     # On the meta device shapes take no memory: a config that lies costs nothing.
@@ -1904,8 +1904,13 @@ def fill(module, weights, source):
 
 
 def find_folder(folder_or_hub_id):
-    """A local folder, or that of a hub id (or id@revision) in the cache, downloaded if need be."""
+    """A local folder, a run's best checkpoint, or the cache's copy of a hub id or id@revision."""
     folder = Path(folder_or_hub_id)
+    if (folder / RUN_CONFIG).is_file():
+        for name in ("best", "best.old", "last", "last.old"):  # .old: killed while saving a new one
+            if (folder / name).is_dir():
+                return folder / name
+        raise ValueError(f"the run in {folder} has not saved a checkpoint yet")
     if folder.is_dir():
         return folder
     name, _, revision = str(folder_or_hub_id).partition("@")
@@ -1917,17 +1922,6 @@ def find_folder(folder_or_hub_id):
         if not any(folder.glob("*.safetensors")):
             download(allow_patterns="pytorch_model.bin")
         return folder
-
-
-def find_checkpoint(folder_or_hub_id):
-    """find_folder, where the folder of a run stands for its best checkpoint."""
-    folder = find_folder(folder_or_hub_id)
-    if not (folder / RUN_CONFIG).is_file():
-        return folder
-    for name in ("best", "best.old", "last", "last.old"):  # .old: killed while saving a new one
-        if (folder / name).is_dir():
-            return folder / name
-    raise ValueError(f"the run in {folder} has not saved a checkpoint yet")
 
 
 def read_json(path, default=None):

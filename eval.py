@@ -970,7 +970,7 @@ def main(argv=None):
     if (config.query or config.out) and config.task != "search":
         raise ValueError(f"--query and --out are for --task search, and --task is {config.task}")
 
-    checkpoint = Path(dualenc.find_checkpoint(run))
+    checkpoint = dualenc.find_folder(run)
     device = dualenc.pick_device(config.device)
     model = dualenc.DualEncoder.from_pretrained(checkpoint).to(device)
     precision = dualenc.pick_precision(config.precision, device)

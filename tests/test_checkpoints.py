@@ -127,9 +127,9 @@ def test_a_run_folder_stands_for_its_best_checkpoint(saved, tmp_path):
         load(tmp_path)
     for name in ("last", "best.old", "best"):  # what a run has first, and what counts more
         shutil.copytree(folder, tmp_path / name)
-        assert dualenc.find_checkpoint(tmp_path) == tmp_path / name
+        assert dualenc.find_folder(tmp_path) == tmp_path / name
     assert torch.equal(load(tmp_path).text_projection.weight, model.text_projection.weight)
-    assert dualenc.find_checkpoint(tmp_path / "last") == tmp_path / "last"
+    assert dualenc.find_folder(tmp_path / "last") == tmp_path / "last"
 
 
 # ---- Towers and the hub --------------------------------------------------------------------------
