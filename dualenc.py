@@ -890,7 +890,7 @@ class ImageTransform:
         kind = values.get("image_processor_type") or values.get("feature_extractor_type") or "none"
         kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind)
         check_choice("image processor", kind, IMAGE_PROCESSORS)
-        defaults = IMAGE_PROCESSORS[kind]
+        defaults = cls(**IMAGE_PROCESSORS[kind]).to_dict()
         values = defaults | {name: value for name, value in values.items() if value is not None}
         interpolations = {number: name for name, number in INTERPOLATIONS.items()}
         check_choice("resample", values["resample"], interpolations)
@@ -1845,7 +1845,7 @@ def add_processor(model, image_transform, folder):
     if tokenizer is None or image_transform is None:
         return
     last = model.config.text.vocab_size - 1
-    with blamed_on(find_tokenizer(folder)):
+    with blamed_on(folder, "cannot use the tokenizer of"):
         model.processor = Processor(image_transform, tokenizer, token_types)
         ids = (*tokenizer.get_vocab().values(), *tokenizer.encode("").ids)
         largest = max(*ids, tokenizer.padding["pad_id"])
@@ -2618,16 +2618,12 @@ def publish_dual_encoder(model):
 
 # ---- Image processors and tokenizers -------------------------------------------------------------
 
-# What transformers' image processors do where a file does not say.
-_DEFAULT = {"do_resize": True, "size": {"height": 224, "width": 224}, "resample": 3}
-_DEFAULT |= {"do_center_crop": False, "crop_size": 224, "do_rescale": True}
-_DEFAULT |= {"rescale_factor": 1 / 255, "do_normalize": True}
-_DEFAULT |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-_OF_CLIP = _DEFAULT | {"size": {"shortest_edge": 224}, "do_center_crop": True}
-_OF_CLIP |= {"image_mean": timm.data.OPENAI_CLIP_MEAN, "image_std": timm.data.OPENAI_CLIP_STD}
-_OF_DEIT = _DEFAULT | {"size": {"height": 256, "width": 256}, "do_center_crop": True}
-IMAGE_PROCESSORS = {"ViT": _DEFAULT | {"resample": 2}, "DeiT": _OF_DEIT, "CLIP": _OF_CLIP}
-IMAGE_PROCESSORS |= {"Beit": _DEFAULT, "Siglip": _DEFAULT, "Bit": _OF_CLIP}
+# What transformers' image processors do where a file does not say: fields of ImageTransform.
+_SQUASH, _CROP = {"resize": 224, "crop": None, "squash": True}, {"resize": 224, "crop": 224}
+_CROP |= {"mean": timm.data.OPENAI_CLIP_MEAN, "std": timm.data.OPENAI_CLIP_STD}
+IMAGE_PROCESSORS = {"Beit": _SQUASH, "Siglip": _SQUASH, "CLIP": _CROP, "Bit": _CROP}
+IMAGE_PROCESSORS["ViT"] = _SQUASH | {"interpolation": "bilinear"}
+IMAGE_PROCESSORS["DeiT"] = _SQUASH | {"resize": 256, "crop": 224}
 
 
 def read_image_transform(folder):
@@ -2643,8 +2639,6 @@ def read_image_transform(folder):
         return ImageTransform.from_dict({"feature_extractor_type": kind, **values})
 
 
-# What a tokenizer is read from: the first there is. Sentencepiece's are refused with a reason.
-TOKENIZER_FILES = (TOKENIZER_FILE, "vocab.txt", "vocab.json", "*.model")
 # Special tokens of transformers' tokenizer classes (names without "Tokenizer") unless files say.
 _WORDS = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 _BERT_WORDS = dict(zip(_WORDS, ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")))
@@ -2655,14 +2649,10 @@ TOKENIZERS |= dict.fromkeys(("roberta", "xlmroberta", "camembert"), _ROBERTA_WOR
 TOKENIZERS |= {"distilbert": _BERT_WORDS, "mpnet": {**_ROBERTA_WORDS, "unk_token": "[UNK]"}}
 
 
-def find_tokenizer(folder):
-    """The file of a folder to read its tokenizer from, or None."""
-    return next((path for name in TOKENIZER_FILES for path in sorted(folder.glob(name))), None)
-
-
 def read_tokenizer(folder):
     """(Tokenizer that pads and cuts, whether captions get token types); (None, False) without."""
-    path = find_tokenizer(folder)
+    names = (TOKENIZER_FILE, "vocab.txt", "vocab.json", "*.model")  # the first there is
+    path = next((path for name in names for path in folder.glob(name)), None)
     if path is None:
         return None, False
     settings = read_json(folder / "special_tokens_map.json", {})
