@@ -49,7 +49,7 @@ import tarfile
 import textwrap
 import typing
 import warnings
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
@@ -1882,7 +1882,7 @@ def load_dual_encoder(cls, folder_or_hub_id):
         check_choice(what, values.get("model_type"), (MODEL_TYPE, PUBLISHED_TYPE))
         model = cls(DualEncoderConfig.from_dict(values) if own else read_dual_config(values))
     weights = read_weights(folder / WEIGHTS_FILE) if own else read_published_weights(folder)
-    fill(model, weights if own else own_names(model, weights, folder), folder)
+    fill(model, weights if own else own_weights(model, weights, folder), folder)
     add_processor(model, read_image_transform(folder), folder)
     return model.eval()
 
@@ -2442,56 +2442,52 @@ def published_row(config):
     return HF_VISION.get(config.name) if is_vision else HF_TEXT[config.family]
 
 
-def published_pieces(module):
-    """[(our name, name in a published file, piece)] of the towers of a module, or of a tower.
+def published_names(module):
+    """{names of tensors in a published file: our names} of a tower, or of a model's towers.
 
-    A tensor of ours that is several there is cut into them; pieces of one name are one there.
+    Laid end to end, the tensors of either side are the same: one is one as a rule, but query, key
+    and value are timm's qkv, and SigLIP's in_proj is timm's q and kv.
     """
-    towers, pieces = {"": module}, []
+    towers, names = {"": module}, {}
     if isinstance(module, DualEncoder):
         towers = {"vision_model.": module.vision_model, "text_model.": module.text_model}
     for side, tower in towers.items():
-        for ours, tensor in tower.state_dict().items():
+        for ours in tower.state_dict():
             name = ours.removeprefix("trunk.")
             for pattern, replacement in published_row(tower.config).names.items():
                 name = re.sub(pattern, replacement, name)
             start, parts, end = re.fullmatch(r"([^{]*)(?:{(.*)}(.*))?", name).groups("")
-            theirs = [side + start + part + end for part in parts.split(",")]
-            pieces += [(side + ours, *pair) for pair in zip(theirs, tensor.chunk(len(theirs)))]
-    return pieces
+            theirs = tuple(side + start + part + end for part in parts.split(","))
+            names.setdefault(theirs, []).append(side + ours)
+    return names
 
 
-def own_names(module, weights, source):
-    """A published file's weights {name: tensor} cut, joined and named as in our module.
-
-    Three of theirs, query, key and value, are joined to timm's qkv; SigLIP's in_proj is cut into
-    our q and kv, whose names for the file are the same.
-    """
-    left, ours, pieces = dict(weights), {}, published_pieces(module)
-    waiting = Counter(theirs for _, theirs, _ in pieces)
-    for name, theirs, piece in pieces:
-        waiting[theirs] -= 1
-        if theirs in left:
-            tensor = left.pop(theirs)
-            if waiting[theirs]:  # another piece takes what follows
-                tensor, left[theirs] = tensor[: len(piece)], tensor[len(piece) :]
-            tensor = tensor[(None,) * (piece.ndim - tensor.ndim)]  # ours begin with ones
-            with blamed_on(source, "cannot join the weights of"):
-                ours[name] = torch.cat([ours[name], tensor]) if name in ours else tensor
-    return ours | left
+def own_weights(module, weights, source):
+    """A published file's weights {name: tensor} cut, joined and named as in our module."""
+    left, own, shaped = dict(weights), {}, module.state_dict()
+    for theirs, ours in published_names(module).items():
+        if left.keys() >= {*theirs}:
+            with blamed_on(source, f"cannot cut or join {', '.join(theirs)} of"):
+                whole = torch.cat([left.pop(name) for name in theirs])
+                whole = whole[(None,) * (shaped[ours[0]].ndim - whole.ndim)]  # ours begin with ones
+                lengths = [len(shaped[name]) for name in ours]
+                own |= zip(ours, whole.split(lengths) if len(ours) > 1 else [whole])
+    return own | left
 
 
 def published_weights(model):
     """{name in a published file: tensor} of a DualEncoder."""
-    tensors = {n: t for n, t in model.state_dict().items() if "_model." not in n}
+    own = model.state_dict()
+    tensors = {name: tensor for name, tensor in own.items() if "_model." not in name}
     nests = published_row(model.config.vision).prefix == "vision_model."  # CLIP and SigLIP
-    for _, theirs, piece in published_pieces(model):
-        if nests and theirs.startswith("vision_model."):  # old versions read no other name
-            theirs = "vision_model." + theirs
-        # Two tables of CLIP's have fewer dimensions in the files: ours begin with ones.
-        if theirs.endswith(("embeddings.class_embedding", "embeddings.position_embedding.weight")):
-            piece = piece.squeeze()
-        tensors[theirs] = torch.cat([tensors[theirs], piece]) if theirs in tensors else piece
+    for theirs, ours in published_names(model).items():
+        whole = torch.cat([own[name] for name in ours])
+        for name, part in zip(theirs, whole.chunk(len(theirs))):
+            if nests and name.startswith("vision_model."):  # old versions read no other name
+                name = "vision_model." + name
+            # Two tables of CLIP's have fewer dimensions in the files: ours begin with ones.
+            is_table = name.endswith((".class_embedding", ".position_embedding.weight"))
+            tensors[name] = part.squeeze() if is_table else part
     return tensors
 
 
@@ -2574,7 +2570,7 @@ def load_tower(side, folder, source, overrides):
     if left_out := [name for name in weights if name.removeprefix(prefix) not in inside]:
         message = f"{folder}: {len(left_out)} tensors are no part of the tower and were left out: "
         warnings.warn(message + textwrap.shorten(", ".join(left_out), 200), stacklevel=3)
-    fill(tower, own_names(tower, inside, folder), folder)
+    fill(tower, own_weights(tower, inside, folder), folder)
     return tower
 
 
