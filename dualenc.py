@@ -2654,21 +2654,17 @@ def read_tokenizer(folder):
     settings = read_json(folder / "special_tokens_map.json", {})
     settings |= read_json(folder / "tokenizer_config.json", {})
     model = read_json(folder / CONFIG_FILE, {})
-    model = model.get("text_config") or model
-    name = settings.get("tokenizer_class") or model.get("tokenizer_class")
-    name = str(name or model.get("model_type", "PreTrainedTokenizer"))
+    classes = {**(model.get("text_config") or model), **settings}
+    name = str(classes.get("tokenizer_class") or classes.get("model_type", "PreTrainedTokenizer"))
     kind = re.sub("tokenizer(fast)?$", "", name.lower().replace("-", ""))
     with blamed_on(path):
-        if path.name == TOKENIZER_FILE:
-            tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-            if not settings:  # ours: such a file itself says how to pad and cut
-                return tokenizer, False
+        if path.name == TOKENIZER_FILE and not settings:  # ours: the file says how to pad and cut
+            return tokenizers.Tokenizer.from_file(str(path)), False
         if kind not in TOKENIZERS:
             raise ValueError(f"tokenizer class {name}, which may split words in its own way")
         words = {n: settings.get(n) or word for n, word in TOKENIZERS[kind].items()}
         words = {n: w["content"] if isinstance(w, dict) else w for n, w in words.items()}
-        if path.name != TOKENIZER_FILE:
-            tokenizer = read_old_tokenizer(path, settings, words)
+        tokenizer = tokenizer_from_files(path, settings, words)
         pad_id = tokenizer.token_to_id(words["pad_token"])
         if pad_id is None:
             raise ValueError(f"no pad_token {words['pad_token']!r} in the vocabulary")
@@ -2685,8 +2681,10 @@ def read_tokenizer(folder):
     return tokenizer, "token_type_ids" in inputs if inputs else kind in TOKEN_TYPES
 
 
-def read_old_tokenizer(path, settings, words):
-    """A tokenizer from the files before tokenizer.json; words are its special tokens."""
+def tokenizer_from_files(path, settings, words):
+    """The tokenizer in tokenizer.json, or of older files with words as its special tokens."""
+    if path.name == TOKENIZER_FILE:
+        return tokenizers.Tokenizer.from_file(str(path))
     if path.suffix == ".model" or "\u2581" in path.read_text(encoding="utf-8"):
         raise ValueError("sentencepiece's pieces are not read: save them as tokenizer.json")
     if path.name == "vocab.txt":
