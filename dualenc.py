@@ -888,7 +888,7 @@ class ImageTransform:
     def from_dict(cls, values):
         """The inverse of to_dict, for files of every version of transformers."""
         kind = values.get("image_processor_type") or values.get("feature_extractor_type") or "none"
-        kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind)
+        kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind).lower()
         check_choice("image processor", kind, IMAGE_PROCESSORS)
         defaults = cls(**IMAGE_PROCESSORS[kind]).to_dict()
         values = defaults | {name: value for name, value in values.items() if value is not None}
@@ -1946,7 +1946,6 @@ def read_weights(path):
 
 def write_file(path, content):
     """Write text or bytes whole or not at all: a crash leaves the old file or the new one."""
-    path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
         if isinstance(content, str):
@@ -2443,11 +2442,7 @@ def published_row(config):
 
 
 def published_names(module):
-    """{names of tensors in a published file: our names} of a tower, or of a model's towers.
-
-    Laid end to end, the tensors of either side are the same: one is one as a rule, but query, key
-    and value are timm's qkv, and SigLIP's in_proj is timm's q and kv.
-    """
+    """{names in a published file: our names} whose tensors, laid end to end, are the same."""
     towers, names = {"": module}, {}
     if isinstance(module, DualEncoder):
         towers = {"vision_model.": module.vision_model, "text_model.": module.text_model}
@@ -2617,9 +2612,9 @@ def publish_dual_encoder(model):
 # What transformers' image processors do where a file does not say: fields of ImageTransform.
 _SQUASH, _CROP = {"resize": 224, "crop": None, "squash": True}, {"resize": 224, "crop": 224}
 _CROP |= {"mean": timm.data.OPENAI_CLIP_MEAN, "std": timm.data.OPENAI_CLIP_STD}
-IMAGE_PROCESSORS = {"Beit": _SQUASH, "Siglip": _SQUASH, "CLIP": _CROP, "Bit": _CROP}
-IMAGE_PROCESSORS["ViT"] = _SQUASH | {"interpolation": "bilinear"}
-IMAGE_PROCESSORS["DeiT"] = _SQUASH | {"resize": 256, "crop": 224}
+IMAGE_PROCESSORS = {"beit": _SQUASH, "siglip": _SQUASH, "clip": _CROP, "bit": _CROP}
+IMAGE_PROCESSORS["vit"] = _SQUASH | {"interpolation": "bilinear"}
+IMAGE_PROCESSORS["deit"] = _SQUASH | {"resize": 256, "crop": 224}
 
 
 def read_image_transform(folder):
@@ -2630,9 +2625,8 @@ def read_image_transform(folder):
         return None
     # The oldest files leave it to config.json which processor they are for.
     family = read_json(folder / CONFIG_FILE, {}).get("model_type")
-    kind = next((kind for kind in IMAGE_PROCESSORS if kind.lower() == family), None)
     with blamed_on(folder, "cannot read the image processor of"):
-        return ImageTransform.from_dict({"feature_extractor_type": kind, **values})
+        return ImageTransform.from_dict({"feature_extractor_type": family, **values})
 
 
 # Special tokens of transformers' tokenizer classes (names without "Tokenizer") unless files say.
