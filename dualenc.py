@@ -21,7 +21,7 @@ Sections   1 Losses        2 DualEncoder       3 Text tower       4 Vision tower
 
 First time Sections 1 to 4, 6 up to the shapes, and 8; train.py's loop; ranks and zero-shot in
            eval.py. Names from below: check_... and autocast are in section 10, HF_... (Hugging
-           Face's families), vision_tower and text_tower in section 9.
+           Face's families) and build_tower in section 9.
 
 Sources    Radford et al. 2021, "Learning Transferable Visual Models From Natural Language
            Supervision" (CLIP); Zhai et al. 2022, "LiT: Zero-Shot Transfer with Locked-image text
@@ -239,8 +239,8 @@ class DualEncoder(nn.Module):
         super().__init__()
         self.config = config
         # The class of a tower depends on its configuration: see the tables of section 9.
-        self.vision_model = vision_model or vision_tower(config.vision)
-        self.text_model = text_model or text_tower(config.text)
+        self.vision_model = vision_model or build_tower(config.vision)
+        self.text_model = text_model or build_tower(config.text)
         make_head = PROJECTION_HEADS[config.projection_head]
         self.visual_projection = make_head(self.vision_model.width, config.projection_dim)
         self.text_projection = make_head(self.text_model.width, config.projection_dim)
@@ -536,7 +536,7 @@ class TextEncoder(nn.Module):
         raises     ValueError for another model, and for weights that are missing or do not fit
         """
         folder = find_folder(folder_or_hub_id)
-        return load_tower("text", folder, folder_or_hub_id, overrides).eval()
+        return load_tower(read_text_config, folder, folder_or_hub_id, overrides).eval()
 
     def _init_weights(self, module):
         """BERT's start: normal weights of standard deviation 0.02, zero biases."""
@@ -1801,10 +1801,10 @@ def build_from_towers(cls, vision, text, projection_dim, pretrained, overrides):
         sides[side][name] = value
     vision_model = build_vision_tower(str(vision), pretrained, sides["vision"])
     if text == "scratch":
-        text_model = text_tower(config_from_dict(TextConfig, sides["text"]))
+        text_model = build_tower(config_from_dict(TextConfig, sides["text"]))
     else:
         folder = find_folder(text)
-        text_model = load_tower("text", folder, text, sides["text"])
+        text_model = load_tower(read_text_config, folder, text, sides["text"])
     config = {"vision": vision_model.config, "text": text_model.config, **sides["dual"]}
     model = cls(config_from_dict(DualEncoderConfig, config), vision_model, text_model)
     if text != "scratch":
@@ -1819,7 +1819,9 @@ def build_vision_tower(vision, pretrained, overrides):
         folder = find_folder(place)
         values = read_json(folder / CONFIG_FILE)
         if "architecture" not in values:
-            return load_tower("vision", folder, place, overrides)
+            tower = load_tower(read_vision_config, folder, place, overrides)
+            tower.own_transform = read_image_transform(folder)
+            return tower
         # A timm folder. What we save names its architecture and arguments, not where it lay.
         found["name"], weights = values["architecture"], f"local-dir:{folder}"
         args = {**(values.get("model_args") or {})}
@@ -2309,14 +2311,11 @@ class DinoTransformer(timm.models.VisionTransformer):
         return self.pos_drop(x + positions)
 
 
-def vision_tower(config):
-    """The vision tower that a VisionConfig describes, with random weights."""
+def build_tower(config):
+    """The tower that a VisionConfig or TextConfig describes, with random weights."""
+    if isinstance(config, TextConfig):
+        return HF_TEXT[config.family].make(config)
     return (PublishedVisionEncoder if config.name in HF_VISION else VisionEncoder)(config)
-
-
-def text_tower(config):
-    """The text tower that a TextConfig describes, with random weights."""
-    return HF_TEXT[config.family].make(config)
 
 
 # ---- Tables --------------------------------------------------------------------------------------
@@ -2527,7 +2526,8 @@ def read_vision_config(values, pooling, overrides):
     args = dict(HF_VISION[name].defaults)
     args |= {key: values[key] for key in args if values.get(key) is not None}
     check_choice("activation", args["hidden_act"], ACTIVATIONS)
-    found = {"name": name, "pooling": pooling if "pooler_act" in args else None, **overrides}
+    pooling = (pooling or "token") if "pooler_act" in args else None
+    found = {"name": name, "pooling": pooling, **overrides}
     args |= overrides.get("args", {})
     return config_from_dict(VisionConfig, {**found, "image_size": size, "args": args})
 
@@ -2540,22 +2540,18 @@ def read_text_config(values, pooling, overrides):
         if values.get(key) not in (accepted, None):
             raise ValueError(f"{family} with {key} = {values[key]!r}: only {accepted!r} is read")
     given = {keys[key]: values[key] for key in keys if values.get(key) is not None}
-    found = {"family": family, "pooling": pooling, **HF_TEXT[family].defaults, **given}
+    found = {"family": family, "pooling": pooling or "cls", **HF_TEXT[family].defaults, **given}
     return config_from_dict(TextConfig, {**found, **overrides})
 
 
-def load_tower(side, folder, source, overrides):
-    """A "vision" or "text" tower of transformers; a warning says which weights are left out."""
+def load_tower(read_config, folder, source, overrides):
+    """A tower of transformers; a warning says which weights are left out."""
     values, weights = read_json(folder / CONFIG_FILE), read_published_weights(folder)
-    has_pooler = any(name.endswith("pooler.dense.weight") for name in weights)
-    pooling = "pooler" if has_pooler else {"vision": "token", "text": "cls"}[side]
+    pooling = overrides.get("pooling") or sentence_pooling(folder)
+    if not pooling and any(name.endswith("pooler.dense.weight") for name in weights):
+        pooling = "pooler"
     with blamed_on(folder / CONFIG_FILE, "cannot build the model of"), torch.device("meta"):
-        if side == "vision":
-            tower = vision_tower(read_vision_config(values, pooling, overrides))
-            tower.own_transform = read_image_transform(folder)
-        else:
-            pooling = overrides.get("pooling") or sentence_pooling(folder) or pooling
-            tower = text_tower(read_text_config(values, pooling, overrides))
+        tower = build_tower(read_config(values, pooling, overrides))
     tower.source, prefix = str(source), published_row(tower.config).prefix
     inside = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
     inside = inside or weights  # a file without a task head has no prefix
