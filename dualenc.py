@@ -2227,9 +2227,8 @@ class MPNetEncoder(RobertaEncoder):
 
     def __init__(self, config):
         super().__init__(config)
-        bias = nn.Embedding(32, config.heads)
-        self.encoder["relative_attention_bias"] = bias
-        self._init_weights(bias)
+        self.encoder["relative_attention_bias"] = nn.Embedding(32, config.heads)
+        self._init_weights(self.encoder["relative_attention_bias"])
 
     def score_mask(self, attention_mask, hidden):
         buckets = relative_buckets(hidden.shape[1]).to(hidden.device)
@@ -2276,8 +2275,7 @@ class PublishedVisionEncoder(VisionEncoder):
         values["proj_drop_rate"] = values.get("hidden_dropout_prob", 0.0)
         values["norm_layer"] = functools.partial(nn.LayerNorm, eps=values.pop("layer_norm_eps"))
         arguments = {TIMM_NAMES.get(key, key): value for key, value in values.items()}
-        size = self.config.image_size
-        trunk = HF_VISION[name].make(img_size=size, num_classes=0, **arguments)
+        trunk = HF_VISION[name].make(img_size=self.config.image_size, num_classes=0, **arguments)
         for module in trunk.modules():
             if isinstance(module, timm.layers.Mlp):
                 module.act = ACTIVATIONS[act]()
@@ -2678,19 +2676,15 @@ def tokenizer_from_files(path, settings, words):
     if path.suffix == ".model" or "\u2581" in path.read_text(encoding="utf-8"):
         raise ValueError("sentencepiece's pieces are not read: save them as tokenizer.json")
     if path.name == "vocab.txt":
-        return tokenizers.BertWordPieceTokenizer.from_file(
-            str(path),
-            lowercase=settings.get("do_lower_case", True),
-            strip_accents=settings.get("strip_accents"),
-            handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-            **words,
-        )._tokenizer
-    tokenizer = tokenizers.ByteLevelBPETokenizer.from_file(
-        str(path),
-        str(path.with_name("merges.txt")),
-        add_prefix_space=settings.get("add_prefix_space", False),
-    )._tokenizer
+        options = {"lowercase": settings.get("do_lower_case", True), **words}
+        options["strip_accents"] = settings.get("strip_accents")
+        options["handle_chinese_chars"] = settings.get("tokenize_chinese_chars", True)
+        return tokenizers.BertWordPieceTokenizer.from_file(str(path), **options)._tokenizer
+    files = str(path), str(path.with_name("merges.txt"))
+    space = settings.get("add_prefix_space", False)
+    bpe = tokenizers.ByteLevelBPETokenizer.from_file(*files, add_prefix_space=space)
     # The library's class leaves special tokens to its caller. RoBERTa's mask takes along a space.
+    tokenizer = bpe._tokenizer
     ends = ((w, tokenizer.token_to_id(w)) for w in (words["sep_token"], words["cls_token"]))
     tokenizer.post_processor = tokenizers.processors.RobertaProcessing(*ends)
     mask = tokenizers.AddedToken(words.pop("mask_token"), lstrip=True)
