@@ -48,7 +48,6 @@ import sys
 import tarfile
 import textwrap
 import typing
-import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
@@ -2543,7 +2542,7 @@ def read_text_config(values, pooling, overrides):
 
 
 def load_tower(read_config, folder, source, overrides):
-    """A tower of transformers; a warning says which weights are left out."""
+    """A tower of transformers; a note says which weights are left out."""
     values, weights = read_json(folder / CONFIG_FILE), read_published_weights(folder)
     pooling = overrides.get("pooling") or sentence_pooling(folder)
     if not pooling and any(name.endswith("pooler.dense.weight") for name in weights):
@@ -2558,7 +2557,7 @@ def load_tower(read_config, folder, source, overrides):
         inside = {name: tensor for name, tensor in inside.items() if not name.startswith("pooler.")}
     if left_out := [name for name in weights if name.removeprefix(prefix) not in inside]:
         message = f"{folder}: {len(left_out)} tensors are no part of the tower and were left out: "
-        warnings.warn(message + textwrap.shorten(", ".join(left_out), 200), stacklevel=3)
+        notice(message, message + textwrap.shorten(", ".join(left_out), 200))
     fill(tower, own_weights(tower, inside, folder), folder)
     return tower
 

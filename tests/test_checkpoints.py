@@ -183,7 +183,6 @@ def timm_folder(tmp_path):
 
 
 @pytest.mark.parametrize("vision", ["folder", "hf-hub:someone/vit", "someone/vit"])
-@pytest.mark.filterwarnings("ignore")  # a task head is left out
 def test_a_timm_folder_is_a_tower_saved_by_architecture(vision, timm_folder, hub, tmp_path):
     folder, trunk = timm_folder
     hub(folder, "someone/vit")
