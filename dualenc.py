@@ -2468,11 +2468,10 @@ def own_weights(module, weights, source):
 
 def published_weights(model):
     """{name in a published file: tensor} of a DualEncoder."""
-    own = model.state_dict()
-    tensors = {name: tensor for name, tensor in own.items() if "_model." not in name}
+    tensors = model.state_dict()
     nests = published_row(model.config.vision).prefix == "vision_model."  # CLIP and SigLIP
     for theirs, ours in published_names(model).items():
-        whole = torch.cat([own[name] for name in ours])
+        whole = torch.cat([tensors.pop(name) for name in ours])
         for name, part in zip(theirs, whole.chunk(len(theirs))):
             if nests and name.startswith("vision_model."):  # old versions read no other name
                 name = "vision_model." + name
