@@ -2433,8 +2433,7 @@ HF_TEXT = {
 
 def published_row(config):
     """The family of a tower's configuration; None for a timm model."""
-    is_vision = isinstance(config, VisionConfig)
-    return HF_VISION.get(config.name) if is_vision else HF_TEXT[config.family]
+    return HF_TEXT[config.family] if isinstance(config, TextConfig) else HF_VISION.get(config.name)
 
 
 def published_names(module):
