@@ -21,7 +21,7 @@ Sections   1 Losses        2 DualEncoder       3 Text tower       4 Vision tower
 
 First time Sections 1 to 4, 6 up to the shapes, and 8; train.py's loop; ranks and zero-shot in
            eval.py. Names from below: check_... and autocast are in section 10, HF_... (Hugging
-           Face's families), vision_tower and text_tower in section 9.
+           Face's families) and build_tower in section 9.
 
 Sources    Radford et al. 2021, "Learning Transferable Visual Models From Natural Language
            Supervision" (CLIP); Zhai et al. 2022, "LiT: Zero-Shot Transfer with Locked-image text
@@ -48,8 +48,7 @@ import sys
 import tarfile
 import textwrap
 import typing
-import warnings
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
@@ -239,8 +238,8 @@ class DualEncoder(nn.Module):
         super().__init__()
         self.config = config
         # The class of a tower depends on its configuration: see the tables of section 9.
-        self.vision_model = vision_model or vision_tower(config.vision)
-        self.text_model = text_model or text_tower(config.text)
+        self.vision_model = vision_model or build_tower(config.vision)
+        self.text_model = text_model or build_tower(config.text)
         make_head = PROJECTION_HEADS[config.projection_head]
         self.visual_projection = make_head(self.vision_model.width, config.projection_dim)
         self.text_projection = make_head(self.text_model.width, config.projection_dim)
@@ -536,7 +535,7 @@ class TextEncoder(nn.Module):
         raises     ValueError for another model, and for weights that are missing or do not fit
         """
         folder = find_folder(folder_or_hub_id)
-        return load_tower("text", folder, folder_or_hub_id, overrides).eval()
+        return load_tower(read_text_config, folder, folder_or_hub_id, overrides).eval()
 
     def _init_weights(self, module):
         """BERT's start: normal weights of standard deviation 0.02, zero biases."""
@@ -888,9 +887,9 @@ class ImageTransform:
     def from_dict(cls, values):
         """The inverse of to_dict, for files of every version of transformers."""
         kind = values.get("image_processor_type") or values.get("feature_extractor_type") or "none"
-        kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind)
+        kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind).lower()
         check_choice("image processor", kind, IMAGE_PROCESSORS)
-        defaults = IMAGE_PROCESSORS[kind]
+        defaults = cls(**IMAGE_PROCESSORS[kind]).to_dict()
         values = defaults | {name: value for name, value in values.items() if value is not None}
         interpolations = {number: name for name, number in INTERPOLATIONS.items()}
         check_choice("resample", values["resample"], interpolations)
@@ -1790,8 +1789,6 @@ MODEL_TYPE, PUBLISHED_TYPE = "dualenc", "vision-text-dual-encoder"
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
 IMAGE_FILE = "preprocessor_config.json"
 RUN_CONFIG = "train_config.json"  # the folder that holds it is a run of train.py
-# Fields of older files. Models in which they matter do not have the weights of ours.
-OLD_FIELDS = [("vision", "channels"), ("text", "embedding_width"), ("text", "layer_groups")]
 
 
 def build_from_towers(cls, vision, text, projection_dim, pretrained, overrides):
@@ -1803,10 +1800,10 @@ def build_from_towers(cls, vision, text, projection_dim, pretrained, overrides):
         sides[side][name] = value
     vision_model = build_vision_tower(str(vision), pretrained, sides["vision"])
     if text == "scratch":
-        text_model = text_tower(config_from_dict(TextConfig, sides["text"]))
+        text_model = build_tower(config_from_dict(TextConfig, sides["text"]))
     else:
         folder = find_folder(text)
-        text_model = load_tower("text", folder, text, sides["text"])
+        text_model = load_tower(read_text_config, folder, text, sides["text"])
     config = {"vision": vision_model.config, "text": text_model.config, **sides["dual"]}
     model = cls(config_from_dict(DualEncoderConfig, config), vision_model, text_model)
     if text != "scratch":
@@ -1821,7 +1818,9 @@ def build_vision_tower(vision, pretrained, overrides):
         folder = find_folder(place)
         values = read_json(folder / CONFIG_FILE)
         if "architecture" not in values:
-            return load_tower("vision", folder, place, overrides)
+            tower = load_tower(read_vision_config, folder, place, overrides)
+            tower.own_transform = read_image_transform(folder)
+            return tower
         # A timm folder. What we save names its architecture and arguments, not where it lay.
         found["name"], weights = values["architecture"], f"local-dir:{folder}"
         args = {**(values.get("model_args") or {})}
@@ -1847,7 +1846,7 @@ def add_processor(model, image_transform, folder):
     if tokenizer is None or image_transform is None:
         return
     last = model.config.text.vocab_size - 1
-    with blamed_on(find_tokenizer(folder)):
+    with blamed_on(folder, "cannot use the tokenizer of"):
         model.processor = Processor(image_transform, tokenizer, token_types)
         ids = (*tokenizer.get_vocab().values(), *tokenizer.encode("").ids)
         largest = max(*ids, tokenizer.padding["pad_id"])
@@ -1875,21 +1874,16 @@ def save_dual_encoder(model, folder, format):
 
 def load_dual_encoder(cls, folder_or_hub_id):
     """See DualEncoder.from_pretrained."""
-    folder = find_checkpoint(folder_or_hub_id)
+    folder = find_folder(folder_or_hub_id)
     values = read_json(folder / CONFIG_FILE)
-    kind = values.get("model_type")
-    own = kind == MODEL_TYPE
-    for side, name in OLD_FIELDS:
-        if own and isinstance(values.get(side), dict):
-            values[side].pop(name, None)
+    own = values.get("model_type") == MODEL_TYPE
     # On the meta device shapes take no memory: a config that lies costs nothing.
     with blamed_on(folder / CONFIG_FILE, "cannot build the model of"), torch.device("meta"):
         what = "model_type (other models lend towers to from_vision_text_pretrained)"
-        check_choice(what, kind, (MODEL_TYPE, PUBLISHED_TYPE))
+        check_choice(what, values.get("model_type"), (MODEL_TYPE, PUBLISHED_TYPE))
         model = cls(DualEncoderConfig.from_dict(values) if own else read_dual_config(values))
     weights = read_weights(folder / WEIGHTS_FILE) if own else read_published_weights(folder)
-    weights.pop("vision_model.mask_token", None)  # unused; versions before this one kept it
-    fill(model, weights if own else own_names(model, weights, folder), folder)
+    fill(model, weights if own else own_weights(model, weights, folder), folder)
     add_processor(model, read_image_transform(folder), folder)
     return model.eval()
 
@@ -1911,8 +1905,13 @@ def fill(module, weights, source):
 
 
 def find_folder(folder_or_hub_id):
-    """A local folder, or that of a hub id (or id@revision) in the cache, downloaded if need be."""
+    """A local folder, a run's best checkpoint, or the cache's copy of a hub id or id@revision."""
     folder = Path(folder_or_hub_id)
+    if (folder / RUN_CONFIG).is_file():
+        for name in ("best", "best.old", "last", "last.old"):  # .old: killed while saving a new one
+            if (folder / name).is_dir():
+                return folder / name
+        raise ValueError(f"the run in {folder} has not saved a checkpoint yet")
     if folder.is_dir():
         return folder
     name, _, revision = str(folder_or_hub_id).partition("@")
@@ -1924,17 +1923,6 @@ def find_folder(folder_or_hub_id):
         if not any(folder.glob("*.safetensors")):
             download(allow_patterns="pytorch_model.bin")
         return folder
-
-
-def find_checkpoint(folder_or_hub_id):
-    """find_folder, where the folder of a run stands for its best checkpoint."""
-    folder = find_folder(folder_or_hub_id)
-    if not (folder / RUN_CONFIG).is_file():
-        return folder
-    for name in ("best", "best.old", "last", "last.old"):  # .old: killed while saving a new one
-        if (folder / name).is_dir():
-            return folder / name
-    raise ValueError(f"the run in {folder} has not saved a checkpoint yet")
 
 
 def read_json(path, default=None):
@@ -1959,7 +1947,6 @@ def read_weights(path):
 
 def write_file(path, content):
     """Write text or bytes whole or not at all: a crash leaves the old file or the new one."""
-    path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
         if isinstance(content, str):
@@ -2239,9 +2226,8 @@ class MPNetEncoder(RobertaEncoder):
 
     def __init__(self, config):
         super().__init__(config)
-        bias = nn.Embedding(32, config.heads)
-        self.encoder["relative_attention_bias"] = bias
-        self._init_weights(bias)
+        self.encoder["relative_attention_bias"] = nn.Embedding(32, config.heads)
+        self._init_weights(self.encoder["relative_attention_bias"])
 
     def score_mask(self, attention_mask, hidden):
         buckets = relative_buckets(hidden.shape[1]).to(hidden.device)
@@ -2273,7 +2259,6 @@ class PublishedVisionEncoder(VisionEncoder):
         name, pooling, values = self.config.name, self.config.pooling, {**self.config.args}
         if "hidden_size" not in values:
             raise ValueError(f"{name!r} is a family: name a folder, hub id or timm model")
-        values.pop("use_mask_token", None)  # in older files
         width, act = values["hidden_size"], values.pop("hidden_act")
         pooler_act = values.pop("pooler_act", None)
         check_choice(f"{name} pooling", pooling, ("pooler", "token") if pooler_act else (None,))
@@ -2289,8 +2274,7 @@ class PublishedVisionEncoder(VisionEncoder):
         values["proj_drop_rate"] = values.get("hidden_dropout_prob", 0.0)
         values["norm_layer"] = functools.partial(nn.LayerNorm, eps=values.pop("layer_norm_eps"))
         arguments = {TIMM_NAMES.get(key, key): value for key, value in values.items()}
-        size = self.config.image_size
-        trunk = HF_VISION[name].make(img_size=size, num_classes=0, **arguments)
+        trunk = HF_VISION[name].make(img_size=self.config.image_size, num_classes=0, **arguments)
         for module in trunk.modules():
             if isinstance(module, timm.layers.Mlp):
                 module.act = ACTIVATIONS[act]()
@@ -2324,14 +2308,11 @@ class DinoTransformer(timm.models.VisionTransformer):
         return self.pos_drop(x + positions)
 
 
-def vision_tower(config):
-    """The vision tower that a VisionConfig describes, with random weights."""
+def build_tower(config):
+    """The tower that a VisionConfig or TextConfig describes, with random weights."""
+    if isinstance(config, TextConfig):
+        return HF_TEXT[config.family].make(config)
     return (PublishedVisionEncoder if config.name in HF_VISION else VisionEncoder)(config)
-
-
-def text_tower(config):
-    """The text tower that a TextConfig describes, with random weights."""
-    return HF_TEXT[config.family].make(config)
 
 
 # ---- Tables --------------------------------------------------------------------------------------
@@ -2452,60 +2433,50 @@ HF_TEXT = {
 
 def published_row(config):
     """The family of a tower's configuration; None for a timm model."""
-    is_vision = isinstance(config, VisionConfig)
-    return HF_VISION.get(config.name) if is_vision else HF_TEXT[config.family]
+    return HF_TEXT[config.family] if isinstance(config, TextConfig) else HF_VISION.get(config.name)
 
 
-def published_pieces(module):
-    """[(our name, name in a published file, piece)] of the towers of a module, or of a tower.
-
-    A tensor of ours that is several there is cut into them; pieces of one name are one there.
-    """
-    towers, pieces = {"": module}, []
+def published_names(module):
+    """{names in a published file: our names} whose tensors, laid end to end, are the same."""
+    towers, names = {"": module}, {}
     if isinstance(module, DualEncoder):
         towers = {"vision_model.": module.vision_model, "text_model.": module.text_model}
     for side, tower in towers.items():
-        for ours, tensor in tower.state_dict().items():
+        for ours in tower.state_dict():
             name = ours.removeprefix("trunk.")
             for pattern, replacement in published_row(tower.config).names.items():
                 name = re.sub(pattern, replacement, name)
             start, parts, end = re.fullmatch(r"([^{]*)(?:{(.*)}(.*))?", name).groups("")
-            theirs = [side + start + part + end for part in parts.split(",")]
-            pieces += [(side + ours, *pair) for pair in zip(theirs, tensor.chunk(len(theirs)))]
-    return pieces
+            theirs = tuple(side + start + part + end for part in parts.split(","))
+            names.setdefault(theirs, []).append(side + ours)
+    return names
 
 
-def own_names(module, weights, source):
-    """A published file's weights {name: tensor} cut, joined and named as in our module.
-
-    Three of theirs, query, key and value, are joined to timm's qkv; SigLIP's in_proj is cut into
-    our q and kv, whose names for the file are the same.
-    """
-    left, ours, pieces = dict(weights), {}, published_pieces(module)
-    waiting = Counter(theirs for _, theirs, _ in pieces)
-    for name, theirs, piece in pieces:
-        waiting[theirs] -= 1
-        if theirs in left:
-            tensor = left.pop(theirs)
-            if waiting[theirs]:  # another piece takes what follows
-                tensor, left[theirs] = tensor[: len(piece)], tensor[len(piece) :]
-            tensor = tensor[(None,) * (piece.ndim - tensor.ndim)]  # ours begin with ones
-            with blamed_on(source, "cannot join the weights of"):
-                ours[name] = torch.cat([ours[name], tensor]) if name in ours else tensor
-    return ours | left
+def own_weights(module, weights, source):
+    """A published file's weights {name: tensor} cut, joined and named as in our module."""
+    left, own, shaped = dict(weights), {}, module.state_dict()
+    for theirs, ours in published_names(module).items():
+        if left.keys() >= {*theirs}:
+            with blamed_on(source, f"cannot cut or join {', '.join(theirs)} of"):
+                whole = torch.cat([left.pop(name) for name in theirs])
+                whole = whole[(None,) * (shaped[ours[0]].ndim - whole.ndim)]  # ours begin with ones
+                lengths = [len(shaped[name]) for name in ours]
+                own |= zip(ours, whole.split(lengths) if len(ours) > 1 else [whole])
+    return own | left
 
 
 def published_weights(model):
     """{name in a published file: tensor} of a DualEncoder."""
-    tensors = {n: t for n, t in model.state_dict().items() if "_model." not in n}
+    tensors = model.state_dict()
     nests = published_row(model.config.vision).prefix == "vision_model."  # CLIP and SigLIP
-    for _, theirs, piece in published_pieces(model):
-        if nests and theirs.startswith("vision_model."):  # old versions read no other name
-            theirs = "vision_model." + theirs
-        # Two tables of CLIP's have fewer dimensions in the files: ours begin with ones.
-        if theirs.endswith(("embeddings.class_embedding", "embeddings.position_embedding.weight")):
-            piece = piece.squeeze()
-        tensors[theirs] = torch.cat([tensors[theirs], piece]) if theirs in tensors else piece
+    for theirs, ours in published_names(model).items():
+        whole = torch.cat([tensors.pop(name) for name in ours])
+        for name, part in zip(theirs, whole.chunk(len(theirs))):
+            if nests and name.startswith("vision_model."):  # old versions read no other name
+                name = "vision_model." + name
+            # Two tables of CLIP's have fewer dimensions in the files: ours begin with ones.
+            is_table = name.endswith((".class_embedding", ".position_embedding.weight"))
+            tensors[name] = part.squeeze() if is_table else part
     return tensors
 
 
@@ -2550,7 +2521,8 @@ def read_vision_config(values, pooling, overrides):
     args = dict(HF_VISION[name].defaults)
     args |= {key: values[key] for key in args if values.get(key) is not None}
     check_choice("activation", args["hidden_act"], ACTIVATIONS)
-    found = {"name": name, "pooling": pooling if "pooler_act" in args else None, **overrides}
+    pooling = (pooling or "token") if "pooler_act" in args else None
+    found = {"name": name, "pooling": pooling, **overrides}
     args |= overrides.get("args", {})
     return config_from_dict(VisionConfig, {**found, "image_size": size, "args": args})
 
@@ -2563,22 +2535,18 @@ def read_text_config(values, pooling, overrides):
         if values.get(key) not in (accepted, None):
             raise ValueError(f"{family} with {key} = {values[key]!r}: only {accepted!r} is read")
     given = {keys[key]: values[key] for key in keys if values.get(key) is not None}
-    found = {"family": family, "pooling": pooling, **HF_TEXT[family].defaults, **given}
+    found = {"family": family, "pooling": pooling or "cls", **HF_TEXT[family].defaults, **given}
     return config_from_dict(TextConfig, {**found, **overrides})
 
 
-def load_tower(side, folder, source, overrides):
-    """A "vision" or "text" tower of transformers; a warning says which weights are left out."""
+def load_tower(read_config, folder, source, overrides):
+    """A tower of transformers; a note says which weights are left out."""
     values, weights = read_json(folder / CONFIG_FILE), read_published_weights(folder)
-    has_pooler = any(name.endswith("pooler.dense.weight") for name in weights)
-    pooling = "pooler" if has_pooler else {"vision": "token", "text": "cls"}[side]
+    pooling = overrides.get("pooling") or sentence_pooling(folder)
+    if not pooling and any(name.endswith("pooler.dense.weight") for name in weights):
+        pooling = "pooler"
     with blamed_on(folder / CONFIG_FILE, "cannot build the model of"), torch.device("meta"):
-        if side == "vision":
-            tower = vision_tower(read_vision_config(values, pooling, overrides))
-            tower.own_transform = read_image_transform(folder)
-        else:
-            pooling = overrides.get("pooling") or sentence_pooling(folder) or pooling
-            tower = text_tower(read_text_config(values, pooling, overrides))
+        tower = build_tower(read_config(values, pooling, overrides))
     tower.source, prefix = str(source), published_row(tower.config).prefix
     inside = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
     inside = inside or weights  # a file without a task head has no prefix
@@ -2587,8 +2555,8 @@ def load_tower(side, folder, source, overrides):
         inside = {name: tensor for name, tensor in inside.items() if not name.startswith("pooler.")}
     if left_out := [name for name in weights if name.removeprefix(prefix) not in inside]:
         message = f"{folder}: {len(left_out)} tensors are no part of the tower and were left out: "
-        warnings.warn(message + textwrap.shorten(", ".join(left_out), 200), stacklevel=3)
-    fill(tower, own_names(tower, inside, folder), folder)
+        notice(message, message + textwrap.shorten(", ".join(left_out), 200))
+    fill(tower, own_weights(tower, inside, folder), folder)
     return tower
 
 
@@ -2632,16 +2600,12 @@ def publish_dual_encoder(model):
 
 # ---- Image processors and tokenizers -------------------------------------------------------------
 
-# What transformers' image processors do where a file does not say.
-_DEFAULT = {"do_resize": True, "size": {"height": 224, "width": 224}, "resample": 3}
-_DEFAULT |= {"do_center_crop": False, "crop_size": 224, "do_rescale": True}
-_DEFAULT |= {"rescale_factor": 1 / 255, "do_normalize": True}
-_DEFAULT |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-_OF_CLIP = _DEFAULT | {"size": {"shortest_edge": 224}, "do_center_crop": True}
-_OF_CLIP |= {"image_mean": timm.data.OPENAI_CLIP_MEAN, "image_std": timm.data.OPENAI_CLIP_STD}
-_OF_DEIT = _DEFAULT | {"size": {"height": 256, "width": 256}, "do_center_crop": True}
-IMAGE_PROCESSORS = {"ViT": _DEFAULT | {"resample": 2}, "DeiT": _OF_DEIT, "CLIP": _OF_CLIP}
-IMAGE_PROCESSORS |= {"Beit": _DEFAULT, "Siglip": _DEFAULT, "Bit": _OF_CLIP}
+# What transformers' image processors do where a file does not say: fields of ImageTransform.
+_SQUASH, _CROP = {"resize": 224, "crop": None, "squash": True}, {"resize": 224, "crop": 224}
+_CROP |= {"mean": timm.data.OPENAI_CLIP_MEAN, "std": timm.data.OPENAI_CLIP_STD}
+IMAGE_PROCESSORS = {"beit": _SQUASH, "siglip": _SQUASH, "clip": _CROP, "bit": _CROP}
+IMAGE_PROCESSORS["vit"] = _SQUASH | {"interpolation": "bilinear"}
+IMAGE_PROCESSORS["deit"] = _SQUASH | {"resize": 256, "crop": 224}
 
 
 def read_image_transform(folder):
@@ -2652,13 +2616,10 @@ def read_image_transform(folder):
         return None
     # The oldest files leave it to config.json which processor they are for.
     family = read_json(folder / CONFIG_FILE, {}).get("model_type")
-    kind = next((kind for kind in IMAGE_PROCESSORS if kind.lower() == family), None)
     with blamed_on(folder, "cannot read the image processor of"):
-        return ImageTransform.from_dict({"feature_extractor_type": kind, **values})
+        return ImageTransform.from_dict({"feature_extractor_type": family, **values})
 
 
-# What a tokenizer is read from: the first there is. Sentencepiece's are refused with a reason.
-TOKENIZER_FILES = (TOKENIZER_FILE, "vocab.txt", "vocab.json", "*.model")
 # Special tokens of transformers' tokenizer classes (names without "Tokenizer") unless files say.
 _WORDS = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 _BERT_WORDS = dict(zip(_WORDS, ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")))
@@ -2669,34 +2630,26 @@ TOKENIZERS |= dict.fromkeys(("roberta", "xlmroberta", "camembert"), _ROBERTA_WOR
 TOKENIZERS |= {"distilbert": _BERT_WORDS, "mpnet": {**_ROBERTA_WORDS, "unk_token": "[UNK]"}}
 
 
-def find_tokenizer(folder):
-    """The file of a folder to read its tokenizer from, or None."""
-    return next((path for name in TOKENIZER_FILES for path in sorted(folder.glob(name))), None)
-
-
 def read_tokenizer(folder):
     """(Tokenizer that pads and cuts, whether captions get token types); (None, False) without."""
-    path = find_tokenizer(folder)
+    names = (TOKENIZER_FILE, "vocab.txt", "vocab.json", "*.model")  # the first there is
+    path = next((path for name in names for path in folder.glob(name)), None)
     if path is None:
         return None, False
     settings = read_json(folder / "special_tokens_map.json", {})
     settings |= read_json(folder / "tokenizer_config.json", {})
     model = read_json(folder / CONFIG_FILE, {})
-    model = model.get("text_config") or model
-    name = settings.get("tokenizer_class") or model.get("tokenizer_class")
-    name = str(name or model.get("model_type", "PreTrainedTokenizer"))
+    classes = {**(model.get("text_config") or model), **settings}
+    name = str(classes.get("tokenizer_class") or classes.get("model_type", "PreTrainedTokenizer"))
     kind = re.sub("tokenizer(fast)?$", "", name.lower().replace("-", ""))
     with blamed_on(path):
-        if path.name == TOKENIZER_FILE:
-            tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-            if not settings:  # ours: such a file itself says how to pad and cut
-                return tokenizer, False
+        if path.name == TOKENIZER_FILE and not settings:  # ours: the file says how to pad and cut
+            return tokenizers.Tokenizer.from_file(str(path)), False
         if kind not in TOKENIZERS:
             raise ValueError(f"tokenizer class {name}, which may split words in its own way")
         words = {n: settings.get(n) or word for n, word in TOKENIZERS[kind].items()}
         words = {n: w["content"] if isinstance(w, dict) else w for n, w in words.items()}
-        if path.name != TOKENIZER_FILE:
-            tokenizer = read_old_tokenizer(path, settings, words)
+        tokenizer = tokenizer_from_files(path, settings, words)
         pad_id = tokenizer.token_to_id(words["pad_token"])
         if pad_id is None:
             raise ValueError(f"no pad_token {words['pad_token']!r} in the vocabulary")
@@ -2713,24 +2666,22 @@ def read_tokenizer(folder):
     return tokenizer, "token_type_ids" in inputs if inputs else kind in TOKEN_TYPES
 
 
-def read_old_tokenizer(path, settings, words):
-    """A tokenizer from the files before tokenizer.json; words are its special tokens."""
+def tokenizer_from_files(path, settings, words):
+    """The tokenizer in tokenizer.json, or of older files with words as its special tokens."""
+    if path.name == TOKENIZER_FILE:
+        return tokenizers.Tokenizer.from_file(str(path))
     if path.suffix == ".model" or "\u2581" in path.read_text(encoding="utf-8"):
         raise ValueError("sentencepiece's pieces are not read: save them as tokenizer.json")
     if path.name == "vocab.txt":
-        return tokenizers.BertWordPieceTokenizer.from_file(
-            str(path),
-            lowercase=settings.get("do_lower_case", True),
-            strip_accents=settings.get("strip_accents"),
-            handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-            **words,
-        )._tokenizer
-    tokenizer = tokenizers.ByteLevelBPETokenizer.from_file(
-        str(path),
-        str(path.with_name("merges.txt")),
-        add_prefix_space=settings.get("add_prefix_space", False),
-    )._tokenizer
+        options = {"lowercase": settings.get("do_lower_case", True), **words}
+        options["strip_accents"] = settings.get("strip_accents")
+        options["handle_chinese_chars"] = settings.get("tokenize_chinese_chars", True)
+        return tokenizers.BertWordPieceTokenizer.from_file(str(path), **options)._tokenizer
+    files = str(path), str(path.with_name("merges.txt"))
+    space = settings.get("add_prefix_space", False)
+    bpe = tokenizers.ByteLevelBPETokenizer.from_file(*files, add_prefix_space=space)
     # The library's class leaves special tokens to its caller. RoBERTa's mask takes along a space.
+    tokenizer = bpe._tokenizer
     ends = ((w, tokenizer.token_to_id(w)) for w in (words["sep_token"], words["cls_token"]))
     tokenizer.post_processor = tokenizers.processors.RobertaProcessing(*ends)
     mask = tokenizers.AddedToken(words.pop("mask_token"), lstrip=True)

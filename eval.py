@@ -965,7 +965,7 @@ def main(argv=None):
     for file in filter(None, (config.json, config.out)):  # fails now, not after the work
         Path(file).parent.mkdir(parents=True, exist_ok=True)
 
-    checkpoint = Path(dualenc.find_checkpoint(run))
+    checkpoint = dualenc.find_folder(run)
     device = dualenc.pick_device(config.device)
     model = dualenc.DualEncoder.from_pretrained(checkpoint).to(device)
     precision = dualenc.pick_precision(config.precision, device)

@@ -45,7 +45,7 @@ def main(argv=None):
     parser.add_argument("--found", type=int, default=4, help="images a caption")
     args = parser.parse_args(argv)
 
-    checkpoint = dualenc.find_checkpoint(args.run)
+    checkpoint = dualenc.find_folder(args.run)
     model = dualenc.DualEncoder.from_pretrained(checkpoint)
     pairs, *_ = evaluation.open_data(evaluation.EvalConfig(), checkpoint)
     captions, right = pairs.caption_table()

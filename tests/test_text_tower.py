@@ -22,7 +22,7 @@ FAMILIES = {
 def make_encoder(**overrides):
     sizes = {"width": 24, "depth": 2, "heads": 3, "vocab_size": 50, "max_positions": 20}
     torch.manual_seed(0)
-    encoder = dualenc.text_tower(dualenc.TextConfig(**{**sizes, **overrides})).eval()
+    encoder = dualenc.build_tower(dualenc.TextConfig(**{**sizes, **overrides})).eval()
     for weight in encoder.parameters():  # every weight counts: no zero biases, no unit norms
         torch.nn.init.normal_(weight, std=0.4)
     return encoder.double()
