@@ -768,48 +768,37 @@ class VisionEncoder(nn.Module):
 
     @contextmanager
     def recording(self, hidden_states, attentions):
-        """Inside, two lists fill with hidden states and attention weights, if they are wanted."""
+        """Inside, two lists fill with hidden states and attention weights, if they are wanted.
+
+        timm's layers call torch's fused kernel unless their switch fused_attn is off. Then their
+        weights pass through attn_drop, where a hook sees them.
+        """
         blocks = getattr(self.trunk, "blocks", None) or getattr(self.trunk, "stages", None)
         if hidden_states and not blocks:
             raise ValueError(f"{self.config.name} has neither blocks nor stages to show")
-        states, hooks, own = [], [], OwnAttention(attentions)
+        states, weights, hooks, switches = [], [], [], []
         if hidden_states:
             hooks.append(
                 blocks[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))
             )
             for block in blocks:
                 hooks.append(block.register_forward_hook(lambda _, args, out: states.append(out)))
+        if attentions or fused_kernel_is_slow(next(self.parameters())):
+            switches = [(m, m.fused_attn) for m in self.trunk.modules() if hasattr(m, "fused_attn")]
+        for layer, _ in switches:
+            layer.fused_attn = False
+            if attentions and hasattr(layer, "attn_drop"):
+                drop = layer.attn_drop
+                hooks.append(drop.register_forward_hook(lambda _, args, out: weights.append(out)))
         try:
-            needed = attentions or fused_kernel_is_slow(next(self.parameters()))
-            with own if needed else nullcontext():
-                yield states, own.weights
+            yield states, weights
         finally:
             for hook in hooks:
                 hook.remove()
-        if attentions and not own.weights:
-            raise ValueError(f"{self.config.name} computes no attention by torch's fused kernel")
-
-
-class OwnAttention(torch.overrides.TorchFunctionMode):
-    """A with block in which timm's calls of torch's fused attention go to masked_attention.
-
-    It can record the weights, and is faster where fused_kernel_is_slow. In __torch_function__ the
-    block is switched off, so that calls from there go to torch itself.
-    """
-
-    def __init__(self, record):
-        super().__init__()
-        self.record, self.weights = record, []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        plain = not (kwargs.get("is_causal") or kwargs.get("scale"))
-        if not (plain and function is F.scaled_dot_product_attention):
-            return function(*args, **kwargs)
-        mask, dropout = kwargs.get("attn_mask"), kwargs.get("dropout_p", 0.0)
-        mixed, weights = masked_attention(*args, mask, dropout, self.record)
-        self.weights.append(weights)
-        return mixed
+            for layer, fused in switches:
+                layer.fused_attn = fused
+        if attentions and not weights:
+            raise ValueError(f"{self.config.name} computes no attention with weights to show")
 
 
 # --------------------------------------------------------------------------------------------------
