@@ -51,7 +51,7 @@ import typing
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -719,13 +719,18 @@ class VisionEncoder(nn.Module):
     def forward(self, pixel_values, output_hidden_states=False, output_attentions=False):
         """Pixels to TowerOutput; pooler_output (B, W) is pooled as the model pools.
 
-        Hidden states are recorded by hooks: threads that ask for them must not share a model.
+        Hidden states and attentions are seen by hooks: threads that want them need own models.
 
         pixel_values  (B, 3, S, S) from the processor
         raises        ValueError for another shape, for hidden states of a model without blocks or
-                      stages, and for attentions of a model that does not call torch's attention
+                      stages, and for attentions of a model that shows none
         """
-        self.check_pixels(pixel_values)
+        shape, S = tuple(pixel_values.shape), self.image_size
+        if len(shape) != 4 or shape[1] != 3 or (self.has_fixed_size() and shape[2:] != (S, S)):
+            raise ValueError(
+                f"pixel_values has shape {shape}, expected (B, 3, {S}, {S}); "
+                f"the model's processor makes such pixels"
+            )
         pixel_values = pixel_values.to(next(self.parameters()).dtype)
         if pixel_values.is_cuda:  # the layout in which CUDA's convolutions are fast
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
@@ -741,15 +746,6 @@ class VisionEncoder(nn.Module):
     def pool(self, features):
         """(B, P, W), or the maps of a convnet, to (B, W)."""
         return self.trunk.forward_head(features)
-
-    def check_pixels(self, pixel_values):
-        """Raise ValueError unless the shape is (B, 3, S, S); convnets take other sides too."""
-        shape, S = tuple(pixel_values.shape), self.image_size
-        if len(shape) != 4 or shape[1] != 3 or (self.has_fixed_size() and shape[2:] != (S, S)):
-            raise ValueError(
-                f"pixel_values has shape {shape}, expected (B, 3, {S}, {S}); "
-                f"the model's processor makes such pixels"
-            )
 
     def image_transform(self, crop_pct=None):
         """The ImageTransform of timm's configuration: size, crop, mean and std.
