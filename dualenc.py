@@ -2123,14 +2123,6 @@ def from_all_ranks(value):
     return values
 
 
-def all_reduce_sum(tensor):
-    """The sum of a tensor over the ranks, the same in each."""
-    total = tensor.clone()
-    if world_size() > 1:
-        torch.distributed.all_reduce(total)
-    return total
-
-
 @contextmanager
 def process_group():
     """Inside, the processes that torchrun started know each other, and only rank 0 prints."""
@@ -2182,7 +2174,9 @@ class GatherRows(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return all_reduce_sum(grad.contiguous()).chunk(world_size())[rank()]
+        total = grad.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total)
+        return total.chunk(world_size())[rank()]
 
 
 # --------------------------------------------------------------------------------------------------

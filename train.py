@@ -217,7 +217,7 @@ def train(config, run, model, optimizer, state):
             # Clip, step, clamp. In fp16 a step whose gradient overflows is left out.
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
-            loss = dualenc.all_reduce_sum(loss.detach()).item() / dualenc.world_size()
+            loss = dualenc.gather_embeds(loss.detach()[None]).mean().item()
             skipped = not norm.isfinite().item()
             broken = not math.isfinite(loss) or (skipped and scaler.get_scale() <= 1)
             where = f"step {state['step'] + 1}: loss or gradient are not finite"
@@ -249,7 +249,7 @@ def train(config, run, model, optimizer, state):
 
             # Evaluate, save, and stop if a rank was asked to.
             due = step == config.steps or step % config.eval_every == 0
-            stopped = dualenc.all_reduce_sum(torch.tensor(received))
+            stopped = dualenc.gather_embeds(torch.tensor([received])).sum(dim=0)
             if due:
                 evaluate(config, run, model, state)
             if due or stopped.any():
@@ -301,7 +301,7 @@ def in_batch_accuracy(image_embeds, text_embeds, group_ids):
         gallery = dualenc.gather_embeds(gallery)
         for rows, wanted in zip(queries.split(1024), own.split(1024)):
             right += (group_ids[(rows @ gallery.T).argmax(dim=1)] == wanted).sum().cpu()
-    return dualenc.all_reduce_sum(right).item() / (2 * len(group_ids))
+    return dualenc.gather_embeds(right).sum().item() / (2 * len(group_ids))
 
 
 def evaluate(config, run, model, state):
