@@ -2024,31 +2024,28 @@ class MicroBatches(nn.Module):
         return image_embeds, text_embeds
 
 
-def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=TILE, sharded=False):
+def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=TILE):
     """clip_loss, value and gradients, with a few tiles of the B x B matrix in memory at a time.
 
     A row's cross-entropy is its log-sum-exp minus the score of the pair. Only the log-sum-exp needs
     the other rows. So the loss is the mean over i of (lse of row i + lse of column i) / 2 - pair i.
+    In several processes each computes the tiles of its own images; the mean of the results over
+    ranks, and of their gradients, is clip_loss of the rows of all.
 
-    image_embeds, text_embeds  (B, E)  unit-norm rows; row i describes image i
+    image_embeds, text_embeds  (R, E)  unit-norm rows of this rank; row i describes image i
     logit_scale                ()      natural log of the inverse temperature
     tile                       rows and columns of the matrix at a time
-    sharded                    the rows are this rank's share of the batch. The mean of the results
-                               over ranks, and of their gradients, is clip_loss of all rows; each
-                               tile is computed by one rank only
     returns                    ()      mean loss in nats
     raises                     ValueError if the two batches differ in shape
     source                     Cheng et al. 2024, "Breaking the Memory Barrier", section 3.1
     """
     check_same_shape(image_embeds, text_embeds)
-    all_texts = gather_embeds(text_embeds) if sharded else text_embeds
+    all_texts = gather_embeds(text_embeds)
     of_rows, of_columns = TiledLogSumExp.apply(image_embeds, all_texts, logit_scale, tile)
-    if sharded:  # every rank has summed its own rows of all columns; now all have all columns
-        of_columns = gather_embeds(of_columns[None]).logsumexp(dim=0)
+    # Every rank has summed its own rows of all columns: these sums together are those of all rows.
+    of_columns = gather_embeds(of_columns[None]).logsumexp(dim=0)
     pairs = logit_scale.exp() * (image_embeds * text_embeds).sum(dim=1)
-    # Ranks are averaged in the end: what is only this rank's counts world_size times.
-    own_part = (of_rows / 2 - pairs).sum() * (world_size() if sharded else 1) / len(all_texts)
-    return own_part + of_columns.mean() / 2
+    return (of_rows / 2 - pairs).mean() + of_columns.mean() / 2
 
 
 class TiledLogSumExp(torch.autograd.Function):

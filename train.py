@@ -56,7 +56,7 @@ class Loss:
     inputs: tuple  # names among "logit_scale", "logit_bias" and "group_ids"
     chance: Callable  # sizes -> nats of a model that guesses
     floor: Callable  # sizes -> nats of a perfect model, which cannot tell pairs of a group apart
-    tiled: Callable | None  # the same value in less memory, for large batches
+    tiled: Callable | None  # of the rows of one rank, in less memory: for large batches
     start: dict = dataclasses.field(default_factory=dict)  # configuration of a new model
 
 
@@ -275,7 +275,7 @@ def compute_loss(name, model, image_embeds, text_embeds, group_ids):
     given["logit_bias"] = getattr(model, "logit_bias", None)
     inputs = [given[name] for name in row.inputs]
     if row.tiled and len(group_ids) >= TILED_FROM:
-        return row.tiled(image_embeds, text_embeds, *inputs, sharded=dualenc.world_size() > 1)
+        return row.tiled(image_embeds, text_embeds, *inputs)
     image_embeds, text_embeds = map(dualenc.gather_embeds, (image_embeds, text_embeds))
     return row.function(image_embeds, text_embeds, *inputs)
 
