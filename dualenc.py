@@ -694,22 +694,20 @@ class VisionEncoder(nn.Module):
     def build_trunk(self, pretrained_from):
         """The timm model that the configuration describes."""
         config = self.config
-        base = config.name.split(".")[0]  # the part after the dot names pretrained weights
-        if not timm.is_model(base):
-            near = nearest(base, timm.list_models())
-            raise ValueError(f"unknown timm model {config.name!r}; {near}")
-        # timm takes its own default for an argument that is None.
-        arguments = {"global_pool": config.pooling, **config.args}
-        if config.patch_dropout:
-            arguments["patch_drop_rate"] = config.patch_dropout
+        if not timm.is_model(config.name):
+            check_choice("timm model", config.name.split(".")[0], timm.list_models())
         name = pretrained_from or config.name
         try:
-            if config.image_size and self.has_fixed_size():
-                arguments["img_size"] = config.image_size
-            pretrained = pretrained_from is not None
-            return timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
+            arguments = {  # timm takes its own default for None
+                "img_size": config.image_size if self.has_fixed_size() else None,
+                "global_pool": config.pooling,
+                "patch_drop_rate": config.patch_dropout or None,
+                "num_classes": 0,
+                **config.args,
+            }
+            return timm.create_model(name, pretrained=pretrained_from is not None, **arguments)
         except (TypeError, AssertionError, RuntimeError, OSError) as error:
-            raise ValueError(f"timm cannot build {name} with {arguments}: {error}") from error
+            raise ValueError(f"timm cannot build {name} with {config.args}: {error}") from error
 
     def has_fixed_size(self):
         """Whether the model is built for one image size, as most ViTs are; convnets take any."""
