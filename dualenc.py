@@ -2763,7 +2763,7 @@ def config_from_dict(config_class, values):
         check_choice(f"field of {config_class.__name__}", name, hints)
         kinds = typing.get_args(hints[name]) or (hints[name],)  # "int | None": (int, NoneType)
         kinds += (int,) if float in kinds else ()
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        if type(value) not in kinds:  # True is an instance of int
             expected = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{name} is {value!r}, expected {expected}")
     return config_class(**values)
@@ -2772,8 +2772,7 @@ def config_from_dict(config_class, values):
 def flag(default, help, group="other", choices=None, **more):
     """A dataclass field that carries its own --help line; more is kept in its metadata."""
     metadata = {"help": help, "group": group, "choices": choices, **more}
-    given = {"default_factory": dict} if default == {} else {"default": default}
-    return field(**given, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def flag_parser(config_class, description):
@@ -2782,13 +2781,13 @@ def flag_parser(config_class, description):
     hints, groups = typing.get_type_hints(config_class), {}
     for f in dataclasses.fields(config_class):
         kind = (*typing.get_args(hints[f.name]), hints[f.name])[0]  # int of "int | None"
-        default = {} if kind is dict else f.default
-        shown = "" if default in (None, "", {}) else f" (default: {default})"
-        options = {"default": default, "help": (f.metadata["help"] + shown).replace("%", "%%")}
+        shown = "" if f.default in (None, "") else f" (default: {f.default})"
+        options = {"default": f.default, "help": (f.metadata["help"] + shown).replace("%", "%%")}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif kind is dict:
-            options.update(nargs="*", action=KeyValues, metavar="NAME=VALUE")
+        elif kind is dict:  # a=1 b=(2,3): a value that is no Python literal stays a string
+            options.update(nargs="*", type=key_value, metavar="NAME=VALUE")
+            options["action"] = timm.utils.ParseKwargs
         else:
             metavar = None if f.metadata["choices"] else kind.__name__.upper()
             options.update(type=kind, choices=f.metadata["choices"], metavar=metavar)
@@ -2798,14 +2797,11 @@ def flag_parser(config_class, description):
     return parser
 
 
-class KeyValues(timm.utils.ParseKwargs):
-    """--flag a=1 b=(2,3) as a dictionary; a value that is no Python literal stays a string."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        for text in values:
-            if "=" not in text:
-                parser.error(f"{option_string} takes name=value, got {text!r}")
-        super().__call__(parser, namespace, values, option_string)
+def key_value(text):
+    """The text, if it is name=value."""
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"expected name=value, got {text!r}")
+    return text
 
 
 def pick_device(name):

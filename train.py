@@ -130,7 +130,7 @@ class TrainConfig:
     init: str = flag("", "start from this dual encoder: run, checkpoint or hub id", "start")
     lock: str = flag("", "freeze towers (LiT: vision)", "start", ("", "vision", "text", "both"))
     vision: str = flag("scratch", "timm name, folder or hub id; scratch: a small ResNet", "towers")
-    vision_args: dict = flag({}, "further arguments of timm.create_model", "towers", sets="")
+    vision_args: dict | None = flag(None, "arguments of timm.create_model", "towers", sets="")
     pretrained: bool | None = flag(None, "timm's weights? by default for NAME.TAG", "towers")
     image_size: int = flag(0, "pixels a side; 0: the tower's own", "towers", sets="vision_")
     patch_dropout: float = flag(0.0, "share of patches left out (ViTs)", "towers", sets="vision_")
@@ -446,7 +446,7 @@ def make_model(config, pairs):
     more = {f.metadata["sets"] + f.name: getattr(config, f.name) for f in fields}
     more = {name: value for name, value in more.items() if value}
     if (vision := config.vision) == "scratch":
-        vision, more["vision_args"] = SCRATCH_VISION, {**SCRATCH_ARGS, **config.vision_args}
+        vision, more["vision_args"] = SCRATCH_VISION, SCRATCH_ARGS | (config.vision_args or {})
         more.setdefault("vision_image_size", SCRATCH_SIZE)
     if config.text == "scratch":
         captions = dict.fromkeys(itertools.chain.from_iterable(pairs.captions))
