@@ -51,7 +51,7 @@ import typing
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -737,8 +737,8 @@ class VisionEncoder(nn.Module):
         return TowerOutput(
             last_hidden_state=features,
             pooler_output=self.pool(features),
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            hidden_states=tuple(hidden_states) or None,
+            attentions=tuple(attentions) or None,
         )
 
     def pool(self, features):
@@ -770,27 +770,24 @@ class VisionEncoder(nn.Module):
         blocks = getattr(self.trunk, "blocks", None) or getattr(self.trunk, "stages", None)
         if hidden_states and not blocks:
             raise ValueError(f"{self.config.name} has neither blocks nor stages to show")
-        states, weights, hooks, switches = [], [], [], []
-        if hidden_states:
-            hooks.append(
-                blocks[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))
-            )
-            for block in blocks:
-                hooks.append(block.register_forward_hook(lambda _, args, out: states.append(out)))
-        if attentions or fused_kernel_is_slow(next(self.parameters())):
-            switches = [(m, m.fused_attn) for m in self.trunk.modules() if hasattr(m, "fused_attn")]
-        for layer, _ in switches:
-            layer.fused_attn = False
-            if attentions and hasattr(layer, "attn_drop"):
-                drop = layer.attn_drop
-                hooks.append(drop.register_forward_hook(lambda _, args, out: weights.append(out)))
-        try:
+        states, weights = [], []
+
+        def keep_state(block, args, output):
+            states.extend([output] if states else [args[0], output])  # first of all the embeddings
+
+        with ExitStack() as undo:  # at the end: hooks off, switches as they were
+            if hidden_states:
+                for block in blocks:
+                    undo.enter_context(block.register_forward_hook(keep_state))
+            unfused = attentions or fused_kernel_is_slow(next(self.parameters()))
+            for layer in self.trunk.modules() if unfused else ():
+                if hasattr(layer, "fused_attn"):
+                    undo.callback(setattr, layer, "fused_attn", layer.fused_attn)
+                    layer.fused_attn = False
+                    if attentions and hasattr(layer, "attn_drop"):
+                        hook = layer.attn_drop.register_forward_hook
+                        undo.enter_context(hook(lambda _, args, output: weights.append(output)))
             yield states, weights
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for layer, fused in switches:
-                layer.fused_attn = fused
         if attentions and not weights:
             raise ValueError(f"{self.config.name} computes no attention with weights to show")
 
