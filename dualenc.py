@@ -654,8 +654,8 @@ ACTIVATIONS |= {"quick_gelu": timm.layers.QuickGELU, "tanh": nn.Tanh}
 class VisionConfig:
     """A timm model and how to build it, or a family of published checkpoints and its sizes.
 
-    raises  ValueError for sides below 1 pixel, and for args that repeat a field of this class, ask
-            for other channels than RGB, or name a file
+    raises  ValueError for args that repeat a field of this class, ask for other channels than RGB
+            or for classes, or name a file
     """
 
     name: str = "vit_base_patch16_224"  # a timm model, or a row of HF_VISION
@@ -665,8 +665,6 @@ class VisionConfig:
     patch_dropout: float = 0.0  # share of patches left out in training (ViTs; Li et al. 2023)
 
     def __post_init__(self):
-        if self.image_size is not None:
-            check_min("vision image_size", self.image_size, 1)
         fixed = "fixed: a tower sees RGB, has no classes and reads no file"
         fields = {"img_size": "image_size", "global_pool": "pooling"}
         for name in (*fields, "in_chans", "num_classes", "checkpoint_path"):
@@ -679,8 +677,8 @@ class VisionEncoder(nn.Module):
 
     config           VisionConfig
     pretrained_from  what timm loads weights from; position tables are resampled to image_size
-    raises           ValueError for a name timm does not know (with near ones), or arguments that
-                     the model does not take
+    raises           ValueError for a name timm does not know (with near ones), and for sizes and
+                     arguments that the model does not take
     """
 
     def __init__(self, config, pretrained_from=None):
@@ -706,7 +704,7 @@ class VisionEncoder(nn.Module):
                 **config.args,
             }
             return timm.create_model(name, pretrained=pretrained_from is not None, **arguments)
-        except (TypeError, AssertionError, RuntimeError, OSError) as error:
+        except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
             raise ValueError(f"timm cannot build {name} with {config.args}: {error}") from error
 
     def has_fixed_size(self):
