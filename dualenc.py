@@ -1962,12 +1962,11 @@ TILE = 1024  # rows and columns of the score matrix in memory at a time
 class MicroBatches(nn.Module):
     """Embeds a batch in pieces, so that the exact gradient of a large batch fits in little memory.
 
-    Adding up the gradients of small batches would not do: the loss compares each pair with all
-    others, and the sum of small losses is another objective. But the loss needs only embeddings,
-    which are small. A piece is one torch.utils.checkpoint, which keeps its inputs and outputs. In
-    the backward pass, when every embedding has its gradient from the loss of the whole batch, the
-    piece is computed again, with the same dropout, and carries that gradient into the weights.
-    Batch norm sees a piece at a time; its running statistics take the same step twice.
+    The loss compares each pair with all others, so losses of small batches do not add up to it.
+    But it needs only embeddings, which are small. A piece is one torch.utils.checkpoint: it keeps
+    its inputs and outputs, and is computed again in the backward pass, with the same dropout, to
+    carry the gradients of its embeddings into the weights. Batch norm sees a piece at a time; its
+    running statistics take the same step twice.
 
     model      DualEncoder with a processor
     size       pairs a piece; 0 embeds the batch at once
@@ -2022,8 +2021,8 @@ def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=TILE):
 
     A row's cross-entropy is its log-sum-exp minus the score of the pair. Only the log-sum-exp needs
     the other rows. So the loss is the mean over i of (lse of row i + lse of column i) / 2 - pair i.
-    In several processes each computes the tiles of its own images; the mean of the results over
-    ranks, and of their gradients, is clip_loss of the rows of all.
+    Each rank computes the tiles of its own images. The mean over ranks, also of gradients, is
+    clip_loss of all rows.
 
     image_embeds, text_embeds  (R, E)  unit-norm rows of this rank; row i describes image i
     logit_scale                ()      natural log of the inverse temperature
@@ -2044,9 +2043,8 @@ def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=TILE):
 class TiledLogSumExp(torch.autograd.Function):
     """Log-sum-exp of every row (I,) and every column (N,) of the matrix of scores.
 
-    The scores are exp(logit_scale) * image_embeds (I, E) @ text_embeds (N, E).T. The gradient of a
-    log-sum-exp is a softmax, which needs the finished sum: the backward pass computes all tiles
-    again.
+    The scores are exp(logit_scale) * image_embeds (I, E) @ text_embeds (N, E).T. Their gradient is
+    a softmax, which needs the finished sum: the backward pass computes all tiles again.
 
     Exercise 9  hard, 120 minutes: the loss without its matrix, run `pytest -k exercise_9`
     """
@@ -2138,10 +2136,9 @@ def own_cores():
 def gather_embeds(embeds):
     """Every rank's rows, with gradients; the identity in one process.
 
-    What each rank's loss makes of a row comes back, summed, to the rank that owns the row. So if
-    every rank computes the loss of all gathered rows, each gets its own rows' gradient times the
-    number of ranks, and the mean over ranks that DistributedDataParallel takes is the gradient of
-    the whole batch.
+    A row's gradients from the losses of all ranks come back, summed, to the rank that owns it. If
+    each computes the loss of all rows, that is world_size times the gradient, and the mean over
+    ranks that DistributedDataParallel takes is the gradient of the whole batch.
 
     embeds   (R, ...)  this rank's rows, as many as each other rank has
     returns  (B, ...)  the rows of all ranks, in order
