@@ -2032,60 +2032,55 @@ def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=TILE):
     source                     Cheng et al. 2024, "Breaking the Memory Barrier", section 3.1
     """
     check_same_shape(image_embeds, text_embeds)
-    all_texts = gather_embeds(text_embeds)
-    of_rows, of_columns = TiledLogSumExp.apply(image_embeds, all_texts, logit_scale, tile)
+    scaled = logit_scale.exp() * image_embeds
+    of_rows, of_columns = TiledLogSumExp.apply(scaled, gather_embeds(text_embeds), tile)
     # Every rank has summed its own rows of all columns: these sums together are those of all rows.
     of_columns = gather_embeds(of_columns[None]).logsumexp(dim=0)
-    pairs = logit_scale.exp() * (image_embeds * text_embeds).sum(dim=1)
+    pairs = (scaled * text_embeds).sum(dim=1)
     return (of_rows / 2 - pairs).mean() + of_columns.mean() / 2
 
 
 class TiledLogSumExp(torch.autograd.Function):
-    """Log-sum-exp of every row (I,) and every column (N,) of the matrix of scores.
+    """Log-sum-exp of every row (I,) and every column (N,) of the scores images @ texts.T.
 
-    The scores are exp(logit_scale) * image_embeds (I, E) @ text_embeds (N, E).T. Their gradient is
-    a softmax, which needs the finished sum: the backward pass computes all tiles again.
+    images (I, E) and texts (N, E) are embeds, one side times exp(logit_scale). The gradient of a
+    log-sum-exp is a softmax, which needs the finished sum: the backward pass computes all tiles
+    again.
 
     Exercise 9  hard, 120 minutes: the loss without its matrix, run `pytest -k exercise_9`
     """
 
     @staticmethod
-    def forward(ctx, image_embeds, text_embeds, logit_scale, tile):  # ctx: for the backward pass
-        of_rows = image_embeds.new_full((len(image_embeds),), -math.inf)
-        of_columns = text_embeds.new_full((len(text_embeds),), -math.inf)
-        for rows, columns, _, scores in score_tiles(image_embeds, text_embeds, logit_scale, tile):
+    def forward(ctx, images, texts, tile):  # ctx carries what the backward pass needs
+        of_rows = images.new_full((len(images),), -math.inf)
+        of_columns = texts.new_full((len(texts),), -math.inf)
+        for rows, columns, scores in score_tiles(images, texts, tile):
             of_rows[rows] = of_rows[rows].logaddexp(scores.logsumexp(dim=1))
             of_columns[columns] = of_columns[columns].logaddexp(scores.logsumexp(dim=0))
         ctx.tile = tile
-        ctx.save_for_backward(image_embeds, text_embeds, logit_scale, of_rows, of_columns)
+        ctx.save_for_backward(images, texts, of_rows, of_columns)
         return of_rows, of_columns
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_rows, grad_columns):
-        image_embeds, text_embeds, logit_scale, of_rows, of_columns = ctx.saved_tensors
-        grad_images, grad_texts = torch.zeros_like(image_embeds), torch.zeros_like(text_embeds)
-        tiles = score_tiles(image_embeds, text_embeds, logit_scale, ctx.tile)
-        for rows, columns, scaled, scores in tiles:
+        images, texts, of_rows, of_columns = ctx.saved_tensors
+        grad_images, grad_texts = torch.zeros_like(images), torch.zeros_like(texts)
+        for rows, columns, scores in score_tiles(images, texts, ctx.tile):
             # The softmax of a row is exp(score - log-sum-exp of the row); of a column likewise.
             grad = (scores - of_rows[rows, None]).exp_().mul_(grad_rows[rows, None])
             grad += scores.sub_(of_columns[columns]).exp_().mul_(grad_columns[columns])
-            grad_images[rows].addmm_(grad, text_embeds[columns])
-            grad_texts[columns].addmm_(grad.T, scaled)
-        grad_images *= logit_scale.exp()
-        # The scores are exp(logit_scale) * image_embeds @ ..., so one sum serves the scale too.
-        grad_scale = (grad_images * image_embeds).sum()
-        return grad_images, grad_texts, grad_scale, None
+            grad_images[rows].addmm_(grad, texts[columns])
+            grad_texts[columns].addmm_(grad.T, images[rows])
+        return grad_images, grad_texts, None
 
 
-def score_tiles(image_embeds, text_embeds, logit_scale, tile):
-    """Yields (row slice, column slice, scaled image rows, their scores with these columns)."""
-    for top in range(0, len(image_embeds), tile):
-        rows = slice(top, top + tile)
-        scaled = logit_scale.exp() * image_embeds[rows]
-        for left in range(0, len(text_embeds), tile):
-            columns = slice(left, left + tile)
-            yield rows, columns, scaled, scaled @ text_embeds[columns].T
+def score_tiles(images, texts, tile):
+    """Yields (row slice, column slice, the scores of these rows with these columns)."""
+    for top in range(0, len(images), tile):
+        for left in range(0, len(texts), tile):
+            rows, columns = slice(top, top + tile), slice(left, left + tile)
+            yield rows, columns, images[rows] @ texts[columns].T
 
 
 def world_size():
