@@ -50,7 +50,7 @@ import textwrap
 import typing
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -653,8 +653,8 @@ ACTIVATIONS |= {"quick_gelu": timm.layers.QuickGELU, "tanh": nn.Tanh}
 class VisionConfig:
     """A timm model and how to build it, or a family of published checkpoints and its sizes.
 
-    raises  ValueError for sides below 1 pixel, and for args that repeat a field of this class, ask
-            for other channels than RGB, or name a file
+    raises  ValueError for args that repeat a field of this class, ask for other channels than RGB
+            or for classes, or name a file
     """
 
     name: str = "vit_base_patch16_224"  # a timm model, or a row of HF_VISION
@@ -664,8 +664,6 @@ class VisionConfig:
     patch_dropout: float = 0.0  # share of patches left out in training (ViTs; Li et al. 2023)
 
     def __post_init__(self):
-        if self.image_size is not None:
-            check_min("vision image_size", self.image_size, 1)
         fixed = "fixed: a tower sees RGB, has no classes and reads no file"
         fields = {"img_size": "image_size", "global_pool": "pooling"}
         for name in (*fields, "in_chans", "num_classes", "checkpoint_path"):
@@ -678,8 +676,8 @@ class VisionEncoder(nn.Module):
 
     config           VisionConfig
     pretrained_from  what timm loads weights from; position tables are resampled to image_size
-    raises           ValueError for a name timm does not know (with near ones), or arguments that
-                     the model does not take
+    raises           ValueError for a name timm does not know (with near ones), and for sizes and
+                     arguments that the model does not take
     """
 
     def __init__(self, config, pretrained_from=None):
@@ -693,22 +691,20 @@ class VisionEncoder(nn.Module):
     def build_trunk(self, pretrained_from):
         """The timm model that the configuration describes."""
         config = self.config
-        base = config.name.split(".")[0]  # the part after the dot names pretrained weights
-        if not timm.is_model(base):
-            near = nearest(base, timm.list_models())
-            raise ValueError(f"unknown timm model {config.name!r}; {near}")
-        # timm takes its own default for an argument that is None.
-        arguments = {"global_pool": config.pooling, **config.args}
-        if config.patch_dropout:
-            arguments["patch_drop_rate"] = config.patch_dropout
+        if not timm.is_model(config.name):
+            check_choice("timm model", config.name.split(".")[0], timm.list_models())
         name = pretrained_from or config.name
         try:
-            if config.image_size and self.has_fixed_size():
-                arguments["img_size"] = config.image_size
-            pretrained = pretrained_from is not None
-            return timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
-        except (TypeError, AssertionError, RuntimeError, OSError) as error:
-            raise ValueError(f"timm cannot build {name} with {arguments}: {error}") from error
+            arguments = {  # timm takes its own default for None
+                "img_size": config.image_size if self.has_fixed_size() else None,
+                "global_pool": config.pooling,
+                "patch_drop_rate": config.patch_dropout or None,
+                "num_classes": 0,
+                **config.args,
+            }
+            return timm.create_model(name, pretrained=pretrained_from is not None, **arguments)
+        except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
+            raise ValueError(f"timm cannot build {name} with {config.args}: {error}") from error
 
     def has_fixed_size(self):
         """Whether the model is built for one image size, as most ViTs are; convnets take any."""
@@ -718,13 +714,18 @@ class VisionEncoder(nn.Module):
     def forward(self, pixel_values, output_hidden_states=False, output_attentions=False):
         """Pixels to TowerOutput; pooler_output (B, W) is pooled as the model pools.
 
-        Hidden states are recorded by hooks: threads that ask for them must not share a model.
+        Hidden states and attentions are seen by hooks: threads that want them need own models.
 
         pixel_values  (B, 3, S, S) from the processor
         raises        ValueError for another shape, for hidden states of a model without blocks or
-                      stages, and for attentions of a model that does not call torch's attention
+                      stages, and for attentions of a model that shows none
         """
-        self.check_pixels(pixel_values)
+        shape, S = tuple(pixel_values.shape), self.image_size
+        if len(shape) != 4 or shape[1] != 3 or (self.has_fixed_size() and shape[2:] != (S, S)):
+            raise ValueError(
+                f"pixel_values has shape {shape}, expected (B, 3, {S}, {S}); "
+                f"the model's processor makes such pixels"
+            )
         pixel_values = pixel_values.to(next(self.parameters()).dtype)
         if pixel_values.is_cuda:  # the layout in which CUDA's convolutions are fast
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
@@ -733,22 +734,13 @@ class VisionEncoder(nn.Module):
         return TowerOutput(
             last_hidden_state=features,
             pooler_output=self.pool(features),
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            hidden_states=tuple(hidden_states) or None,
+            attentions=tuple(attentions) or None,
         )
 
     def pool(self, features):
         """(B, P, W), or the maps of a convnet, to (B, W)."""
         return self.trunk.forward_head(features)
-
-    def check_pixels(self, pixel_values):
-        """Raise ValueError unless the shape is (B, 3, S, S); convnets take other sides too."""
-        shape, S = tuple(pixel_values.shape), self.image_size
-        if len(shape) != 4 or shape[1] != 3 or (self.has_fixed_size() and shape[2:] != (S, S)):
-            raise ValueError(
-                f"pixel_values has shape {shape}, expected (B, 3, {S}, {S}); "
-                f"the model's processor makes such pixels"
-            )
 
     def image_transform(self, crop_pct=None):
         """The ImageTransform of timm's configuration: size, crop, mean and std.
@@ -767,48 +759,34 @@ class VisionEncoder(nn.Module):
 
     @contextmanager
     def recording(self, hidden_states, attentions):
-        """Inside, two lists fill with hidden states and attention weights, if they are wanted."""
+        """Inside, two lists fill with hidden states and attention weights, if they are wanted.
+
+        timm's layers call torch's fused kernel unless their switch fused_attn is off. Then their
+        weights pass through attn_drop, where a hook sees them.
+        """
         blocks = getattr(self.trunk, "blocks", None) or getattr(self.trunk, "stages", None)
         if hidden_states and not blocks:
             raise ValueError(f"{self.config.name} has neither blocks nor stages to show")
-        states, hooks, own = [], [], OwnAttention(attentions)
-        if hidden_states:
-            hooks.append(
-                blocks[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))
-            )
-            for block in blocks:
-                hooks.append(block.register_forward_hook(lambda _, args, out: states.append(out)))
-        try:
-            needed = attentions or fused_kernel_is_slow(next(self.parameters()))
-            with own if needed else nullcontext():
-                yield states, own.weights
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if attentions and not own.weights:
-            raise ValueError(f"{self.config.name} computes no attention by torch's fused kernel")
+        states, weights = [], []
 
+        def keep_state(block, args, output):
+            states.extend([output] if states else [args[0], output])  # first of all the embeddings
 
-class OwnAttention(torch.overrides.TorchFunctionMode):
-    """A with block in which timm's calls of torch's fused attention go to masked_attention.
-
-    It can record the weights, and is faster where fused_kernel_is_slow. In __torch_function__ the
-    block is switched off, so that calls from there go to torch itself.
-    """
-
-    def __init__(self, record):
-        super().__init__()
-        self.record, self.weights = record, []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        plain = not (kwargs.get("is_causal") or kwargs.get("scale"))
-        if not (plain and function is F.scaled_dot_product_attention):
-            return function(*args, **kwargs)
-        mask, dropout = kwargs.get("attn_mask"), kwargs.get("dropout_p", 0.0)
-        mixed, weights = masked_attention(*args, mask, dropout, self.record)
-        self.weights.append(weights)
-        return mixed
+        with ExitStack() as undo:  # at the end: hooks off, switches as they were
+            if hidden_states:
+                for block in blocks:
+                    undo.enter_context(block.register_forward_hook(keep_state))
+            unfused = attentions or fused_kernel_is_slow(next(self.parameters()))
+            for layer in self.trunk.modules() if unfused else ():
+                if hasattr(layer, "fused_attn"):
+                    undo.callback(setattr, layer, "fused_attn", layer.fused_attn)
+                    layer.fused_attn = False
+                    if attentions and hasattr(layer, "attn_drop"):
+                        hook = layer.attn_drop.register_forward_hook
+                        undo.enter_context(hook(lambda _, args, output: weights.append(output)))
+            yield states, weights
+        if attentions and not weights:
+            raise ValueError(f"{self.config.name} computes no attention with weights to show")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1971,12 +1949,11 @@ TILE = 1024  # rows and columns of the score matrix in memory at a time
 class MicroBatches(nn.Module):
     """Embeds a batch in pieces, so that the exact gradient of a large batch fits in little memory.
 
-    Adding up the gradients of small batches would not do: the loss compares each pair with all
-    others, and the sum of small losses is another objective. But the loss needs only embeddings,
-    which are small. A piece is one torch.utils.checkpoint, which keeps its inputs and outputs. In
-    the backward pass, when every embedding has its gradient from the loss of the whole batch, the
-    piece is computed again, with the same dropout, and carries that gradient into the weights.
-    Batch norm sees a piece at a time; its running statistics take the same step twice.
+    The loss compares each pair with all others, so losses of small batches do not add up to it.
+    But it needs only embeddings, which are small. A piece is one torch.utils.checkpoint: it keeps
+    its inputs and outputs, and is computed again in the backward pass, with the same dropout, to
+    carry the gradients of its embeddings into the weights. Batch norm sees a piece at a time; its
+    running statistics take the same step twice.
 
     model      DualEncoder with a processor
     size       pairs a piece; 0 embeds the batch at once
@@ -2026,37 +2003,34 @@ class MicroBatches(nn.Module):
         return image_embeds, text_embeds
 
 
-def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=TILE, sharded=False):
+def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=TILE):
     """clip_loss, value and gradients, with a few tiles of the B x B matrix in memory at a time.
 
     A row's cross-entropy is its log-sum-exp minus the score of the pair. Only the log-sum-exp needs
     the other rows. So the loss is the mean over i of (lse of row i + lse of column i) / 2 - pair i.
+    Each rank computes the tiles of its own images. The mean over ranks, also of gradients, is
+    clip_loss of all rows.
 
-    image_embeds, text_embeds  (B, E)  unit-norm rows; row i describes image i
+    image_embeds, text_embeds  (R, E)  unit-norm rows of this rank; row i describes image i
     logit_scale                ()      natural log of the inverse temperature
     tile                       rows and columns of the matrix at a time
-    sharded                    the rows are this rank's share of the batch. The mean of the results
-                               over ranks, and of their gradients, is clip_loss of all rows; each
-                               tile is computed by one rank only
     returns                    ()      mean loss in nats
     raises                     ValueError if the two batches differ in shape
     source                     Cheng et al. 2024, "Breaking the Memory Barrier", section 3.1
     """
     check_same_shape(image_embeds, text_embeds)
-    all_texts = gather_embeds(text_embeds) if sharded else text_embeds
-    of_rows, of_columns = TiledLogSumExp.apply(image_embeds, all_texts, logit_scale, tile)
-    if sharded:  # every rank has summed its own rows of all columns; now all have all columns
-        of_columns = gather_embeds(of_columns[None]).logsumexp(dim=0)
-    pairs = logit_scale.exp() * (image_embeds * text_embeds).sum(dim=1)
-    # Ranks are averaged in the end: what is only this rank's counts world_size times.
-    own_part = (of_rows / 2 - pairs).sum() * (world_size() if sharded else 1) / len(all_texts)
-    return own_part + of_columns.mean() / 2
+    scaled = logit_scale.exp() * image_embeds
+    of_rows, of_columns = TiledLogSumExp.apply(scaled, gather_embeds(text_embeds), tile)
+    # Every rank has summed its own rows of all columns: these sums together are those of all rows.
+    of_columns = gather_embeds(of_columns[None]).logsumexp(dim=0)
+    pairs = (scaled * text_embeds).sum(dim=1)
+    return (of_rows / 2 - pairs).mean() + of_columns.mean() / 2
 
 
 class TiledLogSumExp(torch.autograd.Function):
-    """Log-sum-exp of every row (I,) and every column (N,) of the matrix of scores.
+    """Log-sum-exp of every row (I,) and every column (N,) of the scores images @ texts.T.
 
-    The scores are exp(logit_scale) * image_embeds (I, E) @ text_embeds (N, E).T. The gradient of a
+    images (I, E) and texts (N, E) are embeds, one side times exp(logit_scale). The gradient of a
     log-sum-exp is a softmax, which needs the finished sum: the backward pass computes all tiles
     again.
 
@@ -2064,42 +2038,36 @@ class TiledLogSumExp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, image_embeds, text_embeds, logit_scale, tile):  # ctx: for the backward pass
-        of_rows = image_embeds.new_full((len(image_embeds),), -math.inf)
-        of_columns = text_embeds.new_full((len(text_embeds),), -math.inf)
-        for rows, columns, _, scores in score_tiles(image_embeds, text_embeds, logit_scale, tile):
+    def forward(ctx, images, texts, tile):  # ctx carries what the backward pass needs
+        of_rows = images.new_full((len(images),), -math.inf)
+        of_columns = texts.new_full((len(texts),), -math.inf)
+        for rows, columns, scores in score_tiles(images, texts, tile):
             of_rows[rows] = of_rows[rows].logaddexp(scores.logsumexp(dim=1))
             of_columns[columns] = of_columns[columns].logaddexp(scores.logsumexp(dim=0))
         ctx.tile = tile
-        ctx.save_for_backward(image_embeds, text_embeds, logit_scale, of_rows, of_columns)
+        ctx.save_for_backward(images, texts, of_rows, of_columns)
         return of_rows, of_columns
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_rows, grad_columns):
-        image_embeds, text_embeds, logit_scale, of_rows, of_columns = ctx.saved_tensors
-        grad_images, grad_texts = torch.zeros_like(image_embeds), torch.zeros_like(text_embeds)
-        tiles = score_tiles(image_embeds, text_embeds, logit_scale, ctx.tile)
-        for rows, columns, scaled, scores in tiles:
+        images, texts, of_rows, of_columns = ctx.saved_tensors
+        grad_images, grad_texts = torch.zeros_like(images), torch.zeros_like(texts)
+        for rows, columns, scores in score_tiles(images, texts, ctx.tile):
             # The softmax of a row is exp(score - log-sum-exp of the row); of a column likewise.
             grad = (scores - of_rows[rows, None]).exp_().mul_(grad_rows[rows, None])
             grad += scores.sub_(of_columns[columns]).exp_().mul_(grad_columns[columns])
-            grad_images[rows].addmm_(grad, text_embeds[columns])
-            grad_texts[columns].addmm_(grad.T, scaled)
-        grad_images *= logit_scale.exp()
-        # The scores are exp(logit_scale) * image_embeds @ ..., so one sum serves the scale too.
-        grad_scale = (grad_images * image_embeds).sum()
-        return grad_images, grad_texts, grad_scale, None
+            grad_images[rows].addmm_(grad, texts[columns])
+            grad_texts[columns].addmm_(grad.T, images[rows])
+        return grad_images, grad_texts, None
 
 
-def score_tiles(image_embeds, text_embeds, logit_scale, tile):
-    """Yields (row slice, column slice, scaled image rows, their scores with these columns)."""
-    for top in range(0, len(image_embeds), tile):
-        rows = slice(top, top + tile)
-        scaled = logit_scale.exp() * image_embeds[rows]
-        for left in range(0, len(text_embeds), tile):
-            columns = slice(left, left + tile)
-            yield rows, columns, scaled, scaled @ text_embeds[columns].T
+def score_tiles(images, texts, tile):
+    """Yields (row slice, column slice, the scores of these rows with these columns)."""
+    for top in range(0, len(images), tile):
+        for left in range(0, len(texts), tile):
+            rows, columns = slice(top, top + tile), slice(left, left + tile)
+            yield rows, columns, images[rows] @ texts[columns].T
 
 
 def world_size():
@@ -2123,14 +2091,6 @@ def from_all_ranks(value):
     if world_size() > 1:
         torch.distributed.all_gather_object(values, value)
     return values
-
-
-def all_reduce_sum(tensor):
-    """The sum of a tensor over the ranks, the same in each."""
-    total = tensor.clone()
-    if world_size() > 1:
-        torch.distributed.all_reduce(total)
-    return total
 
 
 @contextmanager
@@ -2158,10 +2118,9 @@ def own_cores():
 def gather_embeds(embeds):
     """Every rank's rows, with gradients; the identity in one process.
 
-    What each rank's loss makes of a row comes back, summed, to the rank that owns the row. So if
-    every rank computes the loss of all gathered rows, each gets its own rows' gradient times the
-    number of ranks, and the mean over ranks that DistributedDataParallel takes is the gradient of
-    the whole batch.
+    A row's gradients from the losses of all ranks come back, summed, to the rank that owns it. If
+    each computes the loss of all rows, that is world_size times the gradient, and the mean over
+    ranks that DistributedDataParallel takes is the gradient of the whole batch.
 
     embeds   (R, ...)  this rank's rows, as many as each other rank has
     returns  (B, ...)  the rows of all ranks, in order
@@ -2184,7 +2143,9 @@ class GatherRows(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return all_reduce_sum(grad.contiguous()).chunk(world_size())[rank()]
+        total = grad.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total)
+        return total.chunk(world_size())[rank()]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2740,7 +2701,7 @@ def config_from_dict(config_class, values):
         check_choice(f"field of {config_class.__name__}", name, hints)
         kinds = typing.get_args(hints[name]) or (hints[name],)  # "int | None": (int, NoneType)
         kinds += (int,) if float in kinds else ()
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        if type(value) not in kinds:  # True is an instance of int
             expected = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{name} is {value!r}, expected {expected}")
     return config_class(**values)
@@ -2749,8 +2710,7 @@ def config_from_dict(config_class, values):
 def flag(default, help, group="other", choices=None, **more):
     """A dataclass field that carries its own --help line; more is kept in its metadata."""
     metadata = {"help": help, "group": group, "choices": choices, **more}
-    given = {"default_factory": dict} if default == {} else {"default": default}
-    return field(**given, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def flag_parser(config_class, description):
@@ -2759,13 +2719,13 @@ def flag_parser(config_class, description):
     hints, groups = typing.get_type_hints(config_class), {}
     for f in dataclasses.fields(config_class):
         kind = (*typing.get_args(hints[f.name]), hints[f.name])[0]  # int of "int | None"
-        default = {} if kind is dict else f.default
-        shown = "" if default in (None, "", {}) else f" (default: {default})"
-        options = {"default": default, "help": (f.metadata["help"] + shown).replace("%", "%%")}
+        shown = "" if f.default in (None, "") else f" (default: {f.default})"
+        options = {"default": f.default, "help": (f.metadata["help"] + shown).replace("%", "%%")}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif kind is dict:
-            options.update(nargs="*", action=KeyValues, metavar="NAME=VALUE")
+        elif kind is dict:  # a=1 b=(2,3): a value that is no Python literal stays a string
+            options.update(nargs="*", type=key_value, metavar="NAME=VALUE")
+            options["action"] = timm.utils.ParseKwargs
         else:
             metavar = None if f.metadata["choices"] else kind.__name__.upper()
             options.update(type=kind, choices=f.metadata["choices"], metavar=metavar)
@@ -2775,14 +2735,11 @@ def flag_parser(config_class, description):
     return parser
 
 
-class KeyValues(timm.utils.ParseKwargs):
-    """--flag a=1 b=(2,3) as a dictionary; a value that is no Python literal stays a string."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        for text in values:
-            if "=" not in text:
-                parser.error(f"{option_string} takes name=value, got {text!r}")
-        super().__call__(parser, namespace, values, option_string)
+def key_value(text):
+    """The text, if it is name=value."""
+    if "=" not in text:
+        raise argparse.ArgumentTypeError(f"expected name=value, got {text!r}")
+    return text
 
 
 def pick_device(name):

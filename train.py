@@ -56,7 +56,7 @@ class Loss:
     inputs: tuple  # names among "logit_scale", "logit_bias" and "group_ids"
     chance: Callable  # sizes -> nats of a model that guesses
     floor: Callable  # sizes -> nats of a perfect model, which cannot tell pairs of a group apart
-    tiled: Callable | None  # the same value in less memory, for large batches
+    tiled: Callable | None  # of the rows of one rank, in less memory: for large batches
     start: dict = dataclasses.field(default_factory=dict)  # configuration of a new model
 
 
@@ -130,7 +130,7 @@ class TrainConfig:
     init: str = flag("", "start from this dual encoder: run, checkpoint or hub id", "start")
     lock: str = flag("", "freeze towers (LiT: vision)", "start", ("", "vision", "text", "both"))
     vision: str = flag("scratch", "timm name, folder or hub id; scratch: a small ResNet", "towers")
-    vision_args: dict = flag({}, "further arguments of timm.create_model", "towers", sets="")
+    vision_args: dict | None = flag(None, "arguments of timm.create_model", "towers", sets="")
     pretrained: bool | None = flag(None, "timm's weights? by default for NAME.TAG", "towers")
     image_size: int = flag(0, "pixels a side; 0: the tower's own", "towers", sets="vision_")
     patch_dropout: float = flag(0.0, "share of patches left out (ViTs)", "towers", sets="vision_")
@@ -217,7 +217,7 @@ def train(config, run, model, optimizer, state):
             # Clip, step, clamp. In fp16 a step whose gradient overflows is left out.
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
-            loss = dualenc.all_reduce_sum(loss.detach()).item() / dualenc.world_size()
+            loss = dualenc.gather_embeds(loss.detach()[None]).mean().item()
             skipped = not norm.isfinite().item()
             broken = not math.isfinite(loss) or (skipped and scaler.get_scale() <= 1)
             where = f"step {state['step'] + 1}: loss or gradient are not finite"
@@ -249,7 +249,7 @@ def train(config, run, model, optimizer, state):
 
             # Evaluate, save, and stop if a rank was asked to.
             due = step == config.steps or step % config.eval_every == 0
-            stopped = dualenc.all_reduce_sum(torch.tensor(received))
+            stopped = dualenc.gather_embeds(torch.tensor([received])).sum(dim=0)
             if due:
                 evaluate(config, run, model, state)
             if due or stopped.any():
@@ -275,7 +275,7 @@ def compute_loss(name, model, image_embeds, text_embeds, group_ids):
     given["logit_bias"] = getattr(model, "logit_bias", None)
     inputs = [given[name] for name in row.inputs]
     if row.tiled and len(group_ids) >= TILED_FROM:
-        return row.tiled(image_embeds, text_embeds, *inputs, sharded=dualenc.world_size() > 1)
+        return row.tiled(image_embeds, text_embeds, *inputs)
     image_embeds, text_embeds = map(dualenc.gather_embeds, (image_embeds, text_embeds))
     return row.function(image_embeds, text_embeds, *inputs)
 
@@ -301,7 +301,7 @@ def in_batch_accuracy(image_embeds, text_embeds, group_ids):
         gallery = dualenc.gather_embeds(gallery)
         for rows, wanted in zip(queries.split(1024), own.split(1024)):
             right += (group_ids[(rows @ gallery.T).argmax(dim=1)] == wanted).sum().cpu()
-    return dualenc.all_reduce_sum(right).item() / (2 * len(group_ids))
+    return dualenc.gather_embeds(right).sum().item() / (2 * len(group_ids))
 
 
 def evaluate(config, run, model, state):
@@ -448,7 +448,7 @@ def make_model(config, pairs):
     more = {f.metadata["sets"] + f.name: getattr(config, f.name) for f in fields}
     more = {name: value for name, value in more.items() if value}
     if (vision := config.vision) == "scratch":
-        vision, more["vision_args"] = SCRATCH_VISION, {**SCRATCH_ARGS, **config.vision_args}
+        vision, more["vision_args"] = SCRATCH_VISION, SCRATCH_ARGS | (config.vision_args or {})
         more.setdefault("vision_image_size", SCRATCH_SIZE)
     if config.text == "scratch":
         captions = dict.fromkeys(itertools.chain.from_iterable(pairs.captions))

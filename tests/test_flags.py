@@ -18,7 +18,7 @@ class Flags:
     flip: bool = dualenc.flag(False, "mirror images")
     image_size: int | None = dualenc.flag(None, "pixels a side")
     loss: str = dualenc.flag("clip", "which loss", "training", ("clip", "siglip"), row="LOSSES")
-    vision_args: dict = dualenc.flag({}, "arguments of the tower")
+    vision_args: dict | None = dualenc.flag(None, "arguments of the tower")
 
 
 def parse(*flags):

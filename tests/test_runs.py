@@ -426,7 +426,7 @@ def take_step(loss="clip", tiled=False, micro_batch=0, lock="", batch=12):
     value = train.compute_loss(loss, model, images, texts, groups)
     value.backward()
     results = {name: w.grad for name, w in model.named_parameters() if w.grad is not None}
-    results["loss"] = dualenc.all_reduce_sum(value.detach()) / dualenc.world_size()
+    results["loss"] = dualenc.gather_embeds(value.detach()[None]).mean()
     results["accuracy"] = torch.tensor(train.in_batch_accuracy(images, texts, groups))
     return results
 

@@ -93,7 +93,7 @@ def test_a_new_loss_is_one_row_and_an_incomplete_row_raises(make_model, monkeypa
     row = {"function": lambda images, texts, scale: (len(images), len(texts), scale.item())}
     row |= {"inputs": ("logit_scale",), "tiled": None, "chance": len, "floor": len}
     monkeypatch.setitem(train.LOSSES, "plain", train.Loss(**row))
-    tiled = train.Loss(**{**row, "tiled": lambda *embeds, sharded: "tiled"})
+    tiled = train.Loss(**{**row, "tiled": lambda *embeds: "tiled"})
     monkeypatch.setitem(train.LOSSES, "tiled", tiled)
     given = make_model(), torch.ones(8, 4), torch.ones(8, 4), torch.arange(8)
     plain = (8, 8, pytest.approx(2.6592))

@@ -104,9 +104,8 @@ def test_a_forward_pass_leaves_timms_modules_as_they_were(family):
     for options in ({}, wanted):
         with torch.autocast("cpu", torch.bfloat16):
             tower(pixel_values, **options)
-    tower.check_pixels = lambda pixel_values: None
-    with pytest.raises(RuntimeError):
-        tower(pixel_values[:, :1], **wanted)
+    with pytest.raises(RuntimeError):  # where the weights are not
+        tower(pixel_values.to("meta"), **wanted)
     assert attributes(tower.trunk) == before
 
 
@@ -191,7 +190,7 @@ def test_pixels_of_another_shape_are_refused_but_convnets_take_any_size(family):
         ({"args": {"num_heads": 5}}, "timm cannot build vit_tiny_patch16_224 with .*num_heads"),
         ({"name": "vit_tiny_patch16_224.nonsense"}, "vit_tiny_patch16_224.nonsense .*nonsense"),
         ({"name": "resnet18", "patch_dropout": 0.5}, "timm cannot build .*patch_drop_rate"),
-        ({"image_size": 0}, "vision image_size is 0, expected at least 1"),
+        ({"image_size": 0}, "timm cannot build .*a positive image size"),
         ({"args": {"img_size": 32}}, "vision args hold img_size; here that is image_size"),
         ({"args": {"in_chans": 1}}, "vision args hold in_chans; here that is fixed"),
         ({"args": {"num_classes": 10}}, "vision args hold num_classes; here that is fixed"),
