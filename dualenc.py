@@ -818,7 +818,6 @@ class OwnAttention(torch.overrides.TorchFunctionMode):
 
 INTERPOLATIONS = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 MAX_SIDE = 8192  # pixels; a checkpoint that asks for larger images is broken
-MAX_ASPECT = 100  # a strip of 1 x 60,000 pixels, resized by its shorter side, would fill the memory
 # Pillow would have Ghostscript run an EPS; files of the other formats are seldom images.
 NOT_IMAGES = {"EPS", "HDF5", "GRIB", "BUFR", "MPEG", "WMF"}
 
@@ -991,8 +990,6 @@ def open_image(source, size=None):
         with Image.open(file) as image:
             if image.format in NOT_IMAGES:
                 raise ValueError(f"{image.format} files are not read")
-            if max(image.size) > MAX_ASPECT * min(image.size):
-                raise ValueError(f"{image.size}: more than {MAX_ASPECT} times as long as wide")
             if size:
                 image.draft(None, (2 * size, 2 * size))
             return flatten(ImageOps.exif_transpose(image), source)
