@@ -818,8 +818,11 @@ class OwnAttention(torch.overrides.TorchFunctionMode):
 
 INTERPOLATIONS = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 MAX_SIDE = 8192  # pixels; a checkpoint that asks for larger images is broken
-# Pillow would have Ghostscript run an EPS; files of the other formats are seldom images.
-NOT_IMAGES = {"EPS", "HDF5", "GRIB", "BUFR", "MPEG", "WMF"}
+# No other formats are read: Pillow would have Ghostscript run an EPS.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")
+# The files of a folder or a shard that count as images.
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp"}
+IMAGE_SUFFIXES |= {".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".j2k"}
 
 
 @dataclass(frozen=True)
@@ -959,13 +962,6 @@ def notice(kind, message):
         print(f"note: {message}")
 
 
-@functools.cache
-def image_suffixes():
-    """The suffixes of the files that count as images."""
-    kinds = Image.registered_extensions().items()
-    return {suffix for suffix, kind in kinds if kind in Image.OPEN and kind not in NOT_IMAGES}
-
-
 def open_image(source, size=None):
     """A PIL image, upright and in mode RGB or L: the one way to open an image.
 
@@ -987,9 +983,7 @@ def open_image(source, size=None):
                 file = io.BytesIO(whole.read(length))
         elif not os.path.isfile(source):  # opening a pipe would wait
             raise ValueError("no such file")
-        with Image.open(file) as image:
-            if image.format in NOT_IMAGES:
-                raise ValueError(f"{image.format} files are not read")
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
             if size:
                 image.draft(None, (2 * size, 2 * size))
             return flatten(ImageOps.exif_transpose(image), source)
@@ -1639,7 +1633,7 @@ def list_images(folder):
         for name in sorted(files):
             suffix, path = os.path.splitext(name)[1].lower(), os.path.join(parent, name)
             if name[0] != "." and suffix != ".txt":
-                (images if suffix in image_suffixes() else others).append(path)
+                (images if suffix in IMAGE_SUFFIXES else others).append(path)
     if others:
         what = f"left out below {folder}, as no images: {len(others)}, such as {others[0]}"
         notice(f"left out below {folder}", what)
@@ -1751,7 +1745,7 @@ def read_shards(spec, **_):
             for member in filter(tarfile.TarInfo.isfile, tar):
                 found = re.fullmatch(r"(?:\./)?((?:.*/)?[^./]+)\.([^/]+)", member.name)
                 key, kind = found.groups() if found else ("", "")
-                if "." + kind.lower() in image_suffixes():
+                if "." + kind.lower() in IMAGE_SUFFIXES:
                     images[key] = path, member.offset_data, member.size
                 elif kind.lower() == "txt":
                     text = tar.extractfile(member).read().decode("utf-8-sig").strip()

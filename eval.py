@@ -646,7 +646,7 @@ def search_task(context):
     pairs, model, query, reading = context.pairs, context.model, context.query, context.reading
     if not query:
         raise ValueError('search needs --query: words such as "a red car", or an image file')
-    if Path(query).suffix.lower() in dualenc.image_suffixes():
+    if Path(query).suffix.lower() in dualenc.IMAGE_SUFFIXES:
         direction, _ = embed_images(model, [dualenc.open_image(query)], *reading)
     else:
         direction = embed_captions(model, [query], *reading)

@@ -199,7 +199,7 @@ def png(image):
     [
         (png(two_halves())[:80], "."),
         (b"<html>not found</html>", "cannot identify"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "EPS files are"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot identify"),
     ],
 )
 def test_broken_images_are_named(content, reason, tmp_path):
