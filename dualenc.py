@@ -1015,22 +1015,18 @@ class Processor:
     image_transform  ImageTransform, or None for captions alone
     tokenizer        tokenizers.Tokenizer with padding enabled, or None for images alone
     token_types      whether captions come with token_type_ids, as BERT's do
+    positions        tokens that the text tower has room for; any number unless given
     """
 
-    def __init__(self, image_transform, tokenizer, token_types=False):
+    def __init__(self, image_transform, tokenizer, token_types=False, positions=math.inf):
         if tokenizer is not None and tokenizer.padding is None:
             raise ValueError("no padding: call tokenizer.enable_padding(pad_id=..., pad_token=...)")
         self.image_transform, self.tokenizer = image_transform, tokenizer
-        self.token_types = token_types
+        self.token_types, self.positions = token_types, positions
         truncation = (tokenizer and tokenizer.truncation) or {}
-        self.max_length = truncation.get("max_length")  # tokens kept unless a call says otherwise
+        # Tokens kept unless a call says otherwise.
+        self.max_length = min(truncation.get("max_length", math.inf), positions)
         self.truncation_side = truncation.get("direction", "right")
-        self.positions = None  # tokens that the text tower has room for
-
-    def limit_length(self, positions):
-        """Cut captions at the text tower's positions, or at max_length if that is shorter."""
-        self.positions = positions
-        self.max_length = min(self.max_length or positions, positions)
 
     def __call__(self, text=None, images=None, max_length=None):
         """Encode captions, images or both.
@@ -1045,9 +1041,7 @@ class Processor:
         if captions := [text] if isinstance(text, str) else list(text or ()):
             if self.tokenizer is None:
                 raise ValueError("no tokenizer: make a Processor(image_transform, tokenizer)")
-            limit = self.max_length
-            if max_length is not None:
-                limit = min(max_length, self.positions or max_length)
+            limit = self.max_length if max_length is None else min(max_length, self.positions)
             self.cut_at(limit)
             rows = self.tokenizer.encode_batch(captions)
             if cut := sum(bool(row.overflowing) for row in rows):
@@ -1071,8 +1065,8 @@ class Processor:
         return inputs
 
     def cut_at(self, limit):
-        """From now on keep limit tokens of a caption, or all."""
-        if limit is None:
+        """From now on keep limit tokens of a caption."""
+        if limit == math.inf:
             return self.tokenizer.no_truncation()
         check_min("max_length", limit, self.tokenizer.num_special_tokens_to_add(False))
         self.tokenizer.enable_truncation(limit, direction=self.truncation_side)
@@ -1837,12 +1831,12 @@ def add_processor(model, image_transform, folder):
         return
     last = model.config.text.vocab_size - 1
     with blamed_on(find_tokenizer(folder)):
-        model.processor = Processor(image_transform, tokenizer, token_types)
+        positions = model.text_model.max_tokens
+        model.processor = Processor(image_transform, tokenizer, token_types, positions)
         ids = (*tokenizer.get_vocab().values(), *tokenizer.encode("").ids)
         largest = max(*ids, tokenizer.padding["pad_id"])
         if largest > last:
             raise ValueError(f"id {largest} is beyond the text tower's vocabulary, 0 to {last}")
-    model.processor.limit_length(model.text_model.max_tokens)
 
 
 def save_dual_encoder(model, folder, format):
@@ -2738,7 +2732,7 @@ def tokenizer_config(processor):
         "pad_token": padding["pad_token"],
         "padding_side": padding["direction"],
         "truncation_side": processor.truncation_side,
-        "model_max_length": processor.max_length or int(1e30),
+        "model_max_length": min(processor.max_length, int(1e30)),
         "model_input_names": ["input_ids", *types, "attention_mask"],
     }
 

@@ -237,20 +237,20 @@ def test_long_captions_are_cut_and_counted_once(tokenizer, capsys):
 
 
 def test_an_explicit_length_counts_up_to_the_towers_positions(tokenizer):
-    processor, long = dualenc.Processor(None, tokenizer), ("dogs " * 100).strip()
-    processor.limit_length(64)
+    long = ("dogs " * 100).strip()
 
-    def lengths(*limits):
+    def lengths(limits, **positions):
+        processor = dualenc.Processor(None, tokenizer, **positions)
         return [processor(text=long, max_length=n)["input_ids"].shape[1] for n in limits]
 
-    assert lengths(None, 4, 50, 100) == [32, 4, 50, 64], "the tower has 64 positions"
-    processor.limit_length(16)
-    assert lengths(None, 100) == [16, 16]
+    assert lengths((4, 50, 100), positions=64) == [4, 50, 64]
+    tokenizer.enable_truncation(32)
+    assert lengths((None,), positions=64) == [32]
+    assert lengths((None, 100), positions=16) == [16, 16]
     tokenizer.no_truncation()
-    processor = dualenc.Processor(None, tokenizer)
-    assert lengths(None, 7) == [102, 7]
-    processor.limit_length(32)
-    assert lengths(None) == [32]
+    assert lengths((None, 7)) == [102, 7]
+    tokenizer.no_truncation()
+    assert lengths((None,), positions=32) == [32]
 
 
 WORDS = ("ma mã má", "schon schön", "ano año", "мой мои", "ไม ไม่ ไม้", "दिन दीन", "か が")
