@@ -817,7 +817,6 @@ class OwnAttention(torch.overrides.TorchFunctionMode):
 # --------------------------------------------------------------------------------------------------
 
 INTERPOLATIONS = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
-MAX_SIDE = 8192  # pixels; a checkpoint that asks for larger images is broken
 # No other formats are read: Pillow would have Ghostscript run an EPS.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")
 # The files of a folder or a shard that count as images.
@@ -845,8 +844,8 @@ class ImageTransform:
 
     def __post_init__(self):
         for side in (self.resize, self.crop):
-            if side is not None and not (isinstance(side, int) and 1 <= side <= MAX_SIDE):
-                raise ValueError(f"image side of {side} pixels, expected 1 to {MAX_SIDE}")
+            if side is not None:
+                check_min("image side", side, 1)
         if not (len(self.mean) == len(self.std) == 3 and min(self.std) > 0):
             raise ValueError(f"image mean {self.mean}, std {self.std}: expected three of each")
         check_choice("interpolation", self.interpolation, INTERPOLATIONS)
@@ -1111,9 +1110,6 @@ def train_tokenizer(captions, vocab_size, max_length=None):
     returns     tokenizers.Tokenizer that wraps captions in <s> ... </s> and pads to the longest
     source      Radford et al. 2019 (GPT-2), section 2.2
     """
-    captions = list(captions)
-    if not captions:
-        raise ValueError("no captions to learn a vocabulary from")
     # A space before the first word makes it the same token as inside a caption.
     learner = tokenizers.ByteLevelBPETokenizer(
         add_prefix_space=True, lowercase=True, unicode_normalizer="nfc"
