@@ -932,11 +932,11 @@ def to_pixels(image):
         if not kind.endswith("uint8"):
             raise ValueError(f"image is a {kind}, expected a PIL image, or uint8 values")
         image = TF.to_pil_image(image)
-    return TF.pil_to_tensor(flatten(image).convert("RGB"))
+    return TF.pil_to_tensor(flatten(image))
 
 
 def flatten(image, name="an image"):
-    """Any PIL image in mode RGB or L, as a person sees it: transparency on white, 16 bits to 8."""
+    """Any PIL image in RGB as a person sees it: transparency on white, 16 bits to 8."""
     if image.mode == "F":
         raise ValueError("pixels are floats, expected whole numbers of 8 or 16 bits")
     if image.mode.startswith("I"):
@@ -944,11 +944,11 @@ def flatten(image, name="an image"):
         if shares.max() < 1 / 4:
             used = f"{shares.max():.1%} of the range"
             notice("dark", f"{name} is dark: it uses {used}; rescale such images to 16 bits")
-        return Image.fromarray((shares * 255).astype(np.uint8))
+        image = Image.fromarray((shares * 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "L" else image.convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 NOTICED = set()
@@ -962,7 +962,7 @@ def notice(kind, message):
 
 
 def open_image(source, size=None):
-    """A PIL image, upright and in mode RGB or L: the one way to open an image.
+    """A PIL image, upright and in RGB: the one way to open an image.
 
     source  a path, (path, first byte, length) of a part of a file, or (data set, index), whose item
             begins with a PIL image, as torchvision's do
