@@ -1364,12 +1364,6 @@ class ShapesPairs(Pairs):
         return wrong
 
 
-def is_held_out(first, relation, second):
-    """Whether a scene is held out of training; its mirror then is too."""
-    tenth = digest(f"{sorted([first, second])} {relation}")[0] < 26  # of 256
-    return tenth or not HELD_OUT_OBJECTS.isdisjoint((first[1:], second[1:]))
-
-
 def draw_scenes(rng, count, held_out):
     """Scenes of objects (size, colour, shape), each followed by its mirror, from a random.Random.
 
@@ -1385,9 +1379,10 @@ def draw_scenes(rng, count, held_out):
     while len(scenes) < count:
         scene = random_object(), rng.choice(("left of", "above")), random_object()
         first, relation, second = scene
-        if first == second or is_held_out(*scene) != held_out:
-            continue
         new_object = not HELD_OUT_OBJECTS.isdisjoint((first[1:], second[1:]))
+        tenth = digest(f"{sorted([first, second])} {relation}")[0] < 26  # of 256
+        if first == second or (new_object or tenth) != held_out:
+            continue
         wants_new_object = len(scenes) < count // 2
         if held_out and (new_object != wants_new_object or scene in scenes):
             continue
