@@ -1161,9 +1161,6 @@ class Lazy(Sequence):
     def __getitem__(self, i):
         return self.function(self.items[i])
 
-    def select(self, indices):
-        return Lazy([self.items[i] for i in indices], self.function, self.stamp)
-
 
 class Pairs(torch.utils.data.Dataset):
     """Images, each with all of its captions: pairs[i] is (PIL image, list of captions).
@@ -1194,7 +1191,9 @@ class Pairs(torch.utils.data.Dataset):
         indices = list(indices)
         names, captions = [self.names[i] for i in indices], [self.captions[i] for i in indices]
         labels = self.labels and [self.labels[i] for i in indices]
-        return Pairs(names, self.images.select(indices), captions, labels, self.classes)
+        items = [self.images.items[i] for i in indices]
+        images = Lazy(items, self.images.function, self.images.stamp)
+        return Pairs(names, images, captions, labels, self.classes)
 
     def stamps(self):
         """I strings that change when the image does: stored features are kept by them."""
@@ -1380,7 +1379,7 @@ def draw_scenes(rng, count, held_out):
         scene = random_object(), rng.choice(("left of", "above")), random_object()
         first, relation, second = scene
         new_object = not HELD_OUT_OBJECTS.isdisjoint((first[1:], second[1:]))
-        tenth = digest(f"{sorted([first, second])} {relation}")[0] < 26  # of 256
+        tenth = digest(f"{sorted([first, second])} {relation}")[0] < 26  # of 256, like its mirror's
         if first == second or (new_object or tenth) != held_out:
             continue
         wants_new_object = len(scenes) < count // 2

@@ -653,7 +653,7 @@ def search_task(context):
     rows, unreadable, n_indexed = stored_rows(
         context.folder / cache_key(model, context.precision, "image_embeds"),
         pairs.stamps(),
-        lambda new: embed_images(model, pairs.images.select(new), *reading, context.workers),
+        lambda new: embed_images(model, pairs.select(new).images, *reading, context.workers),
     )
     cosines = rows @ direction[0]
     cosines[list(unreadable)] = -torch.inf  # their 0 would beat every negative cosine
