@@ -1441,9 +1441,9 @@ _BY_SPLIT = {"train": {"split": "train"}, "test": {"split": "test"}}
 _BY_THREE = {**_BY_SPLIT, "val": {"split": "val"}}
 TORCHVISION_SETS = {
     **{n.lower(): (n, _BY_TRAIN) for n in ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100")},
-    **{n.lower(): (n, _BY_SPLIT) for n in ("STL10", "Food101")},
     **{n.lower(): (n, _BY_THREE) for n in ("Flowers102", "DTD")},
-    **{n.lower(): (n, {None: {}}) for n in ("EuroSAT", "Caltech101")},
+    "food101": ("Food101", _BY_SPLIT),
+    "eurosat": ("EuroSAT", {None: {}}),
     "pets": ("OxfordIIITPet", {"train": {"split": "trainval"}, "test": {"split": "test"}}),
     "aircraft": ("FGVCAircraft", _BY_THREE),
     "country211": ("Country211", {**_BY_SPLIT, "val": {"split": "valid"}}),
@@ -1599,12 +1599,11 @@ def read_torchvision(name, data_root, download):
             data = getattr(torchvision.datasets, class_name)(
                 str(data_root), download=download, **arguments
             )
-        # torchvision has no one name for labels; each of these saves decoding all images.
-        attribute = next(a for a in ("targets", "labels", "_labels", "y") if hasattr(data, a))
-        classes = getattr(data, "classes", None) or data.categories
-        for i, label in enumerate(getattr(data, attribute)):
+        # Either attribute saves decoding all images.
+        labels = data.targets if hasattr(data, "targets") else data._labels
+        for i, label in enumerate(labels):
             where = f"{name}/{part}/{i}" if part else f"{name}/{i}"
-            yield Row(where, (data, i), label=classes[int(label)], split=part)
+            yield Row(where, (data, i), label=data.classes[int(label)], split=part)
 
 
 def list_images(folder):
