@@ -1494,16 +1494,13 @@ def load_pairs(
     spec = str(spec)
     if spec == "shapes":
         return ShapesPairs(split, seed=seed)
-    kind = "torchvision" if spec in TORCHVISION_SETS else Path(spec).suffix.lower()
-    kind = "folder" if os.path.isdir(spec) else kind
+    kind = "folder/" if os.path.isdir(spec) else Path(spec).suffix.lower() or spec
     if kind not in DATA_READERS:
-        files = ", ".join(kind for kind in DATA_READERS if kind[0] == ".")
-        near = nearest(spec, ["shapes", *TORCHVISION_SETS])
-        raise ValueError(f"no data {spec!r}: expected a folder, a file ({files}) or a set; {near}")
+        raise ValueError(f"no data {spec!r}: {nearest(kind, ['shapes', *DATA_READERS])}")
     if kind[0] == "." and kind != ".tar" and not os.path.isfile(spec):
         raise ValueError(f"no file {spec}; where a run's data has moved, --data says where to")
     rows = DATA_READERS[kind](spec, data_root=data_root, download=download)
-    rows_of = rows_by_image(rows, images or (spec if kind == "folder" else os.path.dirname(spec)))
+    rows_of = rows_by_image(rows, images or (spec if kind == "folder/" else os.path.dirname(spec)))
     pairs = pairs_from_rows(rows_of, templates, class_names or {})
     for i in range(0, len(pairs), len(pairs) // 8 + 1):
         with suppress(ValueError):
@@ -1748,8 +1745,8 @@ DATA_READERS = {
     ".jsonl": read_jsonl,
     ".json": read_json_captions,
     ".tar": read_shards,
-    "folder": read_folder,
-    "torchvision": read_torchvision,
+    "folder/": read_folder,
+    **dict.fromkeys(TORCHVISION_SETS, read_torchvision),
 }
 
 
