@@ -1450,15 +1450,28 @@ TORCHVISION_SETS = {
 }
 
 
-class Row(typing.NamedTuple):
+@dataclass
+class Row:
     """What readers yield: a caption, or the class, of an image."""
 
     where: str  # names the row in messages: "captions.csv, line 7"
     image: object  # a path below the data's folder, or what else open_image takes
     caption: str | None = None
     label: str | None = None  # the class name
-    split: str | None = None  # a word of SPLIT_OF, where the data says
+    split: str | None = None  # a word of SPLIT_OF, where the data says; kept as what it means
     group: str | None = None  # images of one group stay on one side of the hashed split
+
+    def __post_init__(self):
+        word = self.split and self.split.strip().lower()
+        if word not in SPLIT_OF:
+            raise ValueError(f"{self.where}: split is {self.split!r}, expected train, val or test")
+        self.split = SPLIT_OF[word]
+        text = self.caption.strip() if isinstance(self.caption, str) else ""
+        # A list as Python or json writes it.
+        is_list = re.fullmatch(r"""\[\s*['"].*['"]\s*\]""", text, re.DOTALL)
+        if self.label is None and (is_list or not text):
+            raise ValueError(f"{self.where}: caption is {self.caption!r}, expected one text a row")
+        self.caption = text
 
 
 def load_pairs(
@@ -1507,7 +1520,7 @@ def load_pairs(
             pairs.images[i]  # notices here that images are dark: workers keep it to themselves
     if split == "all":
         return pairs
-    splits = [split_of(own) for own in rows_of.values()]
+    splits = [own[0].split for own in rows_of.values()]
     part = split if split in splits else {"val": "test", "test": "val"}.get(split)  # a stand-in
     if {"val", "test"}.isdisjoint(splits):
         # A hash decides, so new images never move old ones across.
@@ -1531,7 +1544,10 @@ def rows_by_image(rows, root):
                 if not os.path.isfile(path):
                     raise ValueError(f"{row.where}: missing image {path}")
                 found[row.image] = Path(os.path.relpath(path, root or ".")).as_posix(), path
-        rows_of.setdefault(found[row.image], []).append(row)
+        own = rows_of.setdefault(found[row.image], [])
+        own.append(row)
+        if row.split != own[0].split:
+            raise ValueError(f"{row.where}: split is {row.split}, but {own[0].split} above")
     if not rows_of:
         raise ValueError(f"no images with captions below {root}")
     return rows_of
@@ -1544,7 +1560,8 @@ def pairs_from_rows(rows_of, templates, class_names):
     if folders[0] is None:
         if class_names:
             raise ValueError("there are names for classes, but the data has captions, no classes")
-        return Pairs(list(names), images, [captions_of(own) for own in rows_of.values()])
+        captions = [list(dict.fromkeys(row.caption for row in own)) for own in rows_of.values()]
+        return Pairs(list(names), images, captions)
     known = sorted({*folders})
     if len(known) == 1:
         raise ValueError(
@@ -1561,27 +1578,6 @@ def pairs_from_rows(rows_of, templates, class_names):
     classes = [readable_name(class_names.get(name, name)) for name in known]
     by_class = [[template.replace("{}", name) for template in templates] for name in classes]
     return Pairs(list(names), images, [by_class[label] for label in labels], labels, classes)
-
-
-def split_of(rows):
-    """The split that an image's rows name, or None if they have none."""
-    words = {row.split and row.split.strip().lower() for row in rows}
-    if len(words) > 1 or not words <= SPLIT_OF.keys():
-        got = ", ".join(map(repr, words))
-        raise ValueError(f"{rows[0].where}: split is {got}, expected train, val or test")
-    return SPLIT_OF[words.pop()]
-
-
-def captions_of(rows):
-    """The distinct captions of an image's rows."""
-    captions = {}
-    for row in rows:
-        text = row.caption.strip() if isinstance(row.caption, str) else ""
-        # The pattern is a list as Python or json writes it.
-        if not text or re.fullmatch(r"""\[\s*['"].*['"]\s*\]""", text, re.DOTALL):
-            raise ValueError(f"{row.where}: caption is {row.caption!r}, expected one text a row")
-        captions[text] = True
-    return list(captions)
 
 
 def readable_name(name):

@@ -294,7 +294,7 @@ SPLIT = "image,caption,split\na.png,x,train\n"
         ("c.csv", START + "b.png,a dog, running\n", "line 3: more cells than the header .*; quote"),
         ("c.csv", START + 'b.png,"a dog\nb.png,a cat\n', "line 3: .*; quote captions"),
         ("c.csv", SPLIT + "b.png,y,fold1", "line 3: split is 'fold1', expected train, val or test"),
-        ("c.csv", SPLIT + "a.png,y,test", "line 2: split is '(train', 'test|test', 'train)'"),
+        ("c.csv", SPLIT + "a.png,y,test", "line 3: split is test, but train above"),
         ("c.csv", "image,words\na.png,x", "no caption column in image, words; expected .* caption"),
         ("c.csv", "photo,caption\na.png,x", "no image column in photo, caption; expected .* image"),
         ("c.csv", "", "no images with captions below"),
