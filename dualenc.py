@@ -816,7 +816,7 @@ class OwnAttention(torch.overrides.TorchFunctionMode):
 # 5  Processor: images and captions to tensors
 # --------------------------------------------------------------------------------------------------
 
-INTERPOLATIONS = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")  # files hold the number that Pillow gives them
 # No other formats are read: Pillow would have Ghostscript run an EPS.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")
 # The files of a folder or a shard that count as images.
@@ -831,7 +831,7 @@ class ImageTransform:
     resize         pixels of the shorter side; None leaves the image as it is
     crop           pixels of both sides; None cuts nothing off
     squash         resize both sides, whatever the image's proportions
-    interpolation  a row of INTERPOLATIONS
+    interpolation  one of INTERPOLATIONS
     mean, std      of red, green and blue, for pixels from 0 to 1
     """
 
@@ -874,7 +874,7 @@ class ImageTransform:
             "image_processor_type": "CLIPImageProcessor" if self.crop else "ViTImageProcessor",
             "do_resize": self.resize is not None,
             "size": self.resize and dict.fromkeys(sides, self.resize),
-            "resample": INTERPOLATIONS[self.interpolation],
+            "resample": Image.Resampling[self.interpolation.upper()].value,
             "do_center_crop": self.crop is not None,
             "crop_size": self.crop and dict.fromkeys(("height", "width"), self.crop),
             "do_rescale": True,
@@ -893,8 +893,6 @@ class ImageTransform:
         check_choice("image processor", kind, IMAGE_PROCESSORS)
         defaults = IMAGE_PROCESSORS[kind]
         values = defaults | {name: value for name, value in values.items() if value is not None}
-        interpolations = {number: name for name, number in INTERPOLATIONS.items()}
-        check_choice("resample", values["resample"], interpolations)
         size, crop = values["size"], values["crop_size"]  # old files have numbers for both
         size = size if isinstance(size, dict) else dict.fromkeys(defaults["size"], size)
         crop = crop if isinstance(crop, dict) else {"side": crop}
@@ -910,7 +908,7 @@ class ImageTransform:
             resize=max(size.values()) if values["do_resize"] else None,
             crop=max(crop.values()) if values["do_center_crop"] else None,
             squash="shortest_edge" not in size,
-            interpolation=interpolations[values["resample"]],
+            interpolation=Image.Resampling(values["resample"]).name.lower(),
             mean=tuple(value / scale for value in mean),
             std=tuple(value / scale for value in std),
         )
