@@ -1562,9 +1562,7 @@ def pairs_from_rows(rows_of, templates, class_names):
         return Pairs(list(names), images, captions)
     known = sorted({*folders})
     if len(known) == 1:
-        raise ValueError(
-            f"all images are of one class, {known[0]!r}; is there a table of captions?"
-        )
+        raise ValueError(f"all images are of class {known[0]!r}; is there a table of captions?")
     unknown = [name for name in class_names if name not in known]
     if unknown and {*known} - {*class_names}:
         raise ValueError(f"no class {unknown[0]!r} to rename; {nearest(unknown[0], known)}")
@@ -1585,11 +1583,10 @@ def readable_name(name):
 
 def read_torchvision(name, data_root, download):
     class_name, splits = TORCHVISION_SETS[name]
+    make = getattr(torchvision.datasets, class_name)
     for part, arguments in splits.items():
         with blamed_on(f"{name} below {data_root}; --download fetches it"):
-            data = getattr(torchvision.datasets, class_name)(
-                str(data_root), download=download, **arguments
-            )
+            data = make(str(data_root), download=download, **arguments)
         # Either attribute saves decoding all images.
         labels = data.targets if hasattr(data, "targets") else data._labels
         for i, label in enumerate(labels):
