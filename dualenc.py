@@ -1268,22 +1268,16 @@ class ImageDataset(torch.utils.data.Dataset):
 
 
 def image_loader(dataset, batches, workers, device):
-    """Batches (pixels (B, 3, S, S), indices, errors) of an ImageDataset for lists of its keys."""
+    """An ImageDataset in batches of keys: pixels (B, 3, S, S), indices (B,), a tuple of errors."""
     return torch.utils.data.DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=collate_images,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
         worker_init_fn=worker_init,
         generator=torch.Generator(),  # the global one belongs to the training run
     )
-
-
-def collate_images(items):
-    pixels, indices, errors = zip(*items)
-    return torch.stack(pixels), list(indices), list(errors)
 
 
 # ---- Drawn shapes, the default data --------------------------------------------------------------

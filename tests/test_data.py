@@ -112,7 +112,7 @@ def test_workers_read_what_one_process_reads(kind, context, tmp_path):
     loader = dualenc.image_loader(dataset, batches, 2, torch.device("cpu"))
     loader.multiprocessing_context = context
     for (pixels, indices, errors), batch in zip(loader, batches):
-        assert indices == [i for _, i in batch] and errors == ["", ""]
+        assert indices.tolist() == [i for _, i in batch] and errors == ("", "")
         here = [transform.resize_and_crop(dualenc.to_pixels(pairs[i][0])) for i in indices]
         assert torch.equal(pixels, torch.stack(here))
     assert torch.equal(torch.get_rng_state(), state), "the run's own generator was used"
