@@ -1418,10 +1418,10 @@ def draw_shape(draw, shape, x, y, radius, fill):
 
 IMAGE_COLUMNS = ["image", "image_name", "image_path", "filepath", "path", "filename", "file_name"]
 CAPTION_COLUMNS = ["caption", "captions", "text", "title", "comment"]
-# What folders, columns and Karpathy's files call a part of the data.
-SPLIT_OF = dict.fromkeys(("train", "training", "restval"), "train")
+# What folders, columns and Karpathy's files call a part of the data; None where they do not say.
+SPLIT_OF = dict.fromkeys(("train", "training", "restval", None), "train")
 SPLIT_OF |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
-SPLIT_OF |= {"test": "test", "testing": "test", None: None}
+SPLIT_OF |= {"test": "test", "testing": "test"}
 
 # torchvision's data sets: class, and the arguments of each split.
 _BY_TRAIN = {"train": {"train": True}, "test": {"train": False}}
