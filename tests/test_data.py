@@ -234,8 +234,9 @@ def test_a_split_column_is_followed(folder):
     start = "image,caption,split\na.png,x,train\nb.png,y,"
     assert names_by_split(write(path, start + "dev"))["test"] == [b], "val stands in for test"
     assert names_by_split(write(path, start + "train"), val_fraction=1)["test"] == [a, b], "hashed"
-    rows = '{"image": "a.png", "caption": "x", "split": "test"}\n{"image": "b.png", "caption": "y"}'
-    assert names_by_split(write(folder / "c.jsonl", rows))["train"] == [b], "no word is train"
+    rows = [{"image": n, "caption": "x", "split": s} for n, s in ((a, "test"), (c, "train"))]
+    rows = "\n".join(map(json.dumps, [{"image": b, "caption": "x"}, *rows]))
+    assert names_by_split(write(folder / "c.jsonl", rows))["train"] == [b, c], "no word is train"
     with pytest.raises(ValueError, match="has no train part, only test"):
         dualenc.load_pairs(write(path, "image,caption,split\na.png,x,test"), "train")
 
