@@ -793,11 +793,12 @@ class VisionEncoder(nn.Module):
 # 5  Processor: images and captions to tensors
 # --------------------------------------------------------------------------------------------------
 
-INTERPOLATIONS = {"nearest": 0, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
-MAX_SIDE = 8192  # pixels; a checkpoint that asks for larger images is broken
-MAX_ASPECT = 100  # a strip of 1 x 60,000 pixels, resized by its shorter side, would fill the memory
-# Pillow would have Ghostscript run an EPS; files of the other formats are seldom images.
-NOT_IMAGES = {"EPS", "HDF5", "GRIB", "BUFR", "MPEG", "WMF"}
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")  # files hold the number that Pillow gives them
+# No other formats are read: Pillow would have Ghostscript run an EPS.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")
+# The files of a folder or a shard that count as images.
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp"}
+IMAGE_SUFFIXES |= {".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".j2k"}
 
 
 @dataclass(frozen=True)
@@ -807,7 +808,7 @@ class ImageTransform:
     resize         pixels of the shorter side; None leaves the image as it is
     crop           pixels of both sides; None cuts nothing off
     squash         resize both sides, whatever the image's proportions
-    interpolation  a row of INTERPOLATIONS
+    interpolation  one of INTERPOLATIONS
     mean, std      of red, green and blue, for pixels from 0 to 1
     """
 
@@ -820,8 +821,8 @@ class ImageTransform:
 
     def __post_init__(self):
         for side in (self.resize, self.crop):
-            if side is not None and not (isinstance(side, int) and 1 <= side <= MAX_SIDE):
-                raise ValueError(f"image side of {side} pixels, expected 1 to {MAX_SIDE}")
+            if side is not None:
+                check_min("image side", side, 1)
         if not (len(self.mean) == len(self.std) == 3 and min(self.std) > 0):
             raise ValueError(f"image mean {self.mean}, std {self.std}: expected three of each")
         check_choice("interpolation", self.interpolation, INTERPOLATIONS)
@@ -850,7 +851,7 @@ class ImageTransform:
             "image_processor_type": "CLIPImageProcessor" if self.crop else "ViTImageProcessor",
             "do_resize": self.resize is not None,
             "size": self.resize and dict.fromkeys(sides, self.resize),
-            "resample": INTERPOLATIONS[self.interpolation],
+            "resample": Image.Resampling[self.interpolation.upper()].value,
             "do_center_crop": self.crop is not None,
             "crop_size": self.crop and dict.fromkeys(("height", "width"), self.crop),
             "do_rescale": True,
@@ -869,8 +870,6 @@ class ImageTransform:
         check_choice("image processor", kind, IMAGE_PROCESSORS)
         defaults = cls(**IMAGE_PROCESSORS[kind]).to_dict()
         values = defaults | {name: value for name, value in values.items() if value is not None}
-        interpolations = {number: name for name, number in INTERPOLATIONS.items()}
-        check_choice("resample", values["resample"], interpolations)
         size, crop = values["size"], values["crop_size"]  # old files have numbers for both
         size = size if isinstance(size, dict) else dict.fromkeys(defaults["size"], size)
         crop = crop if isinstance(crop, dict) else {"side": crop}
@@ -886,7 +885,7 @@ class ImageTransform:
             resize=max(size.values()) if values["do_resize"] else None,
             crop=max(crop.values()) if values["do_center_crop"] else None,
             squash="shortest_edge" not in size,
-            interpolation=interpolations[values["resample"]],
+            interpolation=Image.Resampling(values["resample"]).name.lower(),
             mean=tuple(value / scale for value in mean),
             std=tuple(value / scale for value in std),
         )
@@ -908,11 +907,11 @@ def to_pixels(image):
         if not kind.endswith("uint8"):
             raise ValueError(f"image is a {kind}, expected a PIL image, or uint8 values")
         image = TF.to_pil_image(image)
-    return TF.pil_to_tensor(flatten(image).convert("RGB"))
+    return TF.pil_to_tensor(flatten(image))
 
 
 def flatten(image, name="an image"):
-    """Any PIL image in mode RGB or L, as a person sees it: transparency on white, 16 bits to 8."""
+    """Any PIL image in RGB as a person sees it: transparency on white, 16 bits to 8."""
     if image.mode == "F":
         raise ValueError("pixels are floats, expected whole numbers of 8 or 16 bits")
     if image.mode.startswith("I"):
@@ -920,11 +919,11 @@ def flatten(image, name="an image"):
         if shares.max() < 1 / 4:
             used = f"{shares.max():.1%} of the range"
             notice("dark", f"{name} is dark: it uses {used}; rescale such images to 16 bits")
-        return Image.fromarray((shares * 255).astype(np.uint8))
+        image = Image.fromarray((shares * 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "L" else image.convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 NOTICED = set()
@@ -937,15 +936,8 @@ def notice(kind, message):
         print(f"note: {message}")
 
 
-@functools.cache
-def image_suffixes():
-    """The suffixes of the files that count as images."""
-    kinds = Image.registered_extensions().items()
-    return {suffix for suffix, kind in kinds if kind in Image.OPEN and kind not in NOT_IMAGES}
-
-
 def open_image(source, size=None):
-    """A PIL image, upright and in mode RGB or L: the one way to open an image.
+    """A PIL image, upright and in RGB: the one way to open an image.
 
     source  a path, (path, first byte, length) of a part of a file, or (data set, index), whose item
             begins with a PIL image, as torchvision's do
@@ -963,13 +955,7 @@ def open_image(source, size=None):
             with open(path, "rb") as whole:
                 whole.seek(start)
                 file = io.BytesIO(whole.read(length))
-        elif not os.path.isfile(source):  # opening a pipe would wait
-            raise ValueError("no such file")
-        with Image.open(file) as image:
-            if image.format in NOT_IMAGES:
-                raise ValueError(f"{image.format} files are not read")
-            if max(image.size) > MAX_ASPECT * min(image.size):
-                raise ValueError(f"{image.size}: more than {MAX_ASPECT} times as long as wide")
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
             if size:
                 image.draft(None, (2 * size, 2 * size))
             return flatten(ImageOps.exif_transpose(image), source)
@@ -1003,22 +989,18 @@ class Processor:
     image_transform  ImageTransform, or None for captions alone
     tokenizer        tokenizers.Tokenizer with padding enabled, or None for images alone
     token_types      whether captions come with token_type_ids, as BERT's do
+    positions        tokens that the text tower has room for; any number unless given
     """
 
-    def __init__(self, image_transform, tokenizer, token_types=False):
+    def __init__(self, image_transform, tokenizer, token_types=False, positions=math.inf):
         if tokenizer is not None and tokenizer.padding is None:
             raise ValueError("no padding: call tokenizer.enable_padding(pad_id=..., pad_token=...)")
         self.image_transform, self.tokenizer = image_transform, tokenizer
-        self.token_types = token_types
+        self.token_types, self.positions = token_types, positions
         truncation = (tokenizer and tokenizer.truncation) or {}
-        self.max_length = truncation.get("max_length")  # tokens kept unless a call says otherwise
+        # Tokens kept unless a call says otherwise.
+        self.max_length = min(truncation.get("max_length", math.inf), positions)
         self.truncation_side = truncation.get("direction", "right")
-        self.positions = None  # tokens that the text tower has room for
-
-    def limit_length(self, positions):
-        """Cut captions at the text tower's positions, or at max_length if that is shorter."""
-        self.positions = positions
-        self.max_length = min(self.max_length or positions, positions)
 
     def __call__(self, text=None, images=None, max_length=None):
         """Encode captions, images or both.
@@ -1033,17 +1015,11 @@ class Processor:
         if captions := [text] if isinstance(text, str) else list(text or ()):
             if self.tokenizer is None:
                 raise ValueError("no tokenizer: make a Processor(image_transform, tokenizer)")
-            limit = self.max_length
-            if max_length is not None:
-                limit = min(max_length, self.positions or max_length)
+            limit = self.max_length if max_length is None else min(max_length, self.positions)
             self.cut_at(limit)
             rows = self.tokenizer.encode_batch(captions)
             if cut := sum(bool(row.overflowing) for row in rows):
                 notice("cut", f"{cut} of {len(captions)} captions were cut to {limit} tokens")
-            unknown = getattr(self.tokenizer.model, "unk_token", None)
-            words = [w for r in rows for w, n in zip(r.tokens, r.special_tokens_mask) if not n]
-            if 2 * words.count(unknown) > len(words):
-                notice("unknown", f"most tokens of the captions are the tokenizer's {unknown}")
             inputs["input_ids"] = torch.tensor([row.ids for row in rows])
             inputs["attention_mask"] = torch.tensor([row.attention_mask for row in rows])
             if self.token_types:
@@ -1059,8 +1035,8 @@ class Processor:
         return inputs
 
     def cut_at(self, limit):
-        """From now on keep limit tokens of a caption, or all."""
-        if limit is None:
+        """From now on keep limit tokens of a caption."""
+        if limit == math.inf:
             return self.tokenizer.no_truncation()
         check_min("max_length", limit, self.tokenizer.num_special_tokens_to_add(False))
         self.tokenizer.enable_truncation(limit, direction=self.truncation_side)
@@ -1105,9 +1081,6 @@ def train_tokenizer(captions, vocab_size, max_length=None):
     returns     tokenizers.Tokenizer that wraps captions in <s> ... </s> and pads to the longest
     source      Radford et al. 2019 (GPT-2), section 2.2
     """
-    captions = list(captions)
-    if not captions:
-        raise ValueError("no captions to learn a vocabulary from")
     # A space before the first word makes it the same token as inside a caption.
     learner = tokenizers.ByteLevelBPETokenizer(
         add_prefix_space=True, lowercase=True, unicode_normalizer="nfc"
@@ -1159,9 +1132,6 @@ class Lazy(Sequence):
     def __getitem__(self, i):
         return self.function(self.items[i])
 
-    def select(self, indices):
-        return Lazy([self.items[i] for i in indices], self.function, self.stamp)
-
 
 class Pairs(torch.utils.data.Dataset):
     """Images, each with all of its captions: pairs[i] is (PIL image, list of captions).
@@ -1192,7 +1162,9 @@ class Pairs(torch.utils.data.Dataset):
         indices = list(indices)
         names, captions = [self.names[i] for i in indices], [self.captions[i] for i in indices]
         labels = self.labels and [self.labels[i] for i in indices]
-        return Pairs(names, self.images.select(indices), captions, labels, self.classes)
+        items = [self.images.items[i] for i in indices]
+        images = Lazy(items, self.images.function, self.images.stamp)
+        return Pairs(names, images, captions, labels, self.classes)
 
     def stamps(self):
         """I strings that change when the image does: stored features are kept by them."""
@@ -1273,22 +1245,16 @@ class ImageDataset(torch.utils.data.Dataset):
 
 
 def image_loader(dataset, batches, workers, device):
-    """Batches (pixels (B, 3, S, S), indices, errors) of an ImageDataset for lists of its keys."""
+    """An ImageDataset in batches of keys: pixels (B, 3, S, S), indices (B,), a tuple of errors."""
     return torch.utils.data.DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=collate_images,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
         worker_init_fn=worker_init,
         generator=torch.Generator(),  # the global one belongs to the training run
     )
-
-
-def collate_images(items):
-    pixels, indices, errors = zip(*items)
-    return torch.stack(pixels), list(indices), list(errors)
 
 
 # ---- Drawn shapes, the default data --------------------------------------------------------------
@@ -1362,12 +1328,6 @@ class ShapesPairs(Pairs):
         return wrong
 
 
-def is_held_out(first, relation, second):
-    """Whether a scene is held out of training; its mirror then is too."""
-    tenth = digest(f"{sorted([first, second])} {relation}")[0] < 26  # of 256
-    return tenth or not HELD_OUT_OBJECTS.isdisjoint((first[1:], second[1:]))
-
-
 def draw_scenes(rng, count, held_out):
     """Scenes of objects (size, colour, shape), each followed by its mirror, from a random.Random.
 
@@ -1383,9 +1343,10 @@ def draw_scenes(rng, count, held_out):
     while len(scenes) < count:
         scene = random_object(), rng.choice(("left of", "above")), random_object()
         first, relation, second = scene
-        if first == second or is_held_out(*scene) != held_out:
-            continue
         new_object = not HELD_OUT_OBJECTS.isdisjoint((first[1:], second[1:]))
+        tenth = digest(f"{sorted([first, second])} {relation}")[0] < 26  # of 256, like its mirror's
+        if first == second or (new_object or tenth) != held_out:
+            continue
         wants_new_object = len(scenes) < count // 2
         if held_out and (new_object != wants_new_object or scene in scenes):
             continue
@@ -1434,10 +1395,10 @@ def draw_shape(draw, shape, x, y, radius, fill):
 
 IMAGE_COLUMNS = ["image", "image_name", "image_path", "filepath", "path", "filename", "file_name"]
 CAPTION_COLUMNS = ["caption", "captions", "text", "title", "comment"]
-# What folders, columns and Karpathy's files call a part of the data.
-SPLIT_OF = dict.fromkeys(("train", "training", "restval"), "train")
+# What folders, columns and Karpathy's files call a part of the data; None where they do not say.
+SPLIT_OF = dict.fromkeys(("train", "training", "restval", None), "train")
 SPLIT_OF |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
-SPLIT_OF |= {"test": "test", "testing": "test", None: None}
+SPLIT_OF |= {"test": "test", "testing": "test"}
 
 # torchvision's data sets: class, and the arguments of each split.
 _BY_TRAIN = {"train": {"train": True}, "test": {"train": False}}
@@ -1445,24 +1406,37 @@ _BY_SPLIT = {"train": {"split": "train"}, "test": {"split": "test"}}
 _BY_THREE = {**_BY_SPLIT, "val": {"split": "val"}}
 TORCHVISION_SETS = {
     **{n.lower(): (n, _BY_TRAIN) for n in ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100")},
-    **{n.lower(): (n, _BY_SPLIT) for n in ("STL10", "Food101")},
     **{n.lower(): (n, _BY_THREE) for n in ("Flowers102", "DTD")},
-    **{n.lower(): (n, {None: {}}) for n in ("EuroSAT", "Caltech101")},
+    "food101": ("Food101", _BY_SPLIT),
+    "eurosat": ("EuroSAT", {None: {}}),
     "pets": ("OxfordIIITPet", {"train": {"split": "trainval"}, "test": {"split": "test"}}),
     "aircraft": ("FGVCAircraft", _BY_THREE),
     "country211": ("Country211", {**_BY_SPLIT, "val": {"split": "valid"}}),
 }
 
 
-class Row(typing.NamedTuple):
+@dataclass
+class Row:
     """What readers yield: a caption, or the class, of an image."""
 
     where: str  # names the row in messages: "captions.csv, line 7"
     image: object  # a path below the data's folder, or what else open_image takes
     caption: str | None = None
     label: str | None = None  # the class name
-    split: str | None = None  # a word of SPLIT_OF, where the data says
+    split: str | None = None  # a word of SPLIT_OF, where the data says; kept as what it means
     group: str | None = None  # images of one group stay on one side of the hashed split
+
+    def __post_init__(self):
+        word = self.split and self.split.strip().lower()
+        if word not in SPLIT_OF:
+            raise ValueError(f"{self.where}: split is {self.split!r}, expected train, val or test")
+        self.split = SPLIT_OF[word]
+        text = self.caption.strip() if isinstance(self.caption, str) else ""
+        # A list as Python or json writes it.
+        is_list = re.fullmatch(r"""\[\s*['"].*['"]\s*\]""", text, re.DOTALL)
+        if self.label is None and (is_list or not text):
+            raise ValueError(f"{self.where}: caption is {self.caption!r}, expected one text a row")
+        self.caption = text
 
 
 def load_pairs(
@@ -1498,23 +1472,20 @@ def load_pairs(
     spec = str(spec)
     if spec == "shapes":
         return ShapesPairs(split, seed=seed)
-    kind = "torchvision" if spec in TORCHVISION_SETS else Path(spec).suffix.lower()
-    kind = "folder" if os.path.isdir(spec) else kind
+    kind = "folder/" if os.path.isdir(spec) else Path(spec).suffix.lower() or spec
     if kind not in DATA_READERS:
-        files = ", ".join(kind for kind in DATA_READERS if kind[0] == ".")
-        near = nearest(spec, ["shapes", *TORCHVISION_SETS])
-        raise ValueError(f"no data {spec!r}: expected a folder, a file ({files}) or a set; {near}")
+        raise ValueError(f"no data {spec!r}: {nearest(kind, ['shapes', *DATA_READERS])}")
     if kind[0] == "." and kind != ".tar" and not os.path.isfile(spec):
         raise ValueError(f"no file {spec}; where a run's data has moved, --data says where to")
     rows = DATA_READERS[kind](spec, data_root=data_root, download=download)
-    rows_of = rows_by_image(rows, images or (spec if kind == "folder" else os.path.dirname(spec)))
+    rows_of = rows_by_image(rows, images or (spec if kind == "folder/" else os.path.dirname(spec)))
     pairs = pairs_from_rows(rows_of, templates, class_names or {})
     for i in range(0, len(pairs), len(pairs) // 8 + 1):
         with suppress(ValueError):
             pairs.images[i]  # notices here that images are dark: workers keep it to themselves
     if split == "all":
         return pairs
-    splits = [split_of(own) for own in rows_of.values()]
+    splits = [own[0].split for own in rows_of.values()]
     part = split if split in splits else {"val": "test", "test": "val"}.get(split)  # a stand-in
     if {"val", "test"}.isdisjoint(splits):
         # A hash decides, so new images never move old ones across.
@@ -1538,7 +1509,10 @@ def rows_by_image(rows, root):
                 if not os.path.isfile(path):
                     raise ValueError(f"{row.where}: missing image {path}")
                 found[row.image] = Path(os.path.relpath(path, root or ".")).as_posix(), path
-        rows_of.setdefault(found[row.image], []).append(row)
+        own = rows_of.setdefault(found[row.image], [])
+        own.append(row)
+        if row.split != own[0].split:
+            raise ValueError(f"{row.where}: split is {row.split}, but {own[0].split} above")
     if not rows_of:
         raise ValueError(f"no images with captions below {root}")
     return rows_of
@@ -1551,12 +1525,11 @@ def pairs_from_rows(rows_of, templates, class_names):
     if folders[0] is None:
         if class_names:
             raise ValueError("there are names for classes, but the data has captions, no classes")
-        return Pairs(list(names), images, [captions_of(own) for own in rows_of.values()])
+        captions = [list(dict.fromkeys(row.caption for row in own)) for own in rows_of.values()]
+        return Pairs(list(names), images, captions)
     known = sorted({*folders})
     if len(known) == 1:
-        raise ValueError(
-            f"all images are of one class, {known[0]!r}; is there a table of captions?"
-        )
+        raise ValueError(f"all images are of class {known[0]!r}; is there a table of captions?")
     unknown = [name for name in class_names if name not in known]
     if unknown and {*known} - {*class_names}:
         raise ValueError(f"no class {unknown[0]!r} to rename; {nearest(unknown[0], known)}")
@@ -1570,27 +1543,6 @@ def pairs_from_rows(rows_of, templates, class_names):
     return Pairs(list(names), images, [by_class[label] for label in labels], labels, classes)
 
 
-def split_of(rows):
-    """The split that an image's rows name, or None if they have none."""
-    words = {row.split and row.split.strip().lower() for row in rows}
-    if len(words) > 1 or not words <= SPLIT_OF.keys():
-        got = ", ".join(map(repr, words))
-        raise ValueError(f"{rows[0].where}: split is {got}, expected train, val or test")
-    return SPLIT_OF[words.pop()]
-
-
-def captions_of(rows):
-    """The distinct captions of an image's rows."""
-    captions = {}
-    for row in rows:
-        text = row.caption.strip() if isinstance(row.caption, str) else ""
-        # The pattern is a list as Python or json writes it.
-        if not text or re.fullmatch(r"""\[\s*['"].*['"]\s*\]""", text, re.DOTALL):
-            raise ValueError(f"{row.where}: caption is {row.caption!r}, expected one text a row")
-        captions[text] = True
-    return list(captions)
-
-
 def readable_name(name):
     """A class name as words: underscores and runs of white space become one space."""
     return re.sub(r"[_\s]+", " ", name).strip()
@@ -1598,17 +1550,15 @@ def readable_name(name):
 
 def read_torchvision(name, data_root, download):
     class_name, splits = TORCHVISION_SETS[name]
+    make = getattr(torchvision.datasets, class_name)
     for part, arguments in splits.items():
         with blamed_on(f"{name} below {data_root}; --download fetches it"):
-            data = getattr(torchvision.datasets, class_name)(
-                str(data_root), download=download, **arguments
-            )
-        # torchvision has no one name for labels; each of these saves decoding all images.
-        attribute = next(a for a in ("targets", "labels", "_labels", "y") if hasattr(data, a))
-        classes = getattr(data, "classes", None) or data.categories
-        for i, label in enumerate(getattr(data, attribute)):
+            data = make(str(data_root), download=download, **arguments)
+        # Either attribute saves decoding all images.
+        labels = data.targets if hasattr(data, "targets") else data._labels
+        for i, label in enumerate(labels):
             where = f"{name}/{part}/{i}" if part else f"{name}/{i}"
-            yield Row(where, (data, i), label=classes[int(label)], split=part)
+            yield Row(where, (data, i), label=data.classes[int(label)], split=part)
 
 
 def list_images(folder):
@@ -1619,7 +1569,7 @@ def list_images(folder):
         for name in sorted(files):
             suffix, path = os.path.splitext(name)[1].lower(), os.path.join(parent, name)
             if name[0] != "." and suffix != ".txt":
-                (images if suffix in image_suffixes() else others).append(path)
+                (images if suffix in IMAGE_SUFFIXES else others).append(path)
     if others:
         what = f"left out below {folder}, as no images: {len(others)}, such as {others[0]}"
         notice(f"left out below {folder}", what)
@@ -1731,7 +1681,7 @@ def read_shards(spec, **_):
             for member in filter(tarfile.TarInfo.isfile, tar):
                 found = re.fullmatch(r"(?:\./)?((?:.*/)?[^./]+)\.([^/]+)", member.name)
                 key, kind = found.groups() if found else ("", "")
-                if "." + kind.lower() in image_suffixes():
+                if "." + kind.lower() in IMAGE_SUFFIXES:
                     images[key] = path, member.offset_data, member.size
                 elif kind.lower() == "txt":
                     text = tar.extractfile(member).read().decode("utf-8-sig").strip()
@@ -1753,8 +1703,8 @@ DATA_READERS = {
     ".jsonl": read_jsonl,
     ".json": read_json_captions,
     ".tar": read_shards,
-    "folder": read_folder,
-    "torchvision": read_torchvision,
+    "folder/": read_folder,
+    **dict.fromkeys(TORCHVISION_SETS, read_torchvision),
 }
 
 
@@ -1825,12 +1775,12 @@ def add_processor(model, image_transform, folder):
         return
     last = model.config.text.vocab_size - 1
     with blamed_on(folder, "cannot use the tokenizer of"):
-        model.processor = Processor(image_transform, tokenizer, token_types)
+        positions = model.text_model.max_tokens
+        model.processor = Processor(image_transform, tokenizer, token_types, positions)
         ids = (*tokenizer.get_vocab().values(), *tokenizer.encode("").ids)
         largest = max(*ids, tokenizer.padding["pad_id"])
         if largest > last:
             raise ValueError(f"id {largest} is beyond the text tower's vocabulary, 0 to {last}")
-    model.processor.limit_length(model.text_model.max_tokens)
 
 
 def save_dual_encoder(model, folder, format):
@@ -2661,7 +2611,7 @@ def tokenizer_config(processor):
         "pad_token": padding["pad_token"],
         "padding_side": padding["direction"],
         "truncation_side": processor.truncation_side,
-        "model_max_length": processor.max_length or int(1e30),
+        "model_max_length": min(processor.max_length, int(1e30)),
         "model_input_names": ["input_ids", *types, "attention_mask"],
     }
 

@@ -640,14 +640,14 @@ def search_task(context):
     pairs, model, query, reading = context.pairs, context.model, context.query, context.reading
     if not query:
         raise ValueError('search needs --query: words such as "a red car", or an image file')
-    if Path(query).suffix.lower() in dualenc.image_suffixes():
+    if Path(query).suffix.lower() in dualenc.IMAGE_SUFFIXES:
         direction, _ = embed_images(model, [dualenc.open_image(query)], *reading)
     else:
         direction = embed_captions(model, [query], *reading)
     rows, unreadable, n_indexed = stored_rows(
         context.folder / cache_key(model, context.precision, "image_embeds"),
         pairs.stamps(),
-        lambda new: embed_images(model, pairs.images.select(new), *reading, context.workers),
+        lambda new: embed_images(model, pairs.select(new).images, *reading, context.workers),
     )
     cosines = rows @ direction[0]
     cosines[list(unreadable)] = -torch.inf  # their 0 would beat every negative cosine

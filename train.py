@@ -380,8 +380,8 @@ def fetch(config, run, model, first_step, bad_images):
                 refuse(len(bad_images) > allowed, f"{error} (--on-bad-image; {count})")
                 print(f"skipped  {error}", flush=True)
         rngs = [random.Random(f"caption {config.seed} {key}") for key in keys]
-        captions = [rng.choice(run.pairs.captions[i]) for rng, i in zip(rngs, indices)]
-        yield images, indices, captions
+        captions = [rng.choice(run.pairs.captions[i]) for rng, i in zip(rngs, indices.tolist())]
+        yield images, indices.tolist(), captions
 
 
 def cached_images(rows, unreadable, batches):
@@ -390,7 +390,7 @@ def cached_images(rows, unreadable, batches):
         indices = [i for _, i in keys]
         while bad := set(indices) & unreadable.keys():
             indices = [(i + (i in bad)) % len(rows) for i in indices]
-        yield rows[indices], indices, [unreadable.get(i, "") for _, i in keys]
+        yield rows[indices], torch.tensor(indices), [unreadable.get(i, "") for _, i in keys]
 
 
 def augmentations(config):

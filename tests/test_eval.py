@@ -229,7 +229,7 @@ def test_the_key_changes_with_whatever_changes_a_row(make_model):
     model.processor.image_transform = dataclasses.replace(transform, mean=(0.1, 0.2, 0.3))
     assert changed(model) == ["image_embeds", "image_features"]
     model = make_model()
-    model.processor.limit_length(5)
+    model.processor.max_length = 5
     assert changed(model) == ["text_features"]
 
 

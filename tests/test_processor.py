@@ -94,10 +94,9 @@ def test_proportions_are_kept_or_ignored_as_asked(squash, size, expected):
         ("image is a str of no dtype, expected a PIL image", dualenc.to_pixels, {"image": "a.jpg"}),
         ("ndarray of float64, .* uint8", dualenc.to_pixels, {"image": np.ones((4, 4))}),
         ("floats", dualenc.to_pixels, {"image": Image.new("F", (4, 4))}),
-        ("image side of 0 pixels, expected 1 to 8192", make_transform, {"resize": 0}),
+        ("image side is 0, expected at least 1", make_transform, {"resize": 0}),
         ("expected three of each", make_transform, {"std": (1.0, 0.0, 1.0)}),
         ("unknown interpolation 'cubic'; .*bicubic", make_transform, {"interpolation": "cubic"}),
-        ("no captions to learn", dualenc.train_tokenizer, {"captions": [], "vocab_size": 300}),
         ("no tokenizer: make", dualenc.Processor(make_transform(), None), {"text": "x"}),
         ("no image_transform: make", dualenc.Processor(None, None), {"images": np.ones((4, 4))}),
     ],
@@ -199,8 +198,7 @@ def png(image):
     [
         (png(two_halves())[:80], "."),
         (b"<html>not found</html>", "cannot identify"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "EPS files are"),
-        (png(Image.new("L", (1, 60_000))), "more than 100 times as long as wide"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "cannot identify"),
     ],
 )
 def test_broken_images_are_named(content, reason, tmp_path):
@@ -209,11 +207,9 @@ def test_broken_images_are_named(content, reason, tmp_path):
         dualenc.open_image(tmp_path / "a.jpg")
 
 
-def test_what_is_no_file_is_no_image(tmp_path):
-    """A pipe would be waited for, for ever."""
-    os.mkfifo(tmp_path / "a.png")
-    for path in (tmp_path / "a.png", tmp_path, str(tmp_path / "missing.png")):
-        with pytest.raises(ValueError, match=f"cannot read image {path}: no such file"):
+def test_a_missing_image_is_named(tmp_path):
+    for path in (tmp_path, str(tmp_path / "missing.png")):
+        with pytest.raises(ValueError, match=f"cannot read image {path}: .*directory"):
             dualenc.open_image(path)
 
 
@@ -240,20 +236,20 @@ def test_long_captions_are_cut_and_counted_once(tokenizer, capsys):
 
 
 def test_an_explicit_length_counts_up_to_the_towers_positions(tokenizer):
-    processor, long = dualenc.Processor(None, tokenizer), ("dogs " * 100).strip()
-    processor.limit_length(64)
+    long = ("dogs " * 100).strip()
 
-    def lengths(*limits):
+    def lengths(limits, **positions):
+        processor = dualenc.Processor(None, tokenizer, **positions)
         return [processor(text=long, max_length=n)["input_ids"].shape[1] for n in limits]
 
-    assert lengths(None, 4, 50, 100) == [32, 4, 50, 64], "the tower has 64 positions"
-    processor.limit_length(16)
-    assert lengths(None, 100) == [16, 16]
+    assert lengths((4, 50, 100), positions=64) == [4, 50, 64]
+    tokenizer.enable_truncation(32)
+    assert lengths((None,), positions=64) == [32]
+    assert lengths((None, 100), positions=16) == [16, 16]
     tokenizer.no_truncation()
-    processor = dualenc.Processor(None, tokenizer)
-    assert lengths(None, 7) == [102, 7]
-    processor.limit_length(32)
-    assert lengths(None) == [32]
+    assert lengths((None, 7)) == [102, 7]
+    tokenizer.no_truncation()
+    assert lengths((None,), positions=32) == [32]
 
 
 WORDS = ("ma mã má", "schon schön", "ano año", "мой мои", "ไม ไม่ ไม้", "दिन दीन", "か が")
@@ -288,17 +284,6 @@ def test_the_learned_vocabulary_is_the_same_in_every_process():
     assert subprocess.check_output([sys.executable, "-c", code], **options).strip() == here.to_str()
     assert here.get_vocab_size() == 300
     assert here.decode(here.encode("日本 zebra").ids) == "日本 zebra", "no caption is unknown"
-
-
-def test_captions_of_unknown_tokens_are_noticed_once(capsys):
-    folder = Path(__file__).parent / "fixtures/tokens/bert-saved"
-    processor = dualenc.Processor(None, *dualenc.read_tokenizer(folder))
-    for captions in (["a cat", "two dogs", "a 龘"], ["龘龘 鱻", "a"], ["龘"]):
-        processor(text=captions)
-        if captions[0] == "a cat":
-            assert capsys.readouterr().out == ""
-    note = "note: most tokens of the captions are the tokenizer's [UNK]\n"
-    assert capsys.readouterr().out == note
 
 
 # ---- Saving
@@ -339,11 +324,10 @@ def test_preprocessor_config_uses_the_published_words():
     assert written["size"] == {"shortest_edge": 24}
     assert written["crop_size"] == {"height": 20, "width": 20}
     assert written["image_mean"] == [0.5, 0.4, 0.3] and written["rescale_factor"] == 1 / 255
-    for word, number in dualenc.INTERPOLATIONS.items():
-        assert number == Image.Resampling[word.upper()]
+    assert written["resample"] == 3
     oblong = {"height": 8, "width": 9}
     for name, wrong, message in (
-        ("resample", 1, "unknown resample 1; expected 0, 2, 3"),
+        ("resample", 1, "unknown interpolation 'lanczos'; expected nearest"),
         ("size", oblong, "size is .*, expected a number of pixels or a square"),
         ("image_processor_type", "DonutImageProcessor", "unknown image processor 'donut'"),
     ):
