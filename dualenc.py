@@ -1020,6 +1020,10 @@ class Processor:
             rows = self.tokenizer.encode_batch(captions)
             if cut := sum(bool(row.overflowing) for row in rows):
                 notice("cut", f"{cut} of {len(captions)} captions were cut to {limit} tokens")
+            unknown = getattr(self.tokenizer.model, "unk_token", None)
+            words = [w for r in rows for w, n in zip(r.tokens, r.special_tokens_mask) if not n]
+            if 2 * words.count(unknown) > len(words):
+                notice("unknown", f"most tokens of the captions are the tokenizer's {unknown}")
             inputs["input_ids"] = torch.tensor([row.ids for row in rows])
             inputs["attention_mask"] = torch.tensor([row.attention_mask for row in rows])
             if self.token_types:

@@ -286,6 +286,17 @@ def test_the_learned_vocabulary_is_the_same_in_every_process():
     assert here.decode(here.encode("日本 zebra").ids) == "日本 zebra", "no caption is unknown"
 
 
+def test_captions_of_unknown_tokens_are_noticed_once(capsys):
+    folder = Path(__file__).parent / "fixtures/tokens/bert-saved"
+    processor = dualenc.Processor(None, *dualenc.read_tokenizer(folder))
+    for captions in (["a cat", "two dogs", "a 龘"], ["龘龘 鱻", "a"], ["龘"]):
+        processor(text=captions)
+        if captions[0] == "a cat":
+            assert capsys.readouterr().out == ""
+    note = "note: most tokens of the captions are the tokenizer's [UNK]\n"
+    assert capsys.readouterr().out == note
+
+
 # ---- Saving
 
 
