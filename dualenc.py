@@ -794,11 +794,12 @@ class VisionEncoder(nn.Module):
 # --------------------------------------------------------------------------------------------------
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")  # files hold the number that Pillow gives them
-# No other formats are read: Pillow would have Ghostscript run an EPS.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")
+# Pillow would have Ghostscript run an EPS; files of the other formats are seldom images.
+NOT_IMAGES = {"EPS", "HDF5", "GRIB", "BUFR", "MPEG", "WMF"}
+Image.init()  # loads what Pillow can open
+IMAGE_FORMATS = [name for name in Image.OPEN if name not in NOT_IMAGES]
 # The files of a folder or a shard that count as images.
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp"}
-IMAGE_SUFFIXES |= {".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".j2k"}
+IMAGE_SUFFIXES = {suffix for suffix, name in Image.EXTENSION.items() if name in IMAGE_FORMATS}
 
 
 @dataclass(frozen=True)
@@ -2669,7 +2670,7 @@ def flag(default, help, group="other", choices=None, **more):
 
 def flag_parser(config_class, description):
     """A parser with one --kebab-case flag a field: strict types, --x and --no-x for booleans."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = FlagParser(description=description, allow_abbrev=False)
     hints, groups = typing.get_type_hints(config_class), {}
     for f in dataclasses.fields(config_class):
         kind = (*typing.get_args(hints[f.name]), hints[f.name])[0]  # int of "int | None"
@@ -2687,6 +2688,13 @@ def flag_parser(config_class, description):
         groups[title] = groups.get(title) or parser.add_argument_group(title)
         groups[title].add_argument("--" + f.name.replace("_", "-"), **options)
     return parser
+
+
+class FlagParser(argparse.ArgumentParser):
+    def error(self, message):
+        if unknown := re.search("unrecognized arguments: (--[^ =]+)", message):
+            message += f"; {nearest(unknown[1], self._option_string_actions)}"
+        super().error(message)
 
 
 def key_value(text):

@@ -960,7 +960,7 @@ def main(argv=None):
     dualenc.check_min("--batch-size", config.batch_size, 1)
     if (config.query or config.out) and config.task != "search":
         raise ValueError(f"--query and --out are for --task search, and --task is {config.task}")
-    if config.out and Path(config.out).suffix.lower() not in dualenc.image_suffixes():
+    if config.out and Path(config.out).suffix.lower() not in dualenc.IMAGE_SUFFIXES:
         raise ValueError(f"--out is {config.out}, expected an image file such as found.png")
     for file in filter(None, (config.json, config.out)):  # fails now, not after the work
         Path(file).parent.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,9 @@ def test_flags_are_the_fields_of_a_dataclass(capsys):
     args = {"layers": (1, 2), "act": "relu", "note": "a=b"}
     assert got == Flags(10, 1e-4, True, 64, "siglip", args) and not parse("--no-flip").flip
     with pytest.raises(SystemExit):
+        parse("--step", "3")
+    assert "did you mean --steps?" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(SystemExit):
         parse("--help")
     said = " ".join(capsys.readouterr().out.split())
     assert "training: --steps INT how long; 100% of the run (default: 10)" in said
