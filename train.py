@@ -306,9 +306,9 @@ def in_batch_accuracy(image_embeds, text_embeds, group_ids):
 
 def evaluate(config, run, model, state):
     """Measure the held-out pairs; log and print the metrics, and save the model if it is best."""
-    if dualenc.world_size() > 1:
-        for buffer in model.buffers():  # each rank has batch-norm statistics of its own images
-            torch.distributed.broadcast(buffer, 0)
+    # Each rank has batch-norm statistics of its own images.
+    for buffer in model.buffers() if dualenc.world_size() > 1 else ():
+        torch.distributed.broadcast(buffer, 0)
     how = {"precision": config.precision, "workers": config.workers, "templates": run.templates}
     rows, _ = run.features.get("val", (None, None))
     results = evaluation.evaluate(model, run.held_out, image_features=rows, **how)
@@ -373,12 +373,12 @@ def fetch(config, run, model, first_step, bad_images):
         loader = dualenc.image_loader(dataset, batches(), config.workers, device)
     allowed = BAD_SHARE * len(run.pairs) if config.on_bad_image == "skip" else 0
     for keys, (images, indices, errors) in zip(batches(), loader):
-        for (_, i), error in zip(keys, errors):
-            if error and i not in bad_images:
-                bad_images[i] = error
-                count = f"{len(bad_images)} of {len(run.pairs):,}; skip allows {BAD_SHARE:.0%}"
-                refuse(len(bad_images) > allowed, f"{error} (--on-bad-image; {count})")
-                print(f"skipped  {error}", flush=True)
+        new = {i: error for (_, i), error in zip(keys, errors) if error and i not in bad_images}
+        bad_images |= new
+        count = f"{len(bad_images)} of {len(run.pairs):,} images; skip allows {BAD_SHARE:.0%}"
+        reasons = "; ".join(new.values())
+        refuse(len(bad_images) > allowed, f"{reasons} (--on-bad-image; {count})")
+        print(f"skipped  {reasons}\n" if new else "", end="", flush=True)
         rngs = [random.Random(f"caption {config.seed} {key}") for key in keys]
         captions = [rng.choice(run.pairs.captions[i]) for rng, i in zip(rngs, indices.tolist())]
         yield images, indices.tolist(), captions
@@ -503,10 +503,10 @@ def load_run(config, pairs, out, device):
         state["towers"] = {name: (t.source, t.new_parts) for name, t in towers(model).items()}
     start, needs_bias = config.init or config.text, "logit_bias" in LOSSES[config.loss].inputs
     refuse(model.processor is None, f"{start} lacks a tokenizer or preprocessor_config.json")
-    if hasattr(model, "logit_bias"):
+    has_bias = hasattr(model, "logit_bias")
+    refuse(needs_bias and not has_bias, f"{start} has no logit_bias for --loss {config.loss}")
+    if has_bias:
         model.logit_bias.requires_grad_(needs_bias)
-    elif needs_bias:
-        raise ValueError(f"{start} lacks the logit_bias that --loss {config.loss} learns")
     if config.lock:
         model.lock(config.lock)
     learning = {n.split("_model.")[0] for n, w in model.named_parameters() if w.requires_grad}

@@ -377,7 +377,7 @@ def test_a_folder_is_for_one_run_at_a_time_and_overwritten_only_on_request(data,
 def test_a_bad_image_stops_training_or_is_skipped_by_name(variant, tmp_path, capsys):
     data = write_images(tmp_path / "data", 160, bad=[111])
     flags = [*data, *TINY, "--steps", "20", "--log-every", "20", *VARIANTS[variant]]
-    with pytest.raises(ValueError, match=r"111.png.*\(--on-bad-image; 1 of 1\d\d;"):
+    with pytest.raises(ValueError, match=r"111.png.*\(--on-bad-image; 1 of 1\d\d images"):
         run(*flags, "--out", tmp_path / "run")
     for workers in (0, 2):
         skip = ["--on-bad-image", "skip", "--workers", workers]
@@ -389,7 +389,7 @@ def test_a_bad_image_stops_training_or_is_skipped_by_name(variant, tmp_path, cap
     assert [line["bad_images"] for line in found[0] if "loss" in line] == [0, 1]
     if variant == "plain":
         write_images(tmp_path / "data", 160, bad=range(111, 116))  # more than 1% of 120
-        with pytest.raises(ValueError, match=r"[2-5] of 1\d\d; skip allows 1%"):
+        with pytest.raises(ValueError, match=r"[2-5] of 1\d\d images; skip allows 1%"):
             run(*flags, *skip, "--out", tmp_path / "run", "--overwrite")
 
 

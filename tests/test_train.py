@@ -269,7 +269,7 @@ def test_init_starts_a_new_run_from_the_weights_of_another(run, capsys):
     assert "at lr 1.0e-10" in said and "at lr 1.0e-09" in said
     with pytest.raises(ValueError, match="--init brings its own.*--text-width, --projection"):
         run("third", {}, init=first, text_width=8, projection_dim=4)
-    with pytest.raises(ValueError, match="first lacks the logit_bias that --loss siglip learns"):
+    with pytest.raises(ValueError, match="first has no logit_bias for --loss siglip"):
         run("third", {}, init=first, loss="siglip")
     _, siglip = run("siglip", loss="siglip", steps=1)
     _, clip = run("clip", {}, init=siglip, steps=1)
