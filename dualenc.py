@@ -6,7 +6,7 @@ An image and its caption should land close together in one space, everything els
                                                                                             cosine
     input_ids    (B, T) ─────── text_model ─── (B, W) ─ text_projection ─── L2 ─ text_embeds  (B, E)
                                                                                                │
-              loss () ── clip_loss ── logits_per_image (B, B) = exp(logit_scale) * cosine ─────┘
+        loss () ◄─ clip_loss: cross-entropy of (B, B) logits = exp(logit_scale) * cosines ◄─────┘
 
 Symbols    B pairs of a batch (I images and N captions where they differ; R of one process), T
            tokens after padding, P patches and class tokens (T in a text tower), S pixels a side,
@@ -20,14 +20,11 @@ Sections   1 Losses        2 DualEncoder       3 Text tower       4 Vision tower
            9 Published checkpoints             10 Checks, flags and devices
 
 First time Sections 1 to 4, 6 up to the shapes, and 8; train.py's loop; ranks and zero-shot in
-           eval.py. Names from below: check_... and autocast are in section 10, HF_... (Hugging
-           Face's families) and build_tower in section 9.
+           eval.py. Names that are not defined above build, load, save or check: skip them.
 
-Sources    Radford et al. 2021, "Learning Transferable Visual Models From Natural Language
-           Supervision" (CLIP); Zhai et al. 2022, "LiT: Zero-Shot Transfer with Locked-image text
-           Tuning"; Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training" (SigLIP);
-           Yang et al. 2022, "Unified Contrastive Learning in Image-Text-Label Space" (UniCL);
-           Devlin et al. 2019, "BERT"; others where they are used
+Sources    Radford et al. 2021 (CLIP, arXiv 2103.00020), Zhai et al. 2022 (LiT, 2111.07991), Zhai
+           et al. 2023 (SigLIP, 2303.15343), Yang et al. 2022 (UniCL, 2204.03610), Devlin et al.
+           2019 (BERT, 1810.04805); others where they are used
 """
 
 from __future__ import annotations
@@ -81,7 +78,7 @@ def clip_loss(image_embeds, text_embeds, logit_scale):
     """Symmetric contrastive loss over every pair in the batch.
 
     Cosines lie between -1 and 1, too close for a sharp softmax. They are multiplied by a factor
-    that the model learns: as exp(logit_scale) it stays positive.
+    that the model learns, exp(logit_scale): always positive, and one over the temperature.
 
     image_embeds  (B, E)  unit-norm rows
     text_embeds   (B, E)  unit-norm rows; row i describes image i
@@ -93,7 +90,7 @@ def clip_loss(image_embeds, text_embeds, logit_scale):
     """
     check_same_shape(image_embeds, text_embeds)
     logits_per_image = logit_scale.exp() * (image_embeds @ text_embeds.T)
-    # Image i is a question with B answers, and caption i is the right one; captions likewise.
+    # Each image asks which of the B captions is its own, and each caption asks for its image.
     labels = torch.arange(len(logits_per_image), device=logits_per_image.device)
     image_to_text = F.cross_entropy(logits_per_image, labels)
     text_to_image = F.cross_entropy(logits_per_image.T, labels)
@@ -118,10 +115,10 @@ def siglip_loss(image_embeds, text_embeds, logit_scale, logit_bias):
 def multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group_ids):
     """clip_loss where several captions fit an image: all pairs of a group are right answers.
 
-    With two images of dogs, clip_loss calls each one's caption wrong for the other. Here a row's
-    right answer is shared evenly by its group: of groups 0, 0, 1 the rows are ½ ½ 0, ½ ½ 0 and
-    0 0 1. Its entropy, ln(group size), is the least that a cross-entropy can be; it is subtracted,
-    so that the best value is 0. If all groups have one pair, this is clip_loss.
+    With two images of dogs, clip_loss calls each one's caption wrong for the other. Here the right
+    answer is shared evenly by a group: for groups 0, 0, 1 the target rows are ½ ½ 0, ½ ½ 0 and
+    0 0 1. No cross-entropy is below the target's entropy, ln(group size). That is subtracted, so
+    the best value is 0. If all groups have one pair, this is clip_loss.
 
     image_embeds, text_embeds  (B, E)  unit-norm rows; row i describes image i
     logit_scale                ()      natural log of the inverse temperature
@@ -142,10 +139,8 @@ def multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group_ids):
 
 def check_same_shape(image_embeds, text_embeds):
     if image_embeds.shape != text_embeds.shape:
-        raise ValueError(
-            f"image_embeds {tuple(image_embeds.shape)} and text_embeds "
-            f"{tuple(text_embeds.shape)} differ in shape; row i of one describes row i of the other"
-        )
+        shapes = f"image_embeds {tuple(image_embeds.shape)}, text_embeds {tuple(text_embeds.shape)}"
+        raise ValueError(f"{shapes} differ in shape; row i of one describes row i of the other")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -164,9 +159,9 @@ class DualEncoderConfig:
     vision: VisionConfig = field(default_factory=lambda: VisionConfig())
     text: TextConfig = field(default_factory=lambda: TextConfig())
     projection_dim: int = 512
-    projection_head: str = "linear"  # a row of PROJECTION_HEADS
+    projection_head: str = "linear"  # a key of PROJECTION_HEADS
     logit_scale_init: float = LOGIT_SCALE_INIT
-    logit_bias_init: float | None = None  # given: the model has the logit_bias of siglip_loss
+    logit_bias_init: float | None = None  # a number adds the logit_bias of siglip_loss
 
     def __post_init__(self):
         check_min("projection_dim", self.projection_dim, 1)
@@ -192,8 +187,8 @@ def linear_head(width, projection_dim):
     return projection
 
 
-# Functions of the tower's width and the embedding size that make the module between them: to try
-# another head, add a row, and a flag to train.py.
+# Each makes a projection from the tower's width and the embedding size. To try another one, add an
+# entry here and a flag to train.py.
 PROJECTION_HEADS = {"linear": linear_head}
 
 
@@ -268,7 +263,7 @@ class DualEncoder(nn.Module):
         pixel_values  (I, 3, S, S)  normalised pixels, as the processor makes them
         return_loss   adds clip_loss; image i and caption i must be a pair
         returns       DualEncoderOutput
-        raises        ValueError if there is nothing to encode, or a loss but no pairs
+        raises        ValueError if there is nothing to encode, or return_loss with one side only
         Exercise 2    medium, 40 minutes: from towers to logits, run `pytest -k exercise_2`
         """
         both = input_ids is not None and pixel_values is not None
@@ -286,12 +281,10 @@ class DualEncoder(nn.Module):
             output.text_model_output = self.text_model(*inputs, *extras)
             output.text_embeds = self.project_text(output.text_model_output.pooler_output)
         if both:
-            with autocast(self.logit_scale.device, "fp32"):  # also inside train.py's bf16
-                cosines = output.image_embeds @ output.text_embeds.T
-                if return_loss:
-                    embeds = output.image_embeds, output.text_embeds
-                    output.loss = clip_loss(*embeds, self.logit_scale)
-            output.logits_per_image = self.logit_scale.exp() * cosines
+            images, texts = output.image_embeds, output.text_embeds
+            with autocast(self.logit_scale.device, "fp32"):  # float32, even inside train.py's bf16
+                output.logits_per_image = self.logit_scale.exp() * (images @ texts.T)
+                output.loss = clip_loss(images, texts, self.logit_scale) if return_loss else None
             output.logits_per_text = output.logits_per_image.T
         return output
 
@@ -301,8 +294,8 @@ class DualEncoder(nn.Module):
 
     def encode_text(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None):
         """(N, T) token ids to text_embeds (N, E), unit norm."""
-        inputs = (attention_mask, token_type_ids, position_ids)
-        return self(input_ids, None, *inputs).text_embeds
+        inputs = (input_ids, None, attention_mask, token_type_ids, position_ids)
+        return self(*inputs).text_embeds
 
     def get_image_features(self, pixel_values):
         """(I, 3, S, S) pixels to (I, E) projected features, not normalised."""
@@ -350,7 +343,7 @@ class DualEncoder(nn.Module):
         return self.train(self.training)  # see below: a locked tower goes to evaluation mode
 
     def train(self, mode=True):
-        """Training mode, but a locked tower stays in evaluation mode: batch norm has state too.
+        """Training mode; not for a locked tower, whose batch norm would go on with its statistics.
 
         Exercise 12  with lock
         """
@@ -369,7 +362,7 @@ class DualEncoder(nn.Module):
                     timm folder, or a transformers folder or hub id (rows of HF_VISION)
         text        a transformers or sentence-transformers folder or hub id (rows of HF_TEXT), or
                     "scratch": a new tower of sizes text_width, text_depth, text_vocab_size, ...
-        pretrained  False starts a timm tower from random weights; folders are loaded all the same
+        pretrained  False starts a timm tower from random weights; folders are always loaded
         overrides   fields of DualEncoderConfig, or of the towers' configurations with vision_ or
                     text_ before the name: vision_image_size=64, text_pooling="mean"
         returns     a DualEncoder in training mode, with a processor if text holds a tokenizer
@@ -381,7 +374,7 @@ class DualEncoder(nn.Module):
     def from_pretrained(cls, folder_or_hub_id):
         """A saved model, in evaluation mode: ours, or a VisionTextDualEncoder of transformers.
 
-        A run folder of train.py stands for its best checkpoint. A hub id may end in @revision.
+        Of a run folder of train.py, its best checkpoint. A hub id may end in @revision.
 
         raises  ValueError naming the file that is missing, damaged, or does not fit
         """
@@ -393,7 +386,8 @@ class DualEncoder(nn.Module):
         Each file is written under a temporary name and renamed, so a crash leaves no half file.
 
         format  "dualenc", or "hf": what transformers' VisionTextDualEncoderModel loads
-        raises  ValueError for half a processor, or a model that transformers cannot compute
+        raises  ValueError for a processor without tokenizer or image_transform, or a model that
+                transformers cannot compute
         """
         save_dual_encoder(self, folder, format)
 
@@ -411,7 +405,7 @@ class TextConfig:
             and for a width that the heads do not divide
     """
 
-    family: str = "bert"  # a row of HF_TEXT
+    family: str = "bert"  # a key of HF_TEXT
     width: int = 768
     depth: int = 12
     heads: int = 12
@@ -421,8 +415,8 @@ class TextConfig:
     pad_token_id: int = 0
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
-    activation: str = "gelu"  # a row of ACTIVATIONS
-    pooling: str = "cls"  # a row of TEXT_POOLING
+    activation: str = "gelu"  # a key of ACTIVATIONS
+    pooling: str = "cls"  # a key of TEXT_POOLING
     dropout: float = 0.0
     attention_dropout: float = 0.0
 
@@ -438,11 +432,11 @@ class TextConfig:
             raise ValueError(f"text width {self.width} is not a multiple of {self.heads} heads")
 
 
-RANDOM_WEIGHTS = "random weights"  # the source of a tower that is not pretrained
+RANDOM_WEIGHTS = "random weights"  # weights_from of a tower that is not pretrained
 
 
 class TextEncoder(nn.Module):
-    """BERT's encoder; in section 9 RoBERTa changes its positions, MPNet its attention scores too.
+    """BERT's encoder. In section 9 RoBERTa has other positions, MPNet also a bias on its scores.
 
     All modules have BERT's published names, so that loading its weights is a copy.
 
@@ -453,7 +447,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.width = config, config.width
-        self.source, self.new_parts = RANDOM_WEIGHTS, []  # for train.py: what is pretrained
+        self.weights_from, self.new_parts = RANDOM_WEIGHTS, []  # for train.py: what is pretrained
         tables = {
             "word_embeddings": nn.Embedding(config.vocab_size, config.width),
             "position_embeddings": nn.Embedding(config.max_positions, config.width),
@@ -491,7 +485,7 @@ class TextEncoder(nn.Module):
                 f"{self.max_tokens} positions; tokenize with max_length={self.max_tokens}"
             )
         if position_ids is None:
-            position_ids = self.position_ids(input_ids)
+            position_ids = self.default_positions(input_ids)
         hidden = self.embeddings["word_embeddings"](input_ids)
         hidden = hidden + self.embeddings["position_embeddings"](position_ids)
         if self.config.type_vocab_size:
@@ -519,12 +513,12 @@ class TextEncoder(nn.Module):
         """The longest caption this tower can read, in tokens."""
         return self.config.max_positions
 
-    def position_ids(self, input_ids):
+    def default_positions(self, input_ids):
         """The row of the position table for each token, (1, T) or (B, T)."""
         return torch.arange(input_ids.shape[1], device=input_ids.device)[None, :]
 
     def score_mask(self, attention_mask, hidden):
-        """The mask that every layer gives to masked_attention, (B, 1, 1, T); MPNet has another."""
+        """The mask that every layer gives to masked_attention, (B, 1, 1, T); MPNet needs hidden."""
         return None if attention_mask is None else attention_mask[:, None, None, :].bool()
 
     @classmethod
@@ -561,11 +555,11 @@ class TextLayer(nn.Module):
     def forward(self, hidden, mask, return_weights):
         """hidden (B, T, W) to (B, T, W), and the weights (B, H, T, T) or None."""
 
-        def split_heads(name):  # (B, T, W) to (B, H, T, W/H)
+        def project_to_heads(name):  # (B, T, W) to (B, H, T, W/H)
             projected = self.attention["self"][name](hidden)
             return projected.unflatten(-1, (self.config.heads, -1)).transpose(1, 2)
 
-        query, key, value = split_heads("query"), split_heads("key"), split_heads("value")
+        query, key, value = map(project_to_heads, ("query", "key", "value"))
         dropout = self.config.attention_dropout if self.training else 0.0
         mixed, weights = masked_attention(query, key, value, mask, dropout, return_weights)
         mixed = mixed.transpose(1, 2).flatten(2)  # heads side by side again
@@ -594,12 +588,12 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
     mask               (B, 1, 1, T) bool: True where a key may be seen; None: everywhere
                        or (B or 1, H, T, T) float: added to the scores, hugely negative on padding
     dropout            share of the weights dropped
-    returns            (B, H, T, W/H), undefined for captions that are all padding; and the weights
-                       after dropout (B, H, T, T), or None unless asked for
+    returns            the mixed values (B, H, T, W/H), and the weights after dropout (B, H, T, T)
+                       or None; both are undefined for captions that are all padding
     source             Vaswani et al. 2017, equation 1
     Exercise 3         medium, 40 minutes: never look at padding, run `pytest -k exercise_3`
     """
-    # torch's fused kernel computes the lines below in one call, but cannot return the weights.
+    # torch's fused kernel does the lines below in one call, but it cannot return the weights.
     if not (return_weights or fused_kernel_is_slow(query)):
         return F.scaled_dot_product_attention(query, key, value, mask, dropout), None
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
@@ -607,7 +601,7 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask
-    weights = F.dropout(scores.softmax(dim=-1), dropout)  # 0 in evaluation
+    weights = F.dropout(scores.softmax(dim=-1), dropout)  # a share of 0 in evaluation
     return weights @ value, (weights if return_weights else None)
 
 
@@ -638,7 +632,7 @@ TEXT_POOLING = {
     "pooler": lambda tower, hidden, attention_mask: tower.pooler["dense"](hidden[:, 0]).tanh(),
 }
 
-# What config.json calls an activation. BERT's models call the approximation by tanh new or fast.
+# By their names in config.json; gelu_new and gelu_fast are GELU's approximation by tanh.
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "swish": nn.SiLU}
 ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), timm.layers.GELUTanh)
 ACTIVATIONS |= {"quick_gelu": timm.layers.QuickGELU, "tanh": nn.Tanh}
@@ -653,11 +647,11 @@ ACTIVATIONS |= {"quick_gelu": timm.layers.QuickGELU, "tanh": nn.Tanh}
 class VisionConfig:
     """A timm model and how to build it, or a family of published checkpoints and its sizes.
 
-    raises  ValueError for args that repeat a field of this class, ask for other channels than RGB
-            or for classes, or name a file
+    raises  ValueError for args that repeat a field of this class or ask for other channels, classes
+            or a file
     """
 
-    name: str = "vit_base_patch16_224"  # a timm model, or a row of HF_VISION
+    name: str = "vit_base_patch16_224"  # a timm model, or a key of HF_VISION (section 9)
     args: dict = field(default_factory=dict)  # of timm.create_model, or a family's config.json
     image_size: int | None = None  # pixels a side; None: the model's own
     pooling: str | None = None  # timm's global_pool ("avg", "token", "map"); None: the model's own
@@ -683,7 +677,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, config, pretrained_from=None):
         super().__init__()
         self.config = config
-        self.source, self.new_parts = RANDOM_WEIGHTS, []  # for train.py: what is pretrained
+        self.weights_from, self.new_parts = RANDOM_WEIGHTS, []  # for train.py: what is pretrained
         self.trunk = self.build_trunk(pretrained_from)
         self.width = self.trunk.head_hidden_size  # what timm would hand to a classifier
         self.image_size = config.image_size or self.trunk.pretrained_cfg["input_size"][-1]
@@ -691,7 +685,7 @@ class VisionEncoder(nn.Module):
     def build_trunk(self, pretrained_from):
         """The timm model that the configuration describes."""
         config = self.config
-        if not timm.is_model(config.name):
+        if not timm.is_model(config.name):  # then the check names near ones
             check_choice("timm model", config.name.split(".")[0], timm.list_models())
         name = pretrained_from or config.name
         try:
@@ -714,7 +708,7 @@ class VisionEncoder(nn.Module):
     def forward(self, pixel_values, output_hidden_states=False, output_attentions=False):
         """Pixels to TowerOutput; pooler_output (B, W) is pooled as the model pools.
 
-        Hidden states and attentions are seen by hooks: threads that want them need own models.
+        Hooks on the model collect hidden states and attentions: two threads must not share it then.
 
         pixel_values  (B, 3, S, S) from the processor
         raises        ValueError for another shape, for hidden states of a model without blocks or
@@ -739,7 +733,7 @@ class VisionEncoder(nn.Module):
         )
 
     def pool(self, features):
-        """(B, P, W), or the maps of a convnet, to (B, W)."""
+        """(B, P, W), or a convnet's maps, to (B, W): without classes timm's head only pools."""
         return self.trunk.forward_head(features)
 
     def image_transform(self, crop_pct=None):
@@ -761,8 +755,8 @@ class VisionEncoder(nn.Module):
     def recording(self, hidden_states, attentions):
         """Inside, two lists fill with hidden states and attention weights, if they are wanted.
 
-        timm's layers call torch's fused kernel unless their switch fused_attn is off. Then their
-        weights pass through attn_drop, where a hook sees them.
+        timm's layers call torch's fused kernel unless their switch fused_attn is off: where the
+        kernel is slow, and for weights, which then pass through attn_drop, where a hook sees them.
         """
         blocks = getattr(self.trunk, "blocks", None) or getattr(self.trunk, "stages", None)
         if hidden_states and not blocks:
@@ -770,7 +764,8 @@ class VisionEncoder(nn.Module):
         states, weights = [], []
 
         def keep_state(block, args, output):
-            states.extend([output] if states else [args[0], output])  # first of all the embeddings
+            # What the first block is given are the embeddings.
+            states.extend([output] if states else [args[0], output])
 
         with ExitStack() as undo:  # at the end: hooks off, switches as they were
             if hidden_states:
@@ -793,7 +788,7 @@ class VisionEncoder(nn.Module):
 # 5  Processor: images and captions to tensors
 # --------------------------------------------------------------------------------------------------
 
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic")  # files hold the number that Pillow gives them
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")  # files hold Pillow's number of each
 # Pillow would have Ghostscript run an EPS; files of the other formats are seldom images.
 NOT_IMAGES = {"EPS", "HDF5", "GRIB", "BUFR", "MPEG", "WMF"}
 Image.init()  # loads what Pillow can open
@@ -835,8 +830,8 @@ class ImageTransform:
     def resize_and_crop(self, pixels):
         """(3, height, width) to (3, S, S), same dtype."""
         if self.resize is not None:
-            size, mode = [self.resize] * (1 + self.squash), InterpolationMode(self.interpolation)
-            pixels = TF.resize(pixels, size, mode, antialias=True)
+            size = [self.resize] * (2 if self.squash else 1)  # of both sides, or of the shorter one
+            pixels = TF.resize(pixels, size, InterpolationMode(self.interpolation), antialias=True)
         return pixels if self.crop is None else centre_crop(pixels, self.crop)
 
     def normalize(self, pixels):
@@ -877,7 +872,7 @@ class ImageTransform:
         for sides in (size, crop):
             if len({*sides.values()}) != 1:
                 raise ValueError(f"size is {sides}, expected a number of pixels or a square")
-        # Their pixel * factor is our pixel / 255 * scale.
+        # They normalise pixel * factor, we pixel / 255: mean and std are divided by the ratio.
         scale = 255 * (values["rescale_factor"] if values["do_rescale"] else 1)
         mean, std = [0] * 3, [1] * 3
         if values["do_normalize"]:
@@ -1012,8 +1007,8 @@ class Processor:
         returns     {"input_ids" (N, T), "attention_mask" (N, T), "pixel_values" (I, 3, S, S)}, as
                     asked for, and "token_type_ids" (N, T) with token_types
         """
-        inputs = {}
-        if captions := [text] if isinstance(text, str) else list(text or ()):
+        inputs, captions = {}, [text] if isinstance(text, str) else list(text or ())
+        if captions:
             if self.tokenizer is None:
                 raise ValueError("no tokenizer: make a Processor(image_transform, tokenizer)")
             limit = self.max_length if max_length is None else min(max_length, self.positions)
@@ -1124,7 +1119,7 @@ SPLITS = ("train", "val", "test", "all")
 class Lazy(Sequence):
     """A sequence whose item i is function(items[i]), made when asked for.
 
-    stamp  function(item) -> a string that changes whenever function(item) would
+    stamp  function(item) -> a string that changes with function(item); stored features go by it
     """
 
     def __init__(self, items, function, stamp=None):
@@ -1189,7 +1184,7 @@ class Pairs(torch.utils.data.Dataset):
         return torch.tensor([groups, texts]).T
 
     def caption_table(self):
-        """(N distinct captions, (R, 2) rows (image, caption that is among the image's own))."""
+        """The N distinct captions, and (M, 2) indices (image, caption) of all right pairs."""
         index, right = {}, []
         for i, captions in enumerate(self.captions):
             for caption in dict.fromkeys(captions):
@@ -1221,7 +1216,7 @@ class ImageDataset(torch.utils.data.Dataset):
     their size: an exception in a worker would end the run.
 
     augment  function(pixels (3, h, w), key) -> pixels, before they are resized; key is (epoch, i)
-    zoom     by how much augment may enlarge a part of the image: JPEGs are decoded accordingly
+    zoom     the largest enlargement that augment makes: JPEGs are decoded that much larger
     """
 
     def __init__(self, images, transform, augment=None, zoom=1.0):
@@ -1271,7 +1266,7 @@ SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 SIZES = {"small": 0.1, "large": 0.18}  # radius as a share of the image's side
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 HELD_OUT_OBJECTS = {("red", "star"), ("green", "cross"), ("blue", "triangle"), ("yellow", "circle")}
-MAX_HELD_OUT = 3184  # images: twice the held-out scenes without one of these objects
+MAX_HELD_OUT = 3184  # images: one half has these objects, the other half runs out at 1,592
 
 
 class ShapesPairs(Pairs):
@@ -1302,7 +1297,7 @@ class ShapesPairs(Pairs):
                 self.scenes += scenes
                 names += [f"shapes/{seed}/{part}/{i}" for i in range(len(scenes))]
         for scene, name in zip(self.scenes, names):
-            # Drawn apart from the image, whose background could otherwise give the wording away.
+            # From its own generator: the image's would let the background give the wording away.
             turned = random.Random(f"{name} told").random() < 0.5
             first, relation, second = scene
             self.wordings.append((second, OPPOSITE[relation], first) if turned else scene)
@@ -1428,7 +1423,7 @@ class Row:
     image: object  # a path below the data's folder, or what else open_image takes
     caption: str | None = None
     label: str | None = None  # the class name
-    split: str | None = None  # a word of SPLIT_OF, where the data says; kept as what it means
+    split: str | None = None  # as the data has it; __post_init__ makes it train, val or test
     group: str | None = None  # images of one group stay on one side of the hashed split
 
     def __post_init__(self):
@@ -1460,9 +1455,9 @@ def load_pairs(
     spec          "shapes"; a torchvision set such as "cifar10"; a folder of class folders, or of
                   images with .txt files of the same name; a table .csv, .tsv, .txt or .jsonl; a
                   .json of COCO captions or Karpathy's splits; tar shards "shards-{0000..0099}.tar"
-    split         "train", "val", "test" or "all". The data's own where it has one (val and test
-                  stand in for each other); else val and test are the images whose names, or
-                  groups, hash below val_fraction of the range, and train is the rest
+    split         "train", "val", "test" or "all". The data's own where it has one (without val,
+                  test serves, and the reverse). Else a hash of an image's name, or of its group,
+                  puts a val_fraction of the images into val, which is test too
     data_root     where torchvision's sets lie; download lets it fetch them
     images        the image folder of a table or .json, unless it is the file's own
     templates     what class names become: strings with {} in them
@@ -1487,7 +1482,7 @@ def load_pairs(
     pairs = pairs_from_rows(rows_of, templates, class_names or {})
     for i in range(0, len(pairs), len(pairs) // 8 + 1):
         with suppress(ValueError):
-            pairs.images[i]  # notices here that images are dark: workers keep it to themselves
+            pairs.images[i]  # opened only to notice dark images: later, in workers, none is printed
     if split == "all":
         return pairs
     splits = [own[0].split for own in rows_of.values()]
@@ -1559,7 +1554,7 @@ def read_torchvision(name, data_root, download):
     for part, arguments in splits.items():
         with blamed_on(f"{name} below {data_root}; --download fetches it"):
             data = make(str(data_root), download=download, **arguments)
-        # Either attribute saves decoding all images.
+        # Both give the labels without decoding an image.
         labels = data.targets if hasattr(data, "targets") else data._labels
         for i, label in enumerate(labels):
             where = f"{name}/{part}/{i}" if part else f"{name}/{i}"
@@ -1617,7 +1612,7 @@ def read_table(path, **_):
     reader, first = csv.DictReader(text_lines(path), **options), 1
     try:
         for record in reader:
-            if any(cell.strip() for cell in record.pop(None, ())):
+            if any(cell.strip() for cell in record.pop(None, ())):  # where DictReader has surplus
                 raise csv.Error("more cells than the header has columns")
             yield from record_rows(f"{path}, line {reader.line_num}", record)
             first = reader.line_num + 1
@@ -1746,7 +1741,8 @@ def build_from_towers(cls, vision, text, projection_dim, pretrained, overrides):
 
 def build_vision_tower(vision, pretrained, overrides):
     """A VisionEncoder from a timm name, or from a folder or hub id of timm's or transformers'."""
-    place, found, args, weights = vision.removeprefix("hf-hub:"), {"name": vision}, {}, vision
+    # found and args: fields of VisionConfig and its args; weights: where timm finds them.
+    place, weights, found, args = vision.removeprefix("hf-hub:"), vision, {"name": vision}, {}
     if "/" in place or Path(place).is_dir():
         folder = find_folder(place)
         values = read_json(folder / CONFIG_FILE)
@@ -1760,13 +1756,13 @@ def build_vision_tower(vision, pretrained, overrides):
         args.pop("num_classes", None)
         fields = {"image_size": "img_size", "pooling": "global_pool"}
         found |= {field: args.pop(name) for field, name in fields.items() if name in args}
-        pretrained = pretrained or place == vision
+        pretrained = pretrained or place == vision  # always, but "hf-hub:" can say no
     args |= overrides.get("args", {})
     config = config_from_dict(VisionConfig, {**found, **overrides, "args": args})
     tower = VisionEncoder(config, pretrained_from=weights if pretrained else None)
     tower.config = dataclasses.replace(config, image_size=tower.image_size)
     if pretrained:
-        tower.source = vision
+        tower.weights_from = vision
         own_size = tower.trunk.pretrained_cfg["input_size"][-1]
         if tower.has_fixed_size() and tower.image_size != own_size:
             tower.new_parts = ["position table (resized)"]
@@ -1829,7 +1825,7 @@ def fill(module, weights, source):
         listed = textwrap.shorten(str(error).partition("\n")[2], 600)
         raise ValueError(f"{source} does not fit its {CONFIG_FILE}: {listed}") from error
     module.float()
-    for part in module.modules():  # tables of timm's that are computed, and in no file
+    for part in module.modules():  # timm computes its buffers that are in no file
         for name, buffer in part.named_buffers(recurse=False):
             if buffer.is_meta:
                 setattr(part, name, torch.empty_like(buffer, device="cpu"))
@@ -1848,7 +1844,7 @@ def find_folder(folder_or_hub_id):
     if folder.is_dir():
         return folder
     name, _, revision = str(folder_or_hub_id).partition("@")
-    # Of folders only 1_Pooling/, which sentence-transformers writes.
+    # No subfolders but 1_Pooling/, which sentence-transformers writes.
     skip = {"revision": revision or None, "ignore_patterns": "[!1]*/*"}
     download = functools.partial(huggingface_hub.snapshot_download, name, **skip)
     with blamed_on(f"{folder_or_hub_id}, nor a hub id within reach", "no folder"):
@@ -1873,7 +1869,7 @@ def read_weights(path):
     """{name: tensor} of a file of weights; nothing in it is executed."""
     with blamed_on(path, "cannot read weights"):
         if path.suffix == ".safetensors":
-            mapped = safetensors.torch.load_file(path)  # and would change with the file
+            mapped = safetensors.torch.load_file(path)  # cloned, for it changes with the file
             return {name: tensor.clone() for name, tensor in mapped.items()}
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -1897,8 +1893,6 @@ def write_file(path, content):
 # --------------------------------------------------------------------------------------------------
 # 8  Large batches and several processes
 # --------------------------------------------------------------------------------------------------
-
-TILE = 1024  # rows and columns of the score matrix in memory at a time
 
 
 class MicroBatches(nn.Module):
@@ -1958,13 +1952,13 @@ class MicroBatches(nn.Module):
         return image_embeds, text_embeds
 
 
-def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=TILE):
+def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=1024):
     """clip_loss, value and gradients, with a few tiles of the B x B matrix in memory at a time.
 
     A row's cross-entropy is its log-sum-exp minus the score of the pair. Only the log-sum-exp needs
     the other rows. So the loss is the mean over i of (lse of row i + lse of column i) / 2 - pair i.
-    Each rank computes the tiles of its own images. The mean over ranks, also of gradients, is
-    clip_loss of all rows.
+    Each rank computes the tiles of its own images. Averaged over ranks, value and gradients are
+    those of clip_loss on all rows.
 
     image_embeds, text_embeds  (R, E)  unit-norm rows of this rank; row i describes image i
     logit_scale                ()      natural log of the inverse temperature
@@ -1976,7 +1970,7 @@ def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=TILE):
     check_same_shape(image_embeds, text_embeds)
     scaled = logit_scale.exp() * image_embeds
     of_rows, of_columns = TiledLogSumExp.apply(scaled, gather_embeds(text_embeds), tile)
-    # Every rank has summed its own rows of all columns: these sums together are those of all rows.
+    # of_columns (B,) has seen the images of this rank only; all ranks' together are complete.
     of_columns = gather_embeds(of_columns[None]).logsumexp(dim=0)
     pairs = (scaled * text_embeds).sum(dim=1)
     return (of_rows / 2 - pairs).mean() + of_columns.mean() / 2
@@ -2060,7 +2054,7 @@ def process_group():
         torch.set_num_threads(own_cores())
     with redirect_stdout(sys.stdout if rank() == 0 else None):
         yield
-    # Not in a finally: after an error it could wait for the other ranks, which torchrun ends.
+    # Not in a finally: after an error other ranks may never arrive, and torchrun ends them.
     torch.distributed.destroy_process_group()
 
 
@@ -2074,8 +2068,8 @@ def gather_embeds(embeds):
     """Every rank's rows, with gradients; the identity in one process.
 
     A row's gradients from the losses of all ranks come back, summed, to the rank that owns it. If
-    each computes the loss of all rows, that is world_size times the gradient, and the mean over
-    ranks that DistributedDataParallel takes is the gradient of the whole batch.
+    each rank computes the loss of all rows, the sum is world_size times the true gradient, and the
+    mean over ranks that DistributedDataParallel takes undoes this.
 
     embeds   (R, ...)  this rank's rows, as many as each other rank has
     returns  (B, ...)  the rows of all ranks, in order
@@ -2114,13 +2108,13 @@ class GatherRows(torch.autograd.Function):
 
 
 class RobertaEncoder(TextEncoder):
-    """BERT with RoBERTa's positions: rows 0 to pad_token_id of their table are no real token's."""
+    """BERT with RoBERTa's positions: those of real tokens start at pad_token_id + 1."""
 
     @property
     def max_tokens(self):
         return self.config.max_positions - self.config.pad_token_id - 1
 
-    def position_ids(self, input_ids):
+    def default_positions(self, input_ids):
         return positions_after_pad(input_ids, self.config.pad_token_id)
 
 
@@ -2208,7 +2202,7 @@ class PublishedVisionEncoder(VisionEncoder):
     def image_transform(self, crop_pct=None):
         """What the folder's own file says."""
         if self.own_transform is None:
-            raise ValueError(f"{self.source} has no {IMAGE_FILE} to say how images are prepared")
+            raise ValueError(f"{self.weights_from} has no {IMAGE_FILE}: how are images prepared?")
         return self.own_transform
 
 
@@ -2286,12 +2280,13 @@ _CLIP_NAMES = {
 
 _SIZES = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
 _SIZES |= {"patch_size": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
-_BEIT = _SIZES | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-_VIT = _BEIT | {"intermediate_size": 3072, "qkv_bias": True, "pooler_act": "tanh"}
-_DINO = _BEIT | {"qkv_bias": True, "mlp_ratio": 4, "layerscale_value": 1.0, "drop_path_rate": 0.0}
-_DINO |= {"layer_norm_eps": 1e-6, "patch_size": 14}
-_BEIT |= {"intermediate_size": 3072, "layer_scale_init_value": 0.1, "drop_path_rate": 0.1}
-_BEIT |= {key: False for key in TIMM_NAMES if key.startswith("use_")} | {"use_mean_pooling": True}
+_NO_DROPOUT = _SIZES | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_VIT = _NO_DROPOUT | {"intermediate_size": 3072, "qkv_bias": True, "pooler_act": "tanh"}
+_DINO = _NO_DROPOUT | {"qkv_bias": True, "mlp_ratio": 4, "layerscale_value": 1.0}
+_DINO |= {"drop_path_rate": 0.0, "layer_norm_eps": 1e-6, "patch_size": 14}
+_BEIT = _NO_DROPOUT | {"intermediate_size": 3072, "layer_scale_init_value": 0.1}
+_BEIT |= {key: False for key in TIMM_NAMES if key.startswith("use_")}
+_BEIT |= {"use_mean_pooling": True, "drop_path_rate": 0.1}
 _SIGLIP = _SIZES | {"intermediate_size": 3072, "attention_dropout": 0.0}
 _SIGLIP |= {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 _CLIP = _SIGLIP | {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
@@ -2405,6 +2400,7 @@ def read_published_weights(folder):
     left_out = (".position_ids", ".token_type_ids", "_position_index", "embeddings.mask_token")
     weights = {}
     for name, tensor in read_weights(files[0]).items():
+        # Old names of LayerNorm's weights.
         name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
         # Some versions nest CLIP and SigLIP towers once more than others.
         name = re.sub(r"^vision_model\.vision_model\.", "vision_model.", name)
@@ -2463,7 +2459,7 @@ def load_tower(read_config, folder, source, overrides):
         pooling = "pooler"
     with blamed_on(folder / CONFIG_FILE, "cannot build the model of"), torch.device("meta"):
         tower = build_tower(read_config(values, pooling, overrides))
-    tower.source, prefix = str(source), published_row(tower.config).prefix
+    tower.weights_from, prefix = str(source), published_row(tower.config).prefix
     inside = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
     inside = inside or weights  # a file without a task head has no prefix
     # What BEiT's files call pooler is the norm that its mean pooling ends with.
@@ -2579,7 +2575,7 @@ def read_tokenizer(folder):
         side = settings.get("truncation_side", "right")
         tokenizer.enable_truncation(int(longest), direction=side)
     inputs = settings.get("model_input_names")
-    return tokenizer, "token_type_ids" in inputs if inputs else kind in TOKEN_TYPES
+    return tokenizer, ("token_type_ids" in inputs if inputs else kind in TOKEN_TYPES)
 
 
 def tokenizer_from_files(path, settings, words):
@@ -2723,7 +2719,7 @@ def pick_workers(count, device):
 
 
 def worker_init(worker_id):
-    """Ctrl-C and torchrun's SIGTERM reach process groups; the run still needs its workers."""
+    """A process group of its own: Ctrl-C must not end workers before the run has saved."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
 

@@ -47,7 +47,7 @@ EVAL_BATCH = 256
 
 
 def finite(embeds):
-    """The same rows; ValueError if some are nan or infinite: no rank of them means anything."""
+    """The same rows; ValueError if some are nan or infinite, as their ranks would mean nothing."""
     if not embeds.isfinite().all():
         raise ValueError("embeddings are not finite: the weights or the pixel values are broken")
     return embeds
@@ -144,8 +144,8 @@ class EvalContext:
     query, top      of search, and folder, where it keeps its index
     raises          ValueError for a model without a processor, or pairs that lack what a task needs
 
-    Made of these: image_embeds (I, E), text_embeds (N, E) of the distinct captions, right (R, 2),
-    (image, caption) indices of all right answers; with classes, labels (I,), class_embeds (K, E).
+    Computed: image_embeds (I, E), text_embeds (N, E) of the distinct captions, right (M, 2), the
+    (image, caption) indices of all right pairs; with classes, labels (I,), class_embeds (K, E).
     """
 
     model: dualenc.DualEncoder
@@ -174,7 +174,7 @@ class EvalContext:
             dualenc.check_choice("task", name, TASKS)
             if name not in allowed:
                 raise ValueError(f"{name} needs data with {TASKS[name].needs}, and this has none")
-        self.reading = self.precision, self.batch_size
+        self.options = self.precision, self.batch_size
         if self.tasks == ["search"]:
             return
         if self.image_features is None:
@@ -185,15 +185,15 @@ class EvalContext:
                 rows.append(self.model.project_image(features.to(device)).float().cpu())
         self.image_embeds = finite(torch.cat(rows))
         self.captions, self.right = self.pairs.caption_table()
-        self.text_embeds = embed_captions(self.model, self.captions, *self.reading)
+        self.text_embeds = embed_captions(self.model, self.captions, *self.options)
         if self.pairs.classes:
             self.labels, classes = torch.tensor(self.pairs.labels), self.pairs.classes
-            self.class_embeds = class_embeds(self.model, classes, self.templates, *self.reading)
+            self.class_embeds = class_embeds(self.model, classes, self.templates, *self.options)
 
     def read(self, pairs):
         """(the pairs whose image can be read, their pooled features (I, W))"""
-        reading = *self.reading, self.workers
-        features, unreadable = embed_images(self.model, pairs.images, *reading, pooled=True)
+        options = *self.options, self.workers
+        features, unreadable = embed_images(self.model, pairs.images, *options, pooled=True)
         if not unreadable:
             return pairs, features
         kept = [i for i in range(len(pairs)) if i not in unreadable]
@@ -222,7 +222,7 @@ class EvalContext:
 
 
 def store_folder(spec, kind, data_root="data"):
-    """Where rows of a kind made from a data spec lie: hidden, beside the data or in data_root."""
+    """The hidden folder, beside the data or in data_root, for stored rows of a data spec."""
     path = Path(spec).absolute()
     on_disk = path.exists() or path.suffix == ".tar"  # shards: {0..9} in the name is no file
     beside = path.parent if on_disk and os.access(path.parent, os.W_OK) else Path(data_root)
@@ -248,7 +248,7 @@ def cache_key(model, precision, side):
     digest = hashlib.sha256(json.dumps([side, precision, *facts], sort_keys=True).encode())
     for name, tensor in model.state_dict().items():
         wanted = name.startswith("text_model." if side == "text_features" else "vision_model.")
-        if side == "image_embeds":  # whatever is not surely the captions' side
+        if side == "image_embeds":  # all but the captions' side
             wanted = not name.startswith(("text_model.", "text_projection.", "logit_"))
         if wanted:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -261,7 +261,7 @@ def stored_rows(folder, stamps, embed):
 
     folder   made if need be. A second job waits for the first; the ranks of one go together
     stamps   one string a row, which changes when the row's image does
-    embed    function of a list of indices: (their rows, {place in that list: why unreadable})
+    embed    list of indices -> (their rows, {place in that list: why unreadable})
     returns  (I, W) float32 rows, those of unreadable images 0; {index: why unreadable}; how many
              rows are new. Unreadable images are tried again the next time
     """
@@ -281,7 +281,7 @@ def stored_rows(folder, stamps, embed):
             rows = fresh if rows is None else torch.cat([rows, fresh])
             row_of |= {stamps[i]: len(known) + place for place, i in enumerate(new)}
         rows = rows[[row_of[stamp] for stamp in stamps]]
-        # No stamp is empty: a row under an empty one is never found, and tried again.
+        # Unreadable rows are kept under "", which no stamp equals: they are tried again.
         saved = ["" if i in unreadable else stamp for i, stamp in enumerate(stamps)]
         if dualenc.rank() == 0 and saved != known:
             text = torch.frombuffer(bytearray(json.dumps(saved).encode()), dtype=torch.uint8)
@@ -297,7 +297,7 @@ ROUNDING = 1e-6  # cosines nearer than this tie: sums in another order differ by
 def with_interval(name, values, per_image=None):
     """A share with its 95% interval: the mean, plus or minus 1.96 standard errors over images.
 
-    per_image  (I,) one value an image, whose spread gives the error; values themselves unless given
+    per_image  (I,) one value an image: the error comes from their spread; values unless given
     returns    {name, name_low, name_high}, the ends kept within 0 and 1
     """
     values, spread = values.double(), (values if per_image is None else per_image).double()
@@ -314,7 +314,7 @@ def ranks(image_embeds, text_embeds, right, rows=512):
 
     image_embeds  (I, E)  unit-norm rows
     text_embeds   (N, E)  unit-norm rows of captions, or of classes
-    right         (R, 2)  int64, (image index, caption index) of every right answer
+    right         (M, 2)  int64, (image index, caption index) of every right answer
     rows          images at a time: at most twice rows x N scores are in memory
     returns       (I,) and (N,), int64 from 1, on the CPU; a caption of no image has rank I + 1
     raises        ValueError if an image has no right answer
@@ -322,7 +322,7 @@ def ranks(image_embeds, text_embeds, right, rows=512):
     """
     image, text = right.to(image_embeds.device).unique(dim=0).T
     n_images, n_texts = len(image_embeds), len(text_embeds)
-    # As if all wrong answers stood before the right ones; the loop takes those below off again.
+    # The worst ranks, with all wrong answers first; the loop subtracts those that score lower.
     image_ranks = 1 + n_texts - image.bincount(minlength=n_images)
     text_ranks = 1 + n_images - text.bincount(minlength=n_texts)
     if (image_ranks > n_texts).any():
@@ -335,7 +335,7 @@ def ranks(image_embeds, text_embeds, right, rows=512):
         part, here = slice(start, start + rows), (image >= start) & (image < start + rows)
         scores = image_embeds[part] @ text_embeds.T
         scores[image[here] - start, text[here]] = torch.inf  # right answers are never below
-        # As 1.0 and 0.0: exact up to 2**24, and summed many times faster than booleans.
+        # Comparisons as floats: exact up to 2**24, and summed many times faster than booleans.
         below = torch.lt(scores, text_best - ROUNDING, out=torch.empty_like(scores))
         text_ranks -= below.sum(dim=0).long()
         image_ranks[part] -= scores.lt_(image_best[part, None] - ROUNDING).sum(dim=1).long()
@@ -347,7 +347,7 @@ def retrieval_metrics(image_ranks, text_ranks, right):
 
     image_ranks  (I,)    of each image's best right caption
     text_ranks   (N,)    of each caption's best right image
-    right        (R, 2)  (image index, caption index) of every right answer
+    right        (M, 2)  (image index, caption index) of every right answer
     returns      shares i2t_r1, i2t_r5, i2t_r10, i2t_mrr, each with _low and _high; i2t_medr, the
                  median rank; the same with t2i_; counts; chance_r1, what guessing reaches
     source       Karpathy and Fei-Fei 2015, section 4.1 (recall and median rank)
@@ -523,7 +523,7 @@ PENALTIES = tuple(10.0**-power for power in range(7))  # each fit starts from th
 
 
 def fit_logistic(features, labels, n_classes, penalty, start=None):
-    """Logistic regression: weights (W, K) from features (I, W), the last a one, and labels (I,)."""
+    """Logistic regression: weights (W, K) from labels (I,), features (I, W), the last column 1."""
 
     def loss(weights):
         nll = F.cross_entropy(features @ weights, labels)
@@ -618,7 +618,7 @@ def binding_task(context):
     wrong = [pairs.hard_negatives(i) for i in everything]
 
     def cosines(images, captions):
-        texts = embed_captions(context.model, captions, *context.reading)
+        texts = embed_captions(context.model, captions, *context.options)
         return (context.image_embeds[images] * texts).sum(dim=1)
 
     right_cosines = cosines(everything, [captions[0] for captions in pairs.captions])
@@ -637,17 +637,17 @@ def search_task(context):
     returns  found, {name: cosine}, best first; query, n_images, n_indexed (those that the index did
              not have), unreadable (names, never among those found)
     """
-    pairs, model, query, reading = context.pairs, context.model, context.query, context.reading
+    pairs, model, query, options = context.pairs, context.model, context.query, context.options
     if not query:
         raise ValueError('search needs --query: words such as "a red car", or an image file')
     if Path(query).suffix.lower() in dualenc.IMAGE_SUFFIXES:
-        direction, _ = embed_images(model, [dualenc.open_image(query)], *reading)
+        direction, _ = embed_images(model, [dualenc.open_image(query)], *options)
     else:
-        direction = embed_captions(model, [query], *reading)
+        direction = embed_captions(model, [query], *options)
     rows, unreadable, n_indexed = stored_rows(
         context.folder / cache_key(model, context.precision, "image_embeds"),
         pairs.stamps(),
-        lambda new: embed_images(model, pairs.select(new).images, *reading, context.workers),
+        lambda new: embed_images(model, pairs.select(new).images, *options, context.workers),
     )
     cosines = rows @ direction[0]
     cosines[list(unreadable)] = -torch.inf  # their 0 would beat every negative cosine
@@ -794,7 +794,7 @@ class Task(NamedTuple):
     """A row of TASKS."""
 
     title: str  # heading on the page
-    part_of: str  # the first of PARTS that it is part of; "named" is measured only if asked for
+    part_of: str  # of PARTS the smallest that includes it; "named" is measured only if asked for
     needs: str  # an attribute of Pairs that must not be empty
     measure: object  # an EvalContext to metrics by name
     blocks: object = lambda context, metrics: []  # to Tables and HTML that only the page shows
@@ -812,7 +812,7 @@ TASKS = {
 
 
 def measure(context, leave_out=False):
-    """{task: its metrics}; leave_out goes on where a task refuses, unless it is the first."""
+    """{task: its metrics}; leave_out skips a task that raises, if another one has succeeded."""
     results = {}
     with measuring(context.model):
         for name in context.tasks:

@@ -50,18 +50,18 @@ TILED_FROM = 2048  # pairs over all ranks from which on the tiled losses are fas
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """A row of LOSSES. Chance and floor are only printed beside the loss; sizes are the groups'."""
+    """A row of LOSSES. Chance and floor are only printed; sizes are the pairs in each group."""
 
     function: Callable  # (image_embeds, text_embeds, *inputs) -> ()
     inputs: tuple  # names among "logit_scale", "logit_bias" and "group_ids"
     chance: Callable  # sizes -> nats of a model that guesses
     floor: Callable  # sizes -> nats of a perfect model, which cannot tell pairs of a group apart
-    tiled: Callable | None  # of the rows of one rank, in less memory: for large batches
+    tiled: Callable | None  # the same from one rank's rows, in less memory; for large batches
     start: dict = dataclasses.field(default_factory=dict)  # configuration of a new model
 
 
 def mean_over_groups(nats):
-    """The mean over pairs of nats(n), the loss of n pairs that all look alike: a pair's group."""
+    """Group sizes to the mean over pairs of nats(size of the pair's group)."""
     return lambda sizes: sum(size * nats(size) for size in sizes) / sum(sizes)
 
 
@@ -114,7 +114,7 @@ class TrainConfig:
     """The flags. Their metadata:
 
     augment  function(pixels (3, h, w), value, rng) -> pixels, called unless value is the default
-    sets     prefix of the flag's name as an argument of from_vision_text_pretrained, given unless 0
+    sets     passed to from_vision_text_pretrained as this prefix and the flag's name, unless 0
     """
 
     data: str = flag("shapes", "data spec (README.md lists them)", "data")
@@ -131,7 +131,7 @@ class TrainConfig:
     lock: str = flag("", "freeze towers (LiT: vision)", "start", ("", "vision", "text", "both"))
     vision: str = flag("scratch", "timm name, folder or hub id; scratch: a small ResNet", "towers")
     vision_args: dict | None = flag(None, "arguments of timm.create_model", "towers", sets="")
-    pretrained: bool | None = flag(None, "timm's weights? by default for NAME.TAG", "towers")
+    pretrained: bool | None = flag(None, "load timm's weights; by default for NAME.TAG", "towers")
     image_size: int = flag(0, "pixels a side; 0: the tower's own", "towers", sets="vision_")
     patch_dropout: float = flag(0.0, "share of patches left out (ViTs)", "towers", sets="vision_")
     text: str = flag("scratch", "transformers folder or hub id; scratch: a new tower", "towers")
@@ -442,7 +442,7 @@ def make_model(config, pairs):
     if config.init:
         model = dualenc.DualEncoder.from_pretrained(config.init)
         for tower in towers(model).values():
-            tower.source, tower.new_parts = config.init, []
+            tower.weights_from, tower.new_parts = config.init, []
         return model
     fields = [f for f in dataclasses.fields(config) if "sets" in f.metadata]
     more = {f.metadata["sets"] + f.name: getattr(config, f.name) for f in fields}
@@ -462,7 +462,7 @@ def make_model(config, pairs):
         vision, config.text, pretrained=pretrained, **LOSSES[config.loss].start, **more
     )
     # A tower without weights has learned nothing about a crop: show it the whole image.
-    whole = 1.0 if model.vision_model.source == RANDOM_WEIGHTS else None
+    whole = 1.0 if model.vision_model.weights_from == RANDOM_WEIGHTS else None
     transform = model.vision_model.image_transform(crop_pct=whole)
     if config.text == "scratch":
         model.processor = dualenc.Processor(transform, tokenizer)
@@ -475,7 +475,7 @@ def make_optimizer(model, config):
     """AdamW as in CLIP, table 19; a group's "peak" is --lr, or --tower-lr for pretrained towers."""
     trunk, groups = model.vision_model.trunk, {}
     kept = {f"vision_model.trunk.{name}" for name in getattr(trunk, "no_weight_decay", set)()}
-    pretrained = [tower for tower in towers(model).values() if tower.source != RANDOM_WEIGHTS]
+    pretrained = [tower for tower in towers(model).values() if tower.weights_from != RANDOM_WEIGHTS]
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             learned = getattr(model, name.split(".")[0]) in pretrained
@@ -497,10 +497,10 @@ def load_run(config, pairs, out, device):
             # To the CPU: the card that it was saved from may not be here.
             state = torch.load(path, weights_only=True, map_location="cpu")
             for name, tower in towers(model).items():
-                tower.source, tower.new_parts = state["towers"][name]
+                tower.weights_from, tower.new_parts = state["towers"][name]
     else:
         model = make_model(config, pairs)
-        state["towers"] = {name: (t.source, t.new_parts) for name, t in towers(model).items()}
+        state["towers"] = {name: (t.weights_from, t.new_parts) for name, t in towers(model).items()}
     start, needs_bias = config.init or config.text, "logit_bias" in LOSSES[config.loss].inputs
     refuse(model.processor is None, f"{start} lacks a tokenizer or preprocessor_config.json")
     has_bias = hasattr(model, "logit_bias")
@@ -672,7 +672,7 @@ def introduce(config, run, model, optimizer, flags):
     print(f"model    {model.config.vision.name} {sizes} -> {model.config.projection_dim}")
     new = [f"{name} {part}" for name, tower in sides for part in tower.new_parts]
     new += [] if config.init else ["projections"]
-    sources = [f"{name} tower from {tower.source}" for name, tower in sides]
+    sources = [f"{name} tower from {tower.weights_from}" for name, tower in sides]
     sources += [f"{name} tower locked" for name in sorted(model.locked)]
     print(f"weights  {', '.join(sources)}; new: {', '.join(new) or 'nothing'}")
     for group in optimizer.param_groups:
@@ -709,7 +709,7 @@ def check_recipe(config, pairs, held_out):
 
 
 def keep_freed_memory():
-    """Let glibc keep what a step frees: pages that the system clears anew cost 6 to 22% of time."""
+    """Let glibc keep what a step frees: fresh pages from the system cost 6 to 22% of the time."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-4, 0)  # M_MMAP_MAX of malloc.h

@@ -190,7 +190,7 @@ def test_a_timm_folder_is_a_tower_saved_by_architecture(vision, timm_folder, hub
     place = str(folder) if vision == "folder" else vision
     model = dualenc.DualEncoder.from_vision_text_pretrained(place, "someone/bert").eval()
     tower, pixels = model.vision_model, torch.randn(2, 3, 48, 48)
-    assert tower.source == place and model.text_model.source == "someone/bert"
+    assert tower.weights_from == place and model.text_model.weights_from == "someone/bert"
     assert tower.new_parts == []
     assert torch.equal(tower(pixels).pooler_output, trunk.eval()(pixels))
     assert tower.image_transform().mean == (0.1, 0.2, 0.3)
@@ -207,7 +207,7 @@ def test_what_of_a_tower_is_pretrained_is_noted(timm_folder):
     assert build(str(folder), False, {"image_size": 32}).new_parts == ["position table (resized)"]
     for name in ("test_resnet", f"hf-hub:{folder}"):
         tower = build(name, False, {})
-        assert tower.source == "random weights" and tower.new_parts == []
+        assert tower.weights_from == "random weights" and tower.new_parts == []
 
 
 def test_overrides_reach_the_configuration_they_name():

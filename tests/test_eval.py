@@ -309,12 +309,12 @@ def test_a_bag_of_words_passes_the_control_and_fails_binding(monkeypatch):
     noise = 2e-7 * torch.randn(exact.shape, generator=torch.Generator().manual_seed(0))
     row_of = dict(zip(distinct, exact + noise))
 
-    def embed(model, captions, *reading):
+    def embed(model, captions, *options):
         return torch.stack([row_of[caption] for caption in captions])
 
     monkeypatch.setattr(evaluation, "embed_captions", embed)
     rows = embed(None, [row[0] for row in captions])
-    context = SimpleNamespace(pairs=pairs, image_embeds=rows, model=None, reading=())
+    context = SimpleNamespace(pairs=pairs, image_embeds=rows, model=None, options=())
     numbers = evaluation.binding_task(context)
     got = {kind: numbers[f"binding_{kind}"] for kind in (*evaluation.BINDING_KINDS, "all")}
     assert got == {"replaced": 1, "relation": 1, "attributes": 0, "order": 0, "all": 0}

@@ -68,5 +68,5 @@ def test_multi_positive_loss_is_clip_loss_where_no_pair_repeats():
     ],
 )
 def test_losses_refuse_sides_of_different_shape(loss, extra):
-    with pytest.raises(ValueError, match=r"image_embeds \(3, 4\) and text_embeds \(2, 4\) differ"):
+    with pytest.raises(ValueError, match=r"image_embeds \(3, 4\), text_embeds \(2, 4\) differ"):
         loss(torch.ones(3, 4), torch.ones(2, 4), torch.tensor(0.0), extra)

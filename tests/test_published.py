@@ -254,7 +254,7 @@ def test_a_vision_tower_is_read_from_below_its_task_head(name):
     own = name in ("beit-classifier", "clip")
     pooled = right["pooler_output"] if own else right["last_hidden_state"][:, 0]
     assert largest_difference(output.pooler_output, pooled) < 1e-4
-    assert tower.source == str(FIXTURES / "tower" / name) and tower.new_parts == []
+    assert tower.weights_from == str(FIXTURES / "tower" / name) and tower.new_parts == []
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_a_sentence_transformers_folder_says_how_to_pool_and_cut(
         return
     model = two_towers("vit-classifier", folder, **overrides)
     assert model.config.text.pooling == expected
-    assert model.processor.max_length == 7 and model.text_model.source == str(folder)
+    assert model.processor.max_length == 7 and model.text_model.weights_from == str(folder)
 
 
 def test_ids_beyond_a_towers_vocabulary_are_refused_when_it_is_loaded(copy):

@@ -231,7 +231,7 @@ def test_weight_decay_and_learning_rates_reach_the_right_weights(make_model):
     kept = ("bias", "norm", "Norm", "pos_embed", "position_embeddings", "cls_token", "logit")
     for name, group in groups_of(model, config).items():
         assert group == (1e-2, 0.0 if any(word in name for word in kept) else 0.3), name
-    model.text_model.source = "some/folder"
+    model.text_model.weights_from = "some/folder"
     for rates, tower_lr in (({}, 1e-3), ({"tower_lr": 5e-5}, 5e-5)):
         for name, (peak, _) in groups_of(model, dataclasses.replace(config, **rates)).items():
             assert peak == (tower_lr if name.startswith("text_model.") else 1e-2), name
