@@ -302,7 +302,7 @@ def test_a_folder_says_how_its_images_are_prepared_and_their_size(copy):
     assert two_towers("clip", "bert-classifier", vision_image_size=16).vision_model.image_size == 16
     folder = copy("tower/clip")
     (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(ValueError, match="clip has no preprocessor_config.json: how are images prepared"):
+    with pytest.raises(ValueError, match="clip has no preprocessor_config.json: how are"):
         two_towers(folder, "bert-classifier")
     folder = copy("dual/vit-bert")
     shutil.copy(FIXTURES / "tokens" / "bert-saved" / "tokenizer.json", folder)
