@@ -2476,12 +2476,12 @@ def sentence_pooling(folder):
     """How a sentence-transformers folder pools, or None for other folders."""
     path = folder / "1_Pooling" / CONFIG_FILE
     values = read_json(path, {"pooling_mode": None})
-    modes = [key for key, chosen in values.items() if key.startswith("pooling_mode_") and chosen]
-    modes = [re.sub("pooling_mode_|_tokens?$", "", key) for key in modes]
-    modes = modes or [values.get("pooling_mode", "mean")]
-    if modes not in (["cls"], ["mean"], [None]):
-        raise ValueError(f"{path} pools by {', '.join(modes)}; choose text_pooling cls or mean")
-    return modes[0]
+    # Either pooling_mode is "mean", or pooling_mode_mean_tokens is true.
+    chosen = [key.split("_")[2] for key, on in values.items() if on and "pooling_mode_" in key]
+    chosen = chosen or [values.get("pooling_mode", "mean")]
+    if chosen not in (["cls"], ["mean"], [None]):
+        raise ValueError(f"{path} pools by {', '.join(chosen)}; choose text_pooling cls or mean")
+    return chosen[0]
 
 
 def publish_dual_encoder(model):
@@ -2590,10 +2590,9 @@ def tokenizer_from_files(path, settings, words):
         options["handle_chinese_chars"] = settings.get("tokenize_chinese_chars", True)
         return tokenizers.BertWordPieceTokenizer.from_file(str(path), **options)._tokenizer
     files = str(path), str(path.with_name("merges.txt"))
-    space = settings.get("add_prefix_space", False)
-    bpe = tokenizers.ByteLevelBPETokenizer.from_file(*files, add_prefix_space=space)
+    options = {"add_prefix_space": settings.get("add_prefix_space", False)}
+    tokenizer = tokenizers.ByteLevelBPETokenizer.from_file(*files, **options)._tokenizer
     # The library's class leaves special tokens to its caller. RoBERTa's mask takes along a space.
-    tokenizer = bpe._tokenizer
     ends = ((w, tokenizer.token_to_id(w)) for w in (words["sep_token"], words["cls_token"]))
     tokenizer.post_processor = tokenizers.processors.RobertaProcessing(*ends)
     mask = tokenizers.AddedToken(words.pop("mask_token"), lstrip=True)
