@@ -68,7 +68,7 @@ def measuring(model):
 
 
 def progress(items, what):
-    """The same items, with a progress bar on rank 0's terminal."""
+    """The same items, with a progress bar on the first process's terminal."""
     return tqdm(items, desc=what, disable=dualenc.rank() > 0 or None, leave=False)
 
 
@@ -78,11 +78,11 @@ def chunks(items, size):
 
 
 def embed_images(model, images, precision="fp32", batch_size=EVAL_BATCH, workers=0, pooled=False):
-    """Embed images through the model's own processor; the ranks of a job share the work.
+    """Embed images through the model's own processor; the processes of a job share the work.
 
     images   I PIL images, fetched by the workers
     pooled   stop at the vision tower's pooled features, before the projection
-    returns  (I, E) unit-norm rows, or (I, W) pooled ones, float32 on the CPU, on every rank;
+    returns  (I, E) unit-norm rows, or (I, W) pooled ones, float32 on the CPU of every process;
              {index: reason} of the images that cannot be read, whose rows are 0
     """
     device, transform = model.logit_scale.device, model.processor.image_transform
@@ -107,14 +107,14 @@ def embed_images(model, images, precision="fp32", batch_size=EVAL_BATCH, workers
 
 
 def embed_captions(model, captions, precision="fp32", batch_size=EVAL_BATCH, pooled=False):
-    """Embed captions through the model's own processor; the ranks of a job share the work.
+    """Embed captions through the model's own processor; the processes of a job share the work.
 
     Equal captions are embedded once: in batches padded to different lengths they would come out
     slightly different, and rounding would decide their ties. Batches have similar lengths.
 
     captions  N strings
     pooled    stop at the text tower's pooled features, before the projection
-    returns   (N, E) unit-norm rows, or (N, W) pooled ones, float32 on the CPU, on every rank
+    returns   (N, E) unit-norm rows, or (N, W) pooled ones, float32 on the CPU of every process
     """
     device, processor, lengths, rows = model.logit_scale.device, model.processor, {}, []
     for batch in chunks(list(dict.fromkeys(captions)), batch_size):
@@ -259,7 +259,7 @@ def cache_key(model, precision, side):
 def stored_rows(folder, stamps, embed):
     """Rows kept on disk, brought up to date: only what is new or has changed is embedded.
 
-    folder   made if need be. A second job waits for the first; the ranks of one go together
+    folder   made if need be. A second job waits for the first; the processes of one go together
     stamps   one string a row, which changes when the row's image does
     embed    list of indices -> (their rows, {place in that list: why unreadable})
     returns  (I, W) float32 rows, those of unreadable images 0; {index: why unreadable}; how many
@@ -919,7 +919,8 @@ def open_data(config, checkpoint):
     settings = {**(flags if is_own else {}), **given}
     templates = read_templates(settings.get("templates", ""))
     class_names = read_class_names(settings.get("classes", ""))
-    classes = list(class_names) if list(class_names) == list(class_names.values()) else []
+    only_names = list(class_names) == list(class_names.values())  # and no folder<TAB>name lines
+    classes = list(class_names) if only_names else []
     part, val_fraction = config.split, settings.get("val_fraction", 0.1)
     if part == "auto":
         part = "all" if search else "test"
