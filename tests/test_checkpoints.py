@@ -125,7 +125,7 @@ def test_a_run_folder_stands_for_its_best_checkpoint(saved, tmp_path):
     (tmp_path / "train_config.json").write_text("{}")
     with pytest.raises(ValueError, match="the run in .* has not saved a checkpoint yet"):
         load(tmp_path)
-    for name in ("last", "best.old", "best"):  # what a run has first, and what counts more
+    for name in ("last.old", "last", "best.old", "best"):  # the later counts more
         shutil.copytree(folder, tmp_path / name)
         assert dualenc.find_folder(tmp_path) == tmp_path / name
     assert torch.equal(load(tmp_path).text_projection.weight, model.text_projection.weight)
@@ -253,6 +253,7 @@ IMAGES, TOKENS = "preprocessor_config.json", "tokenizer.json"
         ("config.json", {"model_type": "gpt9"}, "unknown model_type .* 'gpt9'; expected dualenc"),
         (IMAGES, {"size": "5"}, "cannot read the image processor of"),
         (TOKENS, {"padding": None}, "no padding"),
+        (TOKENS, {"padding__pad_id": 999}, "tokenizer of .*: id 999 is beyond the text tower"),
         (TOKENS, {"model__vocab__a": 99999}, "tokenizer of .*: id 99999 is beyond the text tow"),
     ],
 )

@@ -139,7 +139,7 @@ def test_large_jpegs_are_decoded_smaller_wherever_they_lie(tmp_path):
 
 
 def test_shapes_come_from_the_seed_alone():
-    one, two, other = (dualenc.ShapesPairs("train", seed=seed, count=20) for seed in (0, 0, 1))
+    one, two, other = (dualenc.ShapesPairs(seed=s, count=20).select(range(20)) for s in (0, 0, 1))
     assert one.captions == two.captions != other.captions and one.stamps() == two.stamps()
     assert all(np.array_equal(one[i][0], two[i][0]) for i in range(20))
     assert not {*one.stamps()} & {*dualenc.ShapesPairs("train", count=20, side=32).stamps()}
@@ -147,7 +147,7 @@ def test_shapes_come_from_the_seed_alone():
 
 def test_held_out_shapes_are_never_seen_in_training():
     train, test = dualenc.load_pairs("shapes"), dualenc.load_pairs("shapes", "test")
-    assert len(train) == 10_000
+    assert len(train) == 10_000 and len(dualenc.ShapesPairs(count=3)) == 3
     assert len(test) == len({captions[0] for captions in test.captions}) == 512
     assert not {tuple(c) for c in train.captions} & {tuple(c) for c in test.captions}
     assert not set(test.scenes) & set(train.scenes)
@@ -228,7 +228,7 @@ def test_an_images_captions_never_straddle_the_split(tmp_path):
 def test_a_split_column_is_followed(folder):
     path = write(folder / "c.tsv", "image\tcaption\tSplit\n")
     with open(path, "a") as file:
-        file.writelines(["a.png\tx\tTraining\n", "b.png\tx\tvalid\n", "c.png\tx\tTEST\n"])
+        file.writelines(["a.png\tx\tTraining\n", "b.png\tx\tvalid\n", "c.png\tx\tTEST \n"])
     a, b, c = "a.png", "b.png", "c.png"
     assert names_by_split(path) == {"train": [a], "val": [b], "test": [c], "all": [a, b, c]}
     start = "image,caption,split\na.png,x,train\nb.png,y,"
@@ -354,7 +354,7 @@ def test_class_folders_become_captions_through_templates(tmp_path, capsys):
     hidden = ["cat/.2.png", ".thumbs/cat/3.png", "__MACOSX/cat/4.png", "cat/._0.jpg"]
     for name in (*found, *hidden, "top.png"):
         save_image(tmp_path / name)
-    write(tmp_path / "cat" / "notes.md", "")
+    write(tmp_path / "cat" / "film.mpg", "")
     pairs = dualenc.load_pairs(tmp_path, "all", templates=("a {}.", "one {}"))
     assert pairs.classes == ["big dog", "cat"] and pairs.labels == [0, 0, 1, 1, 1]
     assert pairs.names == found and pairs.captions[0] == ["a big dog.", "one big dog"]

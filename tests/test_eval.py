@@ -355,10 +355,11 @@ def run_on(checkpoint, spec):
 
 
 def test_the_script_prints_tables_and_writes_the_metrics(checkpoint, colours, tmp_path, capsys):
-    out = tmp_path / "out.json"
-    flags = ["--data", str(colours), "--task", "all", "--json", str(out)]
+    out = tmp_path / "new" / "out.json"
+    flags = ["--data", str(colours), "--task", "all", "--json", str(out), "--report", str(tmp_path)]
     results = evaluation.main([str(checkpoint), *flags])
     printed = capsys.readouterr().out
+    assert printed.endswith(f"wrote       {out}\nwrote       {tmp_path}\n")
     assert json.loads(out.read_text()) == results
     assert list(results) == ["retrieval", "zeroshot", "probe", "knn"]
     for name in ("probe", "knn"):
@@ -484,7 +485,7 @@ def search(checkpoint, folder, query="two dogs", *more):
 
 
 def test_search_ranks_all_images_of_a_folder_by_cosine(checkpoint, colours, tmp_path, capsys):
-    found = search(checkpoint, colours, "two dogs", "--top", "3", "--out", str(tmp_path / "a.png"))
+    found = search(checkpoint, colours, "two dogs", "--top", "3", f"--out={tmp_path}/b/a.png")
     model = dualenc.DualEncoder.from_pretrained(checkpoint)
     names = sorted(path.relative_to(colours).as_posix() for path in colours.rglob("*.png"))
     with torch.no_grad():
@@ -496,8 +497,8 @@ def test_search_ranks_all_images_of_a_folder_by_cosine(checkpoint, colours, tmp_
     assert found["found"] == pytest.approx({name: scores[name] for name in best}, abs=1e-5)
     assert list(found["found"]) == best and found["n_images"] == 78
     said = capsys.readouterr().out
-    assert best[0] in said and f"wrote       {tmp_path / 'a.png'}" in said
-    assert Image.open(tmp_path / "a.png").width > 3 * 160
+    assert best[0] in said and f"wrote       {tmp_path / 'b/a.png'}" in said
+    assert Image.open(tmp_path / "b/a.png").width > 3 * 160
     found = search(checkpoint, colours, str(colours / names[5]))["found"]
     assert found[names[5]] == pytest.approx(1, abs=1e-4), "an image finds itself"
 

@@ -284,7 +284,7 @@ def test_a_sentence_transformers_folder_says_how_to_pool_and_cut(
             two_towers("vit-classifier", folder)
         return
     model = two_towers("vit-classifier", folder, **overrides)
-    assert model.config.text.pooling == expected
+    assert (model.config.text.pooling, model.processor.positions) == (expected, 24)
     assert model.processor.max_length == 7 and model.text_model.weights_from == str(folder)
 
 
@@ -335,37 +335,38 @@ def tokenizer_folder(tmp_path, name, files=(), **settings):
 
 
 def test_older_places_of_special_tokens_are_read(tmp_path):
-    """special_tokens_map.json, and a class that only config.json tells."""
-    files = {"config.json": {"model_type": "mpnet"}}
-    files["special_tokens_map.json"] = {"pad_token": {"content": "<unk>"}}
-    folder = tokenizer_folder(tmp_path, "mpnet-old", files)
+    """special_tokens_map.json, which the settings overrule, and a class that config.json tells."""
+    files = {"config.json": {"model_type": "x", "text_config": {"model_type": "mpnet"}}}
+    files["special_tokens_map.json"] = {"pad_token": {"content": "<unk>"}, "cls_token": "<unk>"}
+    settings = {"cls_token": "<s>", "tokenize_chinese_chars": False}
+    folder = tokenizer_folder(tmp_path, "mpnet-old", files, **settings)
     tokenizer, token_types = dualenc.read_tokenizer(folder)
     assert (tokenizer.padding["pad_token"], token_types) == ("<unk>", False)
-    assert tokenizer.encode("").tokens == ["<s>", "</s>"]
+    assert tokenizer.encode("龘龘").tokens == ["<s>", "[UNK]", "</s>"]
 
 
-@pytest.mark.parametrize("side, kept", [("left", "a cat"), ("right", "two")])
+@pytest.mark.parametrize("side, kept", [("left", "a cat"), ("right", "two"), ("", "two and a cat")])
 def test_a_caption_is_cut_where_the_settings_say(side, kept, tmp_path):
-    """And not where tokenizer.json says, as in transformers."""
-    settings = {"truncation_side": side, "model_max_length": 4}
+    """And not where tokenizer.json says, as in transformers; also after saving."""
+    settings = {"truncation_side": side, "model_max_length": 4 * bool(side)}
     folder = tokenizer_folder(tmp_path, "bert-saved", tokenizer_class="BertTokenizer", **settings)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     strategy = {"direction": "Right", "strategy": "LongestFirst", "stride": 0}
     tokenizer["truncation"] = {"max_length": 3, **strategy}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    processor = dualenc.Processor(None, *dualenc.read_tokenizer(folder))
-    assert processor.decode(processor(text="two dogs and a cat")["input_ids"][0]) == kept
+    dualenc.Processor(None, *dualenc.read_tokenizer(folder)).save_pretrained(tmp_path, "hf")
+    processor = dualenc.Processor(None, *dualenc.read_tokenizer(tmp_path))
+    assert processor.decode(processor(text="two and a cat")["input_ids"][0]) == kept
 
 
 @pytest.mark.parametrize(
     "name, files, settings, message",
     [
-        ("bert-old", {}, {"tokenizer_class": "BertJapaneseTokenizer"}, "class BertJapaneseToken"),
         ("bert-saved", {}, {"tokenizer_class": "PhobertTokenizer"}, "class PhobertTokenizer, wh"),
-        ("bert-old", {"config.json": {"tokenizer_class": "XTokenizer"}}, {}, "class XTokenizer"),
+        ("bert-old", {"config.json": {"tokenizer_class": "BertJapanese"}}, {}, "class BertJapan"),
         ("bert-old", {"config.json": {"model_type": "funnel"}}, {}, "class funnel"),
         ("bert-old", {"vocab.txt": "\u2581the\n"}, {}, "sentencepiece's pieces are not read"),
-        ("bert-saved", {}, {"pad_token": "<none>"}, "no pad_token '<none>' in the vocabulary"),
+        ("bert-saved", {"vocab.txt": "<none>"}, {"pad_token": "<none>"}, "no pad_token '<none>'"),
         ("xlm-roberta-old", {}, {"tokenizer_class": "XLMRobertaTokenizer"}, "tokenizer.json"),
     ],
 )
@@ -404,6 +405,7 @@ WORDS = "text_model.embeddings.word_embeddings.weight"
     [
         (POOLER, None, f'Missing.*"{POOLER}"'),
         (f"{LAYER}.attention.attention.query.weight", None, ".*attn.qkv.weight"),
+        ("stranger", torch.zeros(2), 'Unexpected.*"stranger"'),
         (WORDS, torch.zeros(79, 24), f"size mismatch for {WORDS}"),
     ],
 )

@@ -168,6 +168,7 @@ def test_each_image_arrives_with_one_of_its_own_captions(captions_file, make_mod
             assert caption in own
             assert torch.equal(image, transform.resize_and_crop(dualenc.to_pixels(opened)))
             drawn.add((i, caption))
+    assert next(train.cached_images(torch.arange(3), {1: "x"}, [[(0, 1)]]))[:2] == (2, 2)
     assert len(drawn) == 41, "over three epochs both captions of an image are drawn"
 
 
@@ -268,7 +269,7 @@ def test_init_starts_a_new_run_from_the_weights_of_another(run, capsys):
     assert f"vision tower from {first}" in said and "new: nothing" in said
     assert "at lr 1.0e-10" in said and "at lr 1.0e-09" in said
     with pytest.raises(ValueError, match="--init brings its own.*--text-width, --projection"):
-        run("third", {}, init=first, text_width=8, projection_dim=4)
+        run("", {}, init=first, text_width=8, projection_dim=4)  # in a folder that is in use
     with pytest.raises(ValueError, match="first has no logit_bias for --loss siglip"):
         run("third", {}, init=first, loss="siglip")
     _, siglip = run("siglip", loss="siglip", steps=1)
@@ -452,6 +453,7 @@ REFUSED = [
     ({"batch_size": 1}, "--batch-size is 1, expected at least 2"),
     ({"batch_size": 100}, r"3\d training images: lower --batch-size"),
     ({"lr": 1e30, "clip_grad": 0}, "step 2: loss or gradient are not finite: lower --lr"),
+    ({"images": "nowhere"}, "missing image nowhere"),
     ({"val_fraction": 0.0}, "no images are held out"),
     ({"crop_scale": 70.0}, "--crop-scale and --warmup are at most 1"),
 ]
