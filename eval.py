@@ -700,7 +700,7 @@ class Table:
 
     def lines(self):
         """The table as lines of text, columns aligned."""
-        cells = [self.columns, *self.rows]
+        cells = [self.columns, *self.rows] if self.rows else []
         widths = [max(map(len, column)) for column in zip(*cells)]
         lines = [f"{self.title:<11} {self.note}".rstrip()]
         for first, *others in cells:

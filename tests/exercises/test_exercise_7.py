@@ -71,7 +71,7 @@ def test_exercise_7_ties_count_against_the_model():
 
 @pytest.mark.parametrize("rows", [7, 1024])
 def test_exercise_7_many_ranks_equal_those_counted_one_by_one(rows):
-    """80 images with up to 3 captions, each told twice, in no order; whole numbers, which often tie."""
+    """80 images with up to 3 captions, listed twice, in no order; whole numbers, so many ties."""
     rng = torch.Generator().manual_seed(0)
     images, captions = (torch.randint(-2, 3, (n, 4), generator=rng).float() for n in (80, 160))
     owners = torch.cat([torch.full((1 + i % 3,), i) for i in range(80)])
