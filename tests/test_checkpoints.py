@@ -202,8 +202,7 @@ def test_a_timm_folder_is_a_tower_saved_by_architecture(vision, timm_folder, hub
 
 def test_what_of_a_tower_is_pretrained_is_noted(timm_folder):
     """The position table of another image size is new; without pretrained weights all is."""
-    folder, _ = timm_folder
-    build = dualenc.build_vision_tower
+    folder, build = timm_folder[0], dualenc.build_vision_tower
     assert build(str(folder), False, {"image_size": 32}).new_parts == ["position table (resized)"]
     for name in ("test_resnet", f"hf-hub:{folder}"):
         tower = build(name, False, {})

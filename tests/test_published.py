@@ -286,6 +286,8 @@ def test_a_sentence_transformers_folder_says_how_to_pool_and_cut(
     model = two_towers("vit-classifier", folder, **overrides)
     assert (model.config.text.pooling, model.processor.positions) == (expected, 24)
     assert model.processor.max_length == 7 and model.text_model.weights_from == str(folder)
+    model = dualenc.DualEncoder.from_vision_text_pretrained("test_vit", folder, 8, 0, **overrides)
+    assert model.processor.image_transform == model.vision_model.image_transform()
 
 
 def test_ids_beyond_a_towers_vocabulary_are_refused_when_it_is_loaded(copy):
@@ -430,6 +432,8 @@ def test_weights_that_do_not_fit_are_refused(name, tensor, message, copy):
 def test_settings_a_family_does_not_have_are_refused(tower, overrides, message):
     with pytest.raises(ValueError, match=message):
         two_towers(tower, "bert-classifier", **overrides)
+    deit = two_towers("deit-teacher", "bert-classifier", vision_args={"hidden_dropout_prob": 0.5})
+    assert deit.vision_model.trunk.blocks[0].attn.proj_drop.p == 0.5
 
 
 def test_a_full_clip_is_no_dual_encoder_but_lends_its_vision_tower():

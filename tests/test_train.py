@@ -490,9 +490,6 @@ def test_captions_that_cannot_be_told_apart_are_refused_or_counted(run, monkeypa
     assert "; 36 captions have the token ids of a different one" in capsys.readouterr().out
 
 
-# ---- Clock and memory ----------------------------------------------------------------------
-
-
 def test_a_printed_line_covers_the_steps_since_the_last_one(run, capsys):
     """The first step has a line of its own, without a rate: it warms up."""
     _, out = run(log_every=4)
