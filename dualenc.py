@@ -6,7 +6,7 @@ An image and its caption should land close together in one space, everything els
                                                                                             cosine
     input_ids    (B, T) ─────── text_model ─── (B, W) ─ text_projection ─── L2 ─ text_embeds  (B, E)
                                                                                                │
-        loss () ◄─ clip_loss: cross-entropy of (B, B) logits = exp(logit_scale) * cosines ◄─────┘
+        loss () ◄─ clip_loss: cross-entropy of (B, B) logits = exp(logit_scale) * cosines ◄────┘
 
 Symbols    B pairs of a batch (I images and N captions where they differ; R of one process), T
            tokens after padding, P patches and class tokens (T in a text tower), S pixels a side,
