@@ -343,7 +343,7 @@ class DualEncoder(nn.Module):
         return self.train(self.training)  # see below: a locked tower goes to evaluation mode
 
     def train(self, mode=True):
-        """Training mode; not for a locked tower, whose batch norm would go on with its statistics.
+        """Training mode for all but locked towers, whose batch norm would otherwise keep changing.
 
         Exercise 12  with lock
         """
@@ -374,7 +374,7 @@ class DualEncoder(nn.Module):
     def from_pretrained(cls, folder_or_hub_id):
         """A saved model, in evaluation mode: ours, or a VisionTextDualEncoder of transformers.
 
-        Of a run folder of train.py, its best checkpoint. A hub id may end in @revision.
+        A run folder of train.py means its best checkpoint. A hub id may end in @revision.
 
         raises  ValueError naming the file that is missing, damaged, or does not fit
         """
@@ -601,7 +601,7 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask
-    weights = F.dropout(scores.softmax(dim=-1), dropout)  # a share of 0 in evaluation
+    weights = F.dropout(scores.softmax(dim=-1), dropout)  # dropout is 0 in evaluation
     return weights @ value, (weights if return_weights else None)
 
 
@@ -868,7 +868,7 @@ class ImageTransform:
         values = defaults | {name: value for name, value in values.items() if value is not None}
         size, crop = values["size"], values["crop_size"]  # old files have numbers for both
         size = size if isinstance(size, dict) else dict.fromkeys(defaults["size"], size)
-        crop = crop if isinstance(crop, dict) else {"side": crop}
+        crop = crop if isinstance(crop, dict) else {"side": crop or 224}
         for sides in (size, crop):
             if len({*sides.values()}) != 1:
                 raise ValueError(f"size is {sides}, expected a number of pixels or a square")
@@ -1482,7 +1482,7 @@ def load_pairs(
     pairs = pairs_from_rows(rows_of, templates, class_names or {})
     for i in range(0, len(pairs), len(pairs) // 8 + 1):
         with suppress(ValueError):
-            pairs.images[i]  # opened only to notice dark images: later, in workers, none is printed
+            pairs.images[i]  # opened only to note dark images here: workers print no notes
     if split == "all":
         return pairs
     splits = [own[0].split for own in rows_of.values()]
@@ -1612,7 +1612,7 @@ def read_table(path, **_):
     reader, first = csv.DictReader(text_lines(path), **options), 1
     try:
         for record in reader:
-            if any(cell.strip() for cell in record.pop(None, ())):  # where DictReader has surplus
+            if any(cell.strip() for cell in record.pop(None, ())):  # surplus cells
                 raise csv.Error("more cells than the header has columns")
             yield from record_rows(f"{path}, line {reader.line_num}", record)
             first = reader.line_num + 1
@@ -1756,7 +1756,7 @@ def build_vision_tower(vision, pretrained, overrides):
         args.pop("num_classes", None)
         fields = {"image_size": "img_size", "pooling": "global_pool"}
         found |= {field: args.pop(name) for field, name in fields.items() if name in args}
-        pretrained = pretrained or place == vision  # always, but "hf-hub:" can say no
+        pretrained = pretrained or place == vision  # always loaded, unless it is "hf-hub:..."
     args |= overrides.get("args", {})
     config = config_from_dict(VisionConfig, {**found, **overrides, "args": args})
     tower = VisionEncoder(config, pretrained_from=weights if pretrained else None)
@@ -2369,7 +2369,8 @@ def own_weights(module, weights, source):
     for theirs, ours in published_names(module).items():
         if left.keys() >= {*theirs}:
             with blamed_on(source, f"cannot cut or join {', '.join(theirs)} of"):
-                whole = torch.cat([left.pop(name) for name in theirs])
+                # torch.cat would copy a tensor that is one there already.
+                whole = torch.cat([*map(left.pop, theirs)]) if theirs[1:] else left.pop(*theirs)
                 whole = whole[(None,) * (shaped[ours[0]].ndim - whole.ndim)]  # ours begin with ones
                 lengths = [len(shaped[name]) for name in ours]
                 own |= zip(ours, whole.split(lengths) if len(ours) > 1 else [whole])
@@ -2400,8 +2401,7 @@ def read_published_weights(folder):
     left_out = (".position_ids", ".token_type_ids", "_position_index", "embeddings.mask_token")
     weights = {}
     for name, tensor in read_weights(files[0]).items():
-        # Old names of LayerNorm's weights.
-        name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+        name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))  # old names
         # Some versions nest CLIP and SigLIP towers once more than others.
         name = re.sub(r"^vision_model\.vision_model\.", "vision_model.", name)
         if not name.endswith(left_out):

@@ -378,7 +378,8 @@ def fetch(config, run, model, first_step, bad_images):
         count = f"{len(bad_images)} of {len(run.pairs):,} images; skip allows {BAD_SHARE:.0%}"
         reasons = "; ".join(new.values())
         refuse(len(bad_images) > allowed, f"{reasons} (--on-bad-image; {count})")
-        print(f"skipped  {reasons}\n" if new else "", end="", flush=True)
+        if new:
+            print(f"skipped  {reasons}", flush=True)
         rngs = [random.Random(f"caption {config.seed} {key}") for key in keys]
         captions = [rng.choice(run.pairs.captions[i]) for rng, i in zip(rngs, indices.tolist())]
         yield images, indices.tolist(), captions
@@ -441,8 +442,7 @@ def make_model(config, pairs):
     """The model that the flags name, with a processor; a new text tower learns its tokenizer."""
     if config.init:
         model = dualenc.DualEncoder.from_pretrained(config.init)
-        for tower in towers(model).values():
-            tower.weights_from, tower.new_parts = config.init, []
+        model.vision_model.weights_from = model.text_model.weights_from = config.init
         return model
     fields = [f for f in dataclasses.fields(config) if "sets" in f.metadata]
     more = {f.metadata["sets"] + f.name: getattr(config, f.name) for f in fields}

@@ -362,6 +362,7 @@ HALF, CLIP_MEAN = (0.5,) * 3, (0.48145466, 0.4578275, 0.40821073)
         ("BitImageProcessor", {"do_resize": False}, (None, False), 224, CLIP_MEAN),
         ("ViTImageProcessor", {"do_rescale": False}, (224, True), None, (0.5 / 255,) * 3),
         ("SiglipImageProcessor", {"do_normalize": False}, (224, True), None, (0.0,) * 3),
+        ("BeitImageProcessor", {"do_center_crop": True}, (224, True), 224, HALF),
     ],
 )
 def test_files_of_every_age_are_read_as_transformers_does(kind, written, resize, crop, mean):
