@@ -517,31 +517,28 @@ def zeroshot_blocks(context, metrics):
 
 SHOTS = (1, 2, 4, 8, 16)
 DRAWS = 5  # few-shot accuracy is the mean over so many random choices of the training images
-NEIGHBOURS = 20
-NEIGHBOUR_TEMPERATURE = 0.07
 PENALTIES = tuple(10.0**-power for power in range(7))  # each fit starts from the one before
 
 
-def fit_logistic(features, labels, n_classes, penalty, start=None):
+def fit_logistic(features, labels, penalty, start):
     """Logistic regression: weights (W, K) from labels (I,), features (I, W), the last column 1."""
 
     def loss(weights):
         nll = F.cross_entropy(features @ weights, labels)
         return nll + penalty / 2 * weights[:-1].square().sum()
 
-    zeros = features.new_zeros(features.shape[1], n_classes)
-    return minimise(loss, zeros if start is None else start)
+    return minimise(loss, start)
 
 
-def nearest_neighbours(train, train_labels, test, n_classes, rows=512):
+def nearest_neighbours(train, train_labels, test, n_classes, k=20, temperature=0.07, rows=512):
     """k-NN by cosine: classes (I,) of test (I, W) by train (J, W) with its labels (J,).
 
     source  Wu et al. 2018, "Unsupervised Feature Learning ... Instance Discrimination", section 3.4
     """
     train, test, guesses = F.normalize(train, dim=1), F.normalize(test, dim=1), []
     for some in test.split(rows):
-        cosines, nearest = (some @ train.T).topk(min(NEIGHBOURS, len(train)), dim=1)
-        weights = (cosines / NEIGHBOUR_TEMPERATURE).exp()
+        cosines, nearest = (some @ train.T).topk(min(k, len(train)), dim=1)
+        weights = (cosines / temperature).exp()
         votes = some.new_zeros(len(some), n_classes).scatter_add_(1, train_labels[nearest], weights)
         guesses.append(votes.argmax(dim=1))
     return torch.cat(guesses)
@@ -586,9 +583,9 @@ def probe_task(context):
     held_out = order[: max(1, min(len(labels) // 5, 5000))]
 
     def learn(features, classes, test, n_classes):
-        weights, best = None, (-1.0, None)
+        weights, best = features.new_zeros(features.shape[1], n_classes), (-1.0, None)
         for penalty in PENALTIES:
-            weights = fit_logistic(features, classes, n_classes, penalty, weights)
+            weights = fit_logistic(features, classes, penalty, weights)
             hits = (train[held_out] @ weights).argmax(dim=1) == labels[held_out]
             best = max(best, (hits.float().mean().item(), weights), key=lambda fit: fit[0])
         return (test @ best[1]).argmax(dim=1)
@@ -888,19 +885,34 @@ def read_class_names(source):
     return {folder.strip() or name: name for (folder, _, _), name in zip(cells, names)}
 
 
+def read_run(checkpoint):
+    """(train_config.json, names of the training images) of a checkpoint's run; empty without."""
+    record = dualenc.read_json(checkpoint.parent / dualenc.RUN_CONFIG, {})
+    path = checkpoint.parent / "trained_on.txt"
+    names = path.read_text(encoding="utf-8", errors="surrogateescape") if record else ""
+    return record, set(names.split("\n"))
+
+
+def with_classes(pairs, classes):
+    """Pairs with these classes, in this order; ValueError if some of their own are not there."""
+    lacking = ", ".join(set(pairs.classes or ["classes"]).difference(classes))
+    if lacking:
+        hint = "add them, or rename them by a file of folder<TAB>name lines"
+        raise ValueError(f"--classes lacks some of the data's: {lacking[:200]}; {hint}")
+    pairs.labels = [classes.index(pairs.classes[label]) for label in pairs.labels]
+    pairs.classes = classes
+    return pairs
+
+
 def open_data(config, checkpoint):
-    """What --data and --split mean: (Pairs, loader of the training Pairs, templates, folder, line).
+    """What --data and --split mean: fields of EvalContext by name, and a line on which part it is.
 
     A run knows its own data by the names of the images, wherever they lie: then its val_fraction,
-    templates and classes hold, and auto is what it held out. Of other data auto is the test part
-    or, without one, all of it. The line says which part, and how many of how many images.
+    templates and classes hold, and --split auto is what it held out. Of other data auto is the test
+    part or, without one, all of it.
     """
-    run, trained_on, home = {}, set(), checkpoint.parent
-    if (home / dualenc.RUN_CONFIG).is_file():
-        run = dualenc.read_json(home / dualenc.RUN_CONFIG)
-    if (home / "trained_on.txt").is_file():
-        trained_on.update((home / "trained_on.txt").read_bytes().split(b"\n"))
-    flags, given = run.get("flags", {}), {k: v for k, v in asdict(config).items() if v}
+    record, trained_on = read_run(checkpoint)
+    flags, given = record.get("flags", {}), {k: v for k, v in asdict(config).items() if v}
     if not (config.data or flags):
         raise ValueError(f"{checkpoint} does not belong to a run with data of its own: give --data")
     spec, search = config.data or flags["data"], config.task == "search"
@@ -908,47 +920,38 @@ def open_data(config, checkpoint):
         paths = dualenc.list_images(spec)  # with captions or without
         names = [os.path.relpath(path, spec) for path in paths]
         pairs = dualenc.Pairs(names, dualenc.Lazy(paths, dualenc.open_image), [[] for _ in paths])
-        return pairs, None, (), store_folder(spec, "index"), f"{spec}   {len(pairs):,} images"
-    same_spec = spec == flags.get("data")
-    settings = {**(flags if same_spec else {}), **given}
-    where = {name: settings[name] for name in ("data_root", "images") if settings.get(name)}
-    where["seed"] = flags.get("seed", 0)
+        line = f"{spec}   {len(pairs):,} images"
+        return {"pairs": pairs, "folder": store_folder(spec, "index")}, line
+    own = flags if spec == flags.get("data") else {}
+    places = {name: {**own, **given}.get(name) for name in ("data_root", "images")}
+    how = {"seed": flags.get("seed", 0), **{name: place for name, place in places.items() if place}}
     # The names of all images come first: they tell whether the run's settings hold.
-    names = dualenc.load_pairs(spec, "all", **where).names
-    is_own = same_spec or run.get("data_names") == data_checksum(names)
-    settings = {**(flags if is_own else {}), **given}
-    templates = read_templates(settings.get("templates", ""))
+    names = dualenc.load_pairs(spec, "all", **how).names
+    if record.get("data_names") == data_checksum(names):
+        own = flags
+    settings = {**own, **given}
+    how["templates"] = templates = read_templates(settings.get("templates", ""))
     class_names = read_class_names(settings.get("classes", ""))
-    only_names = list(class_names) == list(class_names.values())  # and no folder<TAB>name lines
-    classes = list(class_names) if only_names else []
-    part, val_fraction = config.split, settings.get("val_fraction", 0.1)
-    if part == "auto":
-        part = "all" if search else "test"
-        val_fraction = val_fraction if is_own else 1.0  # without a test part of its own: all of it
-    where |= {"templates": templates, "val_fraction": val_fraction}
-    where["class_names"] = {} if classes else class_names
+    renames = list(class_names) != list(class_names.values())  # it has folder<TAB>name lines
+    how["class_names"] = class_names if renames else {}
+    # Of other data without a test part a share of 1 is the test part: all of it.
+    how["val_fraction"] = own.get("val_fraction", 1.0 if config.split == "auto" else 0.1)
+    part = config.split if config.split != "auto" else "all" if search else "test"
 
     def load(split):
-        pairs = dualenc.load_pairs(spec, split, **where)
+        pairs = dualenc.load_pairs(spec, split, **how)
         if not len(pairs):
             raise ValueError(f"the {split} part of {spec} has no images: name another by --split")
-        if classes:
-            lacking = ", ".join(set(pairs.classes or ["classes"]).difference(classes))
-            if lacking:
-                hint = "add them, or rename them by a file of folder<TAB>name lines"
-                raise ValueError(f"--classes lacks some of the data's: {lacking[:200]}; {hint}")
-            pairs.labels = [classes.index(pairs.classes[label]) for label in pairs.labels]
-            pairs.classes = classes
-        return pairs
+        return with_classes(pairs, list(class_names)) if class_names and not renames else pairs
 
     pairs = load(part)
-    seen = sum(name.encode(errors="surrogateescape") in trained_on for name in pairs.names)
+    seen = sum(name in trained_on for name in pairs.names)
     line = f"{spec}   {part}, {len(pairs):,} of {len(names):,} images"
-    line += "   the run's own data" if is_own else ""
+    line += "   the run's own data" if own else ""
     line += f"   the run trained on {seen:,} of them" if seen else ""
-    folder = store_folder(spec, f"{part}.index", where.get("data_root", "data"))
+    index = store_folder(spec, f"{part}.index", how.get("data_root", "data"))
     load_train = partial(load, "train") if part in ("val", "test") else None
-    return pairs, load_train, templates, folder, line
+    return {"pairs": pairs, "load_train": load_train, "templates": templates, "folder": index}, line
 
 
 def main(argv=None):
@@ -970,15 +973,14 @@ def main(argv=None):
     device = dualenc.pick_device(config.device)
     model = dualenc.DualEncoder.from_pretrained(checkpoint).to(device)
     precision = dualenc.pick_precision(config.precision, device)
-    pairs, load_train, templates, folder, line = open_data(config, checkpoint)
+    data, line = open_data(config, checkpoint)
     facts = [f"model       {checkpoint}   {precision} on {device}", f"data        {line}"]
     print("\n".join(facts), flush=True)
 
     tasks = config.task if config.task in PARTS else [config.task]
-    workers = dualenc.pick_workers(config.workers, device)
-    reading = {"precision": precision, "batch_size": config.batch_size, "workers": workers}
-    search = {"query": config.query, "top": config.top, "folder": folder}
-    context = EvalContext(model, pairs, tasks, load_train, templates, **reading, **search)
+    how = {"precision": precision, "workers": dualenc.pick_workers(config.workers, device)}
+    how |= {name: getattr(config, name) for name in ("batch_size", "query", "top")}
+    context = EvalContext(model, tasks=tasks, **data, **how)
     results = measure(context, leave_out=config.task == "all")
     for name, metrics in results.items():
         for table in metric_tables(name, metrics):

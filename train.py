@@ -38,7 +38,6 @@ from dualenc import RANDOM_WEIGHTS, flag
 SCRATCH_VISION, SCRATCH_SIZE = "resnet18", 64
 SCRATCH_ARGS = {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256), "stem_width": 32}
 STATE_FILE, METRICS_FILE, LOCK_FILE = "training_state.pt", "metrics.jsonl", "run.lock"
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SHOWN = {"i2t_r1": "image->text R@1", "i2t_r5": "R@5", "t2i_r1": "text->image R@1"}
 SHOWN |= {"t2i_r5": "R@5", "chance_r1": "chance", "zs_top1": "zero-shot", "chance_top1": "chance"}
 BAD_SHARE = 0.01  # --on-bad-image skip stops when more of the images than this cannot be read
@@ -184,13 +183,14 @@ def train(config, run, model, optimizer, state):
     returns  the metrics of the best evaluation
     raises   ValueError once loss or gradient are no longer finite
     """
-    device, loss_row, first_step = model.logit_scale.device, LOSSES[config.loss], state["step"] + 1
+    loss_row, device = LOSSES[config.loss], model.logit_scale.device
     embed = dualenc.MicroBatches(model, config.micro_batch, config.precision)
     if dualenc.world_size() > 1:
         embed = nn.parallel.DistributedDataParallel(embed)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     scaler.load_state_dict(state.get("scaler", scaler.state_dict()))
-    sums, bad_images, ready = Counter(state["sums"]), {}, 0.0
+    sums, bad_images = Counter(state["sums"]), {}
+    first_step, ready = state["step"] + 1, 0.0  # ready: when the step before was done
 
     with stop_signals() as received:
         for images, indices, captions in fetch(config, run, model, state["step"], bad_images):
@@ -249,17 +249,17 @@ def train(config, run, model, optimizer, state):
 
             # Evaluate, save, and stop if a rank was asked to.
             due = step == config.steps or step % config.eval_every == 0
-            stopped = dualenc.gather_embeds(torch.tensor([received])).sum(dim=0)
+            stop_signal = dualenc.gather_embeds(torch.tensor([received[0]])).max().item()
             if due:
                 evaluate(config, run, model, state)
-            if due or stopped.any():
+            if due or stop_signal:
                 state |= {"sums": dict(sums), "optimizer": optimizer.state_dict()}
                 state["scaler"] = scaler.state_dict()
                 save_checkpoint(run.out / "last", model, state)
-            if stopped.any() and step < config.steps:
-                sig = STOP_SIGNALS[int(stopped.argmax())]
-                print(f"stopped  {sig.name}; step {step} is saved; go on with --resume {run.out}")
-                sys.exit(128 + sig)
+            if stop_signal and step < config.steps:
+                name = signal.Signals(stop_signal).name
+                print(f"stopped  {name}; step {step} is saved; go on with --resume {run.out}")
+                sys.exit(128 + stop_signal)
             ready = time.perf_counter()
     return state["best"]
 
@@ -630,13 +630,13 @@ def log(out, line, text):
 @contextmanager
 def stop_signals():
     """Inside, a first SIGINT or SIGTERM is only noted, and a second one stops at once."""
-    received = [0 for _ in STOP_SIGNALS]
+    received = [0]  # the number of the signal, 0 for none
 
     def note(number, frame):
-        received[STOP_SIGNALS.index(number)] = 1
+        received[0] = number
         signal.signal(number, before[number])
 
-    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:

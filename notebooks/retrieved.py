@@ -47,7 +47,8 @@ def main(argv=None):
 
     checkpoint = dualenc.find_folder(args.run)
     model = dualenc.DualEncoder.from_pretrained(checkpoint)
-    pairs, *_ = evaluation.open_data(evaluation.EvalConfig(), checkpoint)
+    data, _ = evaluation.open_data(evaluation.EvalConfig(), checkpoint)
+    pairs = data["pairs"]
     captions, right = pairs.caption_table()
     chosen = [i * len(captions) // args.queries for i in range(args.queries)]
     image_embeds, _ = evaluation.embed_images(model, pairs.images)
