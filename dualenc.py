@@ -432,9 +432,6 @@ class TextConfig:
             raise ValueError(f"text width {self.width} is not a multiple of {self.heads} heads")
 
 
-RANDOM_WEIGHTS = "random weights"  # weights_from of a tower that is not pretrained
-
-
 class TextEncoder(nn.Module):
     """BERT's encoder. In section 9 RoBERTa has other positions, MPNet also a bias on its scores.
 
@@ -447,7 +444,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.width = config, config.width
-        self.weights_from, self.new_parts = RANDOM_WEIGHTS, []  # for train.py: what is pretrained
+        self.weights_from = None  # folder or id of a pretrained tower, for train.py
         tables = {
             "word_embeddings": nn.Embedding(config.vocab_size, config.width),
             "position_embeddings": nn.Embedding(config.max_positions, config.width),
@@ -677,7 +674,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, config, pretrained_from=None):
         super().__init__()
         self.config = config
-        self.weights_from, self.new_parts = RANDOM_WEIGHTS, []  # for train.py: what is pretrained
+        self.weights_from = None  # timm name, folder or id of a pretrained tower, for train.py
         self.trunk = self.build_trunk(pretrained_from)
         self.width = self.trunk.head_hidden_size  # what timm would hand to a classifier
         self.image_size = config.image_size or self.trunk.pretrained_cfg["input_size"][-1]
@@ -1761,11 +1758,7 @@ def build_vision_tower(vision, pretrained, overrides):
     config = config_from_dict(VisionConfig, {**found, **overrides, "args": args})
     tower = VisionEncoder(config, pretrained_from=weights if pretrained else None)
     tower.config = dataclasses.replace(config, image_size=tower.image_size)
-    if pretrained:
-        tower.weights_from = vision
-        own_size = tower.trunk.pretrained_cfg["input_size"][-1]
-        if tower.has_fixed_size() and tower.image_size != own_size:
-            tower.new_parts = ["position table (resized)"]
+    tower.weights_from = vision if pretrained else None
     return tower
 
 

@@ -191,7 +191,6 @@ def test_a_timm_folder_is_a_tower_saved_by_architecture(vision, timm_folder, hub
     model = dualenc.DualEncoder.from_vision_text_pretrained(place, "someone/bert").eval()
     tower, pixels = model.vision_model, torch.randn(2, 3, 48, 48)
     assert tower.weights_from == place and model.text_model.weights_from == "someone/bert"
-    assert tower.new_parts == []
     assert torch.equal(tower(pixels).pooler_output, trunk.eval()(pixels))
     assert tower.image_transform().mean == (0.1, 0.2, 0.3)
     model.save_pretrained(tmp_path / "saved")
@@ -201,12 +200,11 @@ def test_a_timm_folder_is_a_tower_saved_by_architecture(vision, timm_folder, hub
 
 
 def test_what_of_a_tower_is_pretrained_is_noted(timm_folder):
-    """The position table of another image size is new; without pretrained weights all is."""
+    """A folder is always read; a name, also of the hub, only if asked."""
     folder, build = timm_folder[0], dualenc.build_vision_tower
-    assert build(str(folder), False, {"image_size": 32}).new_parts == ["position table (resized)"]
+    assert build(str(folder), False, {"image_size": 32}).weights_from == str(folder)
     for name in ("test_resnet", f"hf-hub:{folder}"):
-        tower = build(name, False, {})
-        assert tower.weights_from == "random weights" and tower.new_parts == []
+        assert build(name, False, {}).weights_from is None
 
 
 def test_overrides_reach_the_configuration_they_name():
