@@ -1467,8 +1467,7 @@ def load_pairs(
     if spec == "shapes":
         return ShapesPairs(split, seed=seed)
     kind = "folder/" if os.path.isdir(spec) else Path(spec).suffix.lower() or spec
-    if kind not in DATA_READERS:
-        raise ValueError(f"no data {spec!r}: {nearest(kind, ['shapes', *DATA_READERS])}")
+    check_choice("kind of data", kind, ["shapes", *DATA_READERS])
     if kind[0] == "." and kind != ".tar" and not os.path.isfile(spec):
         raise ValueError(f"no file {spec}; where a run's data has moved, --data says where to")
     rows = DATA_READERS[kind](spec, data_root=data_root, download=download)
@@ -1526,7 +1525,7 @@ def pairs_from_rows(rows_of, templates, class_names):
         raise ValueError(f"all images are of class {known[0]!r}; is there a table of captions?")
     unknown = [name for name in class_names if name not in known]
     if unknown and {*known} - {*class_names}:
-        raise ValueError(f"no class {unknown[0]!r} to rename; {nearest(unknown[0], known)}")
+        check_choice("class to rename", unknown[0], known)
     for template in templates:
         if "{}" not in template:
             raise ValueError(f"template {template!r} has no {{}} for the class name")
@@ -2595,18 +2594,12 @@ def tokenizer_config(processor):
 
 
 def check_choice(what, got, accepted):
-    """Raise ValueError unless got is among the accepted values."""
+    """Raise ValueError unless got is among the accepted values; it lists the nearest first."""
     if got not in accepted:
-        raise ValueError(f"unknown {what} {got!r}; {nearest(got, accepted)}")
-
-
-def nearest(got, known):
-    """How an error message ends: the known names that look like got, or all of them if few."""
-    known = [str(name) for name in known]
-    near = difflib.get_close_matches(str(got), known, n=5)
-    if len(known) > 20:
-        return f"the nearest names are {', '.join(near)}" if near else "no known name is near it"
-    return f"expected {', '.join(known)}" + (f" (did you mean {near[0]}?)" if near else "")
+        known = [str(name) for name in accepted]
+        near = difflib.get_close_matches(str(got), known, n=5)
+        listed = textwrap.shorten(", ".join(dict.fromkeys(near + known)), 200)
+        raise ValueError(f"unknown {what} {got!r}; expected {listed}")
 
 
 def check_min(what, got, minimum):
@@ -2638,7 +2631,7 @@ def flag(default, help, group="other", choices=None, **more):
 
 def flag_parser(config_class, description):
     """A parser with one --kebab-case flag a field: strict types, --x and --no-x for booleans."""
-    parser = FlagParser(description=description, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     hints, groups = typing.get_type_hints(config_class), {}
     for f in dataclasses.fields(config_class):
         kind = (*typing.get_args(hints[f.name]), hints[f.name])[0]  # int of "int | None"
@@ -2656,13 +2649,6 @@ def flag_parser(config_class, description):
         groups[title] = groups.get(title) or parser.add_argument_group(title)
         groups[title].add_argument("--" + f.name.replace("_", "-"), **options)
     return parser
-
-
-class FlagParser(argparse.ArgumentParser):
-    def error(self, message):
-        if unknown := re.search("unrecognized arguments: (--[^ =]+)", message):
-            message += f"; {nearest(unknown[1], self._option_string_actions)}"
-        super().error(message)
 
 
 def key_value(text):

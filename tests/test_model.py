@@ -182,7 +182,7 @@ def test_configurations_survive_json():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"text": {"widht": 3}}, "unknown field of TextConfig 'widht'.*did you mean width"),
+        ({"text": {"widht": 3}}, "unknown field of TextConfig 'widht'; expected width, "),
         ({"text": {"width": "64"}}, "width is '64', expected int"),
         ({"text": {"width": True}}, "width is True, expected int"),
         ({"vision": ["vit"]}, "VisionConfig is .'vit'., expected fields by name"),
@@ -192,7 +192,7 @@ def test_configurations_survive_json():
         ({"text": {"width": 30, "heads": 4}}, "text width 30 is not a multiple of 4 heads"),
         ({"text": {"family": "gpt2"}}, "unknown text family 'gpt2'; expected bert"),
         ({"text": {"pooling": "max"}}, "unknown text pooling 'max'; expected cls, mean, pooler"),
-        ({"text": {"activation": "glu"}}, "unknown activation 'glu'.*did you mean gelu"),
+        ({"text": {"activation": "glu"}}, "unknown activation 'glu'; expected gelu, "),
     ],
 )
 def test_configurations_that_cannot_be_built_are_refused(values, message):

@@ -389,7 +389,7 @@ def test_tokenizers_of_other_kinds_are_refused_by_name(name, files, settings, me
     [
         ("vision", {"model_type": "dinov2_with_registers"}, "timm has more by name"),
         ("text", {"model_type": "albert"}, "text model_type 'albert'; expected bert, "),
-        ("vision", {"hidden_act": "mish"}, "unknown activation 'mish'; expected gelu"),
+        ("vision", {"hidden_act": "mish"}, "unknown activation 'mish'; expected swish, gelu"),
         ("text", {"position_embedding_type": "relative_key"}, "only 'absolute' is read"),
         ("text", {"is_decoder": True}, "is_decoder = True: only False is read"),
         ("vision", {"hidden_size": "x"}, "cannot build the model of"),
