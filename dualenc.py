@@ -1708,7 +1708,7 @@ DATA_READERS = {
 # config.json names its writer in model_type: us, or transformers.
 MODEL_TYPE, PUBLISHED_TYPE = "dualenc", "vision-text-dual-encoder"
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
-IMAGE_FILE = "preprocessor_config.json"
+IMAGE_FILE, PICKLE_FILE = "preprocessor_config.json", "pytorch_model.bin"
 RUN_CONFIG = "train_config.json"  # the folder that holds it is a run of train.py
 
 
@@ -1798,7 +1798,7 @@ def load_dual_encoder(cls, folder_or_hub_id):
         what = "model_type (other models lend towers to from_vision_text_pretrained)"
         check_choice(what, values.get("model_type"), (MODEL_TYPE, PUBLISHED_TYPE))
         model = cls(DualEncoderConfig.from_dict(values) if own else read_dual_config(values))
-    weights = read_weights(folder / WEIGHTS_FILE) if own else read_published_weights(folder)
+    weights = read_weights(folder) if own else read_published_weights(folder)
     fill(model, weights if own else own_weights(model, weights, folder), folder)
     add_processor(model, read_image_transform(folder), folder)
     return model.eval()
@@ -1831,13 +1831,11 @@ def find_folder(folder_or_hub_id):
     if folder.is_dir():
         return folder
     name, _, revision = str(folder_or_hub_id).partition("@")
-    # No subfolders but 1_Pooling/, which sentence-transformers writes.
-    skip = {"revision": revision or None, "ignore_patterns": "[!1]*/*"}
-    download = functools.partial(huggingface_hub.snapshot_download, name, **skip)
+    download = functools.partial(huggingface_hub.snapshot_download, name, revision=revision or None)
     with blamed_on(f"{folder_or_hub_id}, nor a hub id within reach", "no folder"):
-        folder = Path(download(allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):
-            download(allow_patterns="pytorch_model.bin")
+        folder = Path(download(allow_patterns=["*.json", "*.txt", "*.model", WEIGHTS_FILE]))
+        if not (folder / WEIGHTS_FILE).is_file():
+            download(allow_patterns=PICKLE_FILE)
         return folder
 
 
@@ -1852,13 +1850,15 @@ def read_json(path, default=None):
         return values
 
 
-def read_weights(path):
-    """{name: tensor} of a file of weights; nothing in it is executed."""
-    with blamed_on(path, "cannot read weights"):
-        if path.suffix == ".safetensors":
-            mapped = safetensors.torch.load_file(path)  # cloned, for it changes with the file
-            return {name: tensor.clone() for name, tensor in mapped.items()}
-        return torch.load(path, map_location="cpu", weights_only=True)
+def read_weights(folder):
+    """{name: tensor} of a folder's one file of weights; nothing in it is executed."""
+    is_pickle = (folder / PICKLE_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file()
+    path = folder / (PICKLE_FILE if is_pickle else WEIGHTS_FILE)
+    with blamed_on(path, "cannot read weights in one piece from"):
+        if is_pickle:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        mapped = safetensors.torch.load_file(path)  # cloned, for it changes with the file
+        return {name: tensor.clone() for name, tensor in mapped.items()}
 
 
 def write_file(path, content):
@@ -2381,13 +2381,9 @@ def published_weights(model):
 
 def read_published_weights(folder):
     """{name: tensor} of a transformers folder, without mask tokens and tables that are computed."""
-    files = [folder / name for name in (WEIGHTS_FILE, "pytorch_model.bin")]
-    files = [file for file in files if file.is_file()]
-    if not files:
-        raise ValueError(f"{folder} has no {WEIGHTS_FILE} or pytorch_model.bin in one piece")
     left_out = (".position_ids", ".token_type_ids", "_position_index", "embeddings.mask_token")
     weights = {}
-    for name, tensor in read_weights(files[0]).items():
+    for name, tensor in read_weights(folder).items():
         name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))  # old names
         # Some versions nest CLIP and SigLIP towers once more than others.
         name = re.sub(r"^vision_model\.vision_model\.", "vision_model.", name)
