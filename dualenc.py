@@ -1050,9 +1050,17 @@ class Processor:
         if self.tokenizer is not None:
             self.cut_at(self.max_length)  # a call may have left its own limit there
             write_file(folder / TOKENIZER_FILE, self.tokenizer.to_str(pretty=True))
-            if format == "hf":
-                settings = json.dumps(tokenizer_config(self), indent=2)
-                write_file(folder / "tokenizer_config.json", settings)
+            if format == "hf":  # what tokenizer.json does not say
+                padding = self.tokenizer.padding
+                settings = {
+                    "tokenizer_class": "PreTrainedTokenizerFast",
+                    "pad_token": padding["pad_token"],
+                    "padding_side": padding["direction"],
+                    "truncation_side": self.truncation_side,
+                    "model_max_length": min(self.max_length, int(1e30)),
+                    "model_input_names": ["input_ids", "attention_mask"],
+                }
+                write_file(folder / "tokenizer_config.json", json.dumps(settings, indent=2))
         if self.image_transform is not None:
             write_file(folder / IMAGE_FILE, json.dumps(self.image_transform.to_dict(), indent=2))
 
@@ -2568,19 +2576,6 @@ def read_wordpieces(path, kind, settings):
     names["tokenize_chinese_chars"] = "handle_chinese_chars"
     given = {ours: settings[name] for name, ours in names.items() if settings.get(name) is not None}
     return tokenizers.BertWordPieceTokenizer.from_file(str(path), **given)._tokenizer
-
-
-def tokenizer_config(processor):
-    """What tokenizer.json does not say, as transformers reads it."""
-    padding = processor.tokenizer.padding
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": padding["pad_token"],
-        "padding_side": padding["direction"],
-        "truncation_side": processor.truncation_side,
-        "model_max_length": min(processor.max_length, int(1e30)),
-        "model_input_names": ["input_ids", "attention_mask"],
-    }
 
 
 # --------------------------------------------------------------------------------------------------
