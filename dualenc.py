@@ -2464,14 +2464,11 @@ def load_tower(read_config, folder, source, overrides):
 
 def sentence_pooling(folder):
     """How a sentence-transformers folder pools, or None for other folders."""
-    path = folder / "1_Pooling" / CONFIG_FILE
-    values = read_json(path, {"pooling_mode": None})
+    values = read_json(folder / "1_Pooling" / CONFIG_FILE, {"pooling_mode": None})
     # Either pooling_mode is "mean", or pooling_mode_mean_tokens is true.
-    chosen = [key.split("_")[2] for key, on in values.items() if on and "pooling_mode_" in key]
-    chosen = chosen or [values.get("pooling_mode", "mean")]
-    if chosen not in (["cls"], ["mean"], [None]):
-        raise ValueError(f"{path} pools by {', '.join(chosen)}; choose text_pooling cls or mean")
-    return chosen[0]
+    flags = [key for key, on in values.items() if on and key.startswith("pooling_mode_")]
+    modes = [key.removeprefix("pooling_mode_").split("_token")[0] for key in flags]
+    return "+".join(modes) or values.get("pooling_mode", "mean")
 
 
 def publish_dual_encoder(model):
