@@ -1742,13 +1742,12 @@ def build_from_towers(cls, vision, text, projection_dim, pretrained, overrides):
 
 def build_vision_tower(vision, pretrained, overrides):
     """A VisionEncoder from a timm name, or from a folder or hub id of timm's or transformers'."""
-    # found and args: fields of VisionConfig and its args; weights: where timm finds them.
-    place, weights, found, args = vision.removeprefix("hf-hub:"), vision, {"name": vision}, {}
-    if "/" in place or Path(place).is_dir():
-        folder = find_folder(place)
+    weights, found, args = vision, {"name": vision}, {}  # a timm name and its tag
+    if "/" in vision or Path(vision).is_dir():
+        folder = find_folder(vision.removeprefix("hf-hub:"))
         values = read_json(folder / CONFIG_FILE)
         if "architecture" not in values:
-            tower = load_tower(read_vision_config, folder, place, overrides)
+            tower = load_tower(read_vision_config, folder, vision, overrides)
             tower.own_transform = read_image_transform(folder)
             return tower
         # A timm folder. What we save names its architecture and arguments, not where it lay.
@@ -1756,7 +1755,7 @@ def build_vision_tower(vision, pretrained, overrides):
         args.pop("num_classes", None)
         found = {"name": values["architecture"], "image_size": args.pop("img_size", None)}
         found["pooling"] = args.pop("global_pool", None)
-        pretrained = pretrained or place == vision  # always loaded, unless it is "hf-hub:..."
+        pretrained = pretrained or not vision.startswith("hf-hub:")
     args |= overrides.get("args", {})
     config = config_from_dict(VisionConfig, {**found, **overrides, "args": args})
     tower = VisionEncoder(config, pretrained_from=weights if pretrained else None)
