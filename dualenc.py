@@ -1248,6 +1248,8 @@ class ImageDataset(torch.utils.data.Dataset):
 
 def image_loader(dataset, batches, workers, device):
     """An ImageDataset in batches of keys: pixels (B, 3, S, S), indices (B,), a tuple of errors."""
+    if workers < 0:  # to be picked: up to 8 beside a GPU, on a CPU 1 if there is a second core
+        workers = min(8 if device.type == "cuda" else 1, own_cores() - 1)
     return torch.utils.data.DataLoader(
         dataset,
         batch_sampler=batches,
@@ -2647,12 +2649,6 @@ def pick_device(name):
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # unknown, or not in this machine
         raise ValueError(f"--device {name}: {error}; use --device cpu") from error
-
-
-def pick_workers(count, device):
-    """How many processes read images; -1 picks up to 8 beside a GPU, on a CPU 1 if it has cores."""
-    spare = min(8 if device.type == "cuda" else 1, own_cores() - 1)
-    return spare if count < 0 else count
 
 
 def worker_init(worker_id):

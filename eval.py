@@ -975,8 +975,7 @@ def main(argv=None):
     print("\n".join(facts), flush=True)
 
     tasks = config.task if config.task in PARTS else [config.task]
-    workers = dualenc.pick_workers(config.workers, device)
-    reading = {"precision": precision, "batch_size": config.batch_size, "workers": workers}
+    reading = {"precision": precision, "batch_size": config.batch_size, "workers": config.workers}
     search = {"query": config.query, "top": config.top, "folder": folder}
     context = EvalContext(model, pairs, tasks, load_train, templates, **reading, **search)
     results = measure(context, leave_out=config.task == "all")

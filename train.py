@@ -723,14 +723,13 @@ def main(argv=None):
     elif device.index is not None:
         torch.cuda.set_device(device)
     with dualenc.process_group(), claim_run(flags) as out:
-        # 1. Data, and what flags at 0, -1 or "auto" stand for.
+        # 1. Data, and what flags at 0 or "auto" stand for.
         run = Run(out, *load_data(flags), features={})
         check_recipe(flags, run.pairs, run.held_out)
         steps = flags.steps or max(1, round(flags.epochs * (len(run.pairs) // flags.batch_size)))
         every = flags.eval_every or math.ceil(steps / 5)
-        how = {"precision": dualenc.pick_precision(flags.precision, device)}
-        how["workers"] = dualenc.pick_workers(flags.workers, device)
-        config = dataclasses.replace(flags, steps=steps, eval_every=every, **how)
+        precision = dualenc.pick_precision(flags.precision, device)
+        config = dataclasses.replace(flags, steps=steps, eval_every=every, precision=precision)
         # 2. Model and optimiser, new or from the last checkpoint.
         model, optimizer, state = load_run(config, run.pairs, out, device)
         # 3. The run folder, cleared only now that everything is known to work.
