@@ -2443,7 +2443,7 @@ def read_text_config(values, pooling, overrides):
 
 
 def load_tower(read_config, folder, source, overrides):
-    """A tower of transformers; a note says which weights are left out."""
+    """A tower of transformers, without a task head or a pooler that it does not use."""
     values, weights = read_json(folder / CONFIG_FILE), read_published_weights(folder)
     pooling = overrides.get("pooling") or sentence_pooling(folder)
     if not pooling and any(name.endswith("pooler.dense.weight") for name in weights):
@@ -2456,9 +2456,6 @@ def load_tower(read_config, folder, source, overrides):
     # What BEiT's files call pooler is the norm that its mean pooling ends with.
     if tower.config.pooling not in (None, "pooler"):
         inside = {name: tensor for name, tensor in inside.items() if not name.startswith("pooler.")}
-    if left_out := [name for name in weights if name.removeprefix(prefix) not in inside]:
-        message = f"{folder}: {len(left_out)} tensors are no part of the tower and were left out: "
-        notice(message, message + textwrap.shorten(", ".join(left_out), 200))
     fill(tower, own_weights(tower, inside, folder), folder)
     return tower
 
