@@ -1819,11 +1819,9 @@ def fill(module, weights, source):
     except RuntimeError as error:
         listed = textwrap.shorten(str(error).partition("\n")[2], 600)
         raise ValueError(f"{source} does not fit its {CONFIG_FILE}: {listed}") from error
-    module.float()
-    for part in module.modules():  # timm computes its buffers that are in no file
-        for name, buffer in part.named_buffers(recurse=False):
-            if buffer.is_meta:
-                setattr(part, name, torch.empty_like(buffer, device="cpu"))
+    # Buffers that are in no file get memory, and timm computes them again.
+    module.float()._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
+    for part in module.modules():
         if hasattr(part, "init_non_persistent_buffers"):
             part.init_non_persistent_buffers()
 
@@ -2162,8 +2160,6 @@ class PublishedVisionEncoder(VisionEncoder):
 
     def build_trunk(self, pretrained_from):
         name, pooling, values = self.config.name, self.config.pooling, {**self.config.args}
-        if "hidden_size" not in values:
-            raise ValueError(f"{name!r} is a family: name a folder, hub id or timm model")
         width, act = values["hidden_size"], values.pop("hidden_act")
         pooler_act = values.pop("pooler_act", None)
         check_choice(f"{name} pooling", pooling, ("pooler", "token") if pooler_act else (None,))
