@@ -173,7 +173,7 @@ class DualEncoderConfig:
 
     @classmethod
     def from_dict(cls, values):
-        """The inverse of to_dict; raises ValueError for unknown fields and wrong types."""
+        """The inverse of to_dict; raises ValueError for unknown fields."""
         values = {name: value for name, value in values.items() if name != "model_type"}
         vision = config_from_dict(VisionConfig, values.pop("vision", {}))
         text = config_from_dict(TextConfig, values.pop("text", {}))
@@ -432,9 +432,6 @@ class TextConfig:
             raise ValueError(f"text width {self.width} is not a multiple of {self.heads} heads")
 
 
-RANDOM_WEIGHTS = "random weights"  # weights_from of a tower that is not pretrained
-
-
 class TextEncoder(nn.Module):
     """BERT's encoder. In section 9 RoBERTa has other positions, MPNet also a bias on its scores.
 
@@ -447,7 +444,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.width = config, config.width
-        self.weights_from, self.new_parts = RANDOM_WEIGHTS, []  # for train.py: what is pretrained
+        self.weights_from = None  # folder or id of a pretrained tower, for train.py
         tables = {
             "word_embeddings": nn.Embedding(config.vocab_size, config.width),
             "position_embeddings": nn.Embedding(config.max_positions, config.width),
@@ -677,7 +674,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, config, pretrained_from=None):
         super().__init__()
         self.config = config
-        self.weights_from, self.new_parts = RANDOM_WEIGHTS, []  # for train.py: what is pretrained
+        self.weights_from = None  # timm name, folder or id of a pretrained tower, for train.py
         self.trunk = self.build_trunk(pretrained_from)
         self.width = self.trunk.head_hidden_size  # what timm would hand to a classifier
         self.image_size = config.image_size or self.trunk.pretrained_cfg["input_size"][-1]
@@ -984,15 +981,14 @@ class Processor:
 
     image_transform  ImageTransform, or None for captions alone
     tokenizer        tokenizers.Tokenizer with padding enabled, or None for images alone
-    token_types      whether captions come with token_type_ids, as BERT's do
     positions        tokens that the text tower has room for; any number unless given
     """
 
-    def __init__(self, image_transform, tokenizer, token_types=False, positions=math.inf):
+    def __init__(self, image_transform, tokenizer, positions=math.inf):
         if tokenizer is not None and tokenizer.padding is None:
             raise ValueError("no padding: call tokenizer.enable_padding(pad_id=..., pad_token=...)")
         self.image_transform, self.tokenizer = image_transform, tokenizer
-        self.token_types, self.positions = token_types, positions
+        self.positions = positions
         truncation = (tokenizer and tokenizer.truncation) or {}
         # Tokens kept unless a call says otherwise.
         self.max_length = min(truncation.get("max_length", math.inf), positions)
@@ -1005,7 +1001,7 @@ class Processor:
         images      an image or I of them (see to_pixels), of mixed sizes if you like
         max_length  tokens, up to the text tower's positions; longer captions are cut, with a notice
         returns     {"input_ids" (N, T), "attention_mask" (N, T), "pixel_values" (I, 3, S, S)}, as
-                    asked for, and "token_type_ids" (N, T) with token_types
+                    asked for; no token_type_ids, which are all 0 for a caption
         """
         inputs, captions = {}, [text] if isinstance(text, str) else list(text or ())
         if captions:
@@ -1022,8 +1018,6 @@ class Processor:
                 notice("unknown", f"most tokens of the captions are the tokenizer's {unknown}")
             inputs["input_ids"] = torch.tensor([row.ids for row in rows])
             inputs["attention_mask"] = torch.tensor([row.attention_mask for row in rows])
-            if self.token_types:
-                inputs["token_type_ids"] = torch.tensor([row.type_ids for row in rows])
         if isinstance(images, Image.Image) or getattr(images, "ndim", 4) < 4:
             images = [images]
         if images is not None and len(images):
@@ -1056,9 +1050,17 @@ class Processor:
         if self.tokenizer is not None:
             self.cut_at(self.max_length)  # a call may have left its own limit there
             write_file(folder / TOKENIZER_FILE, self.tokenizer.to_str(pretty=True))
-            if format == "hf" or self.token_types:
-                settings = json.dumps(tokenizer_config(self), indent=2)
-                write_file(folder / "tokenizer_config.json", settings)
+            if format == "hf":  # what tokenizer.json does not say
+                padding = self.tokenizer.padding
+                settings = {
+                    "tokenizer_class": "PreTrainedTokenizerFast",
+                    "pad_token": padding["pad_token"],
+                    "padding_side": padding["direction"],
+                    "truncation_side": self.truncation_side,
+                    "model_max_length": min(self.max_length, int(1e30)),
+                    "model_input_names": ["input_ids", "attention_mask"],
+                }
+                write_file(folder / "tokenizer_config.json", json.dumps(settings, indent=2))
         if self.image_transform is not None:
             write_file(folder / IMAGE_FILE, json.dumps(self.image_transform.to_dict(), indent=2))
 
@@ -1066,11 +1068,11 @@ class Processor:
     def from_pretrained(cls, folder_or_hub_id):
         """The processor of a folder, ours or transformers'; a half without files is None."""
         folder = find_folder(folder_or_hub_id)
-        transform, (tokenizer, token_types) = read_image_transform(folder), read_tokenizer(folder)
+        transform, tokenizer = read_image_transform(folder), read_tokenizer(folder)
         if transform is None and tokenizer is None:
             raise ValueError(f"{folder} has neither a tokenizer nor {IMAGE_FILE}")
         with blamed_on(folder):
-            return cls(transform, tokenizer, token_types)
+            return cls(transform, tokenizer)
 
 
 def train_tokenizer(captions, vocab_size, max_length=None):
@@ -1246,6 +1248,8 @@ class ImageDataset(torch.utils.data.Dataset):
 
 def image_loader(dataset, batches, workers, device):
     """An ImageDataset in batches of keys: pixels (B, 3, S, S), indices (B,), a tuple of errors."""
+    if workers < 0:  # to be picked: up to 8 beside a GPU, on a CPU 1 if there is a second core
+        workers = min(8 if device.type == "cuda" else 1, own_cores() - 1)
     return torch.utils.data.DataLoader(
         dataset,
         batch_sampler=batches,
@@ -1473,8 +1477,7 @@ def load_pairs(
     if spec == "shapes":
         return ShapesPairs(split, seed=seed)
     kind = "folder/" if os.path.isdir(spec) else Path(spec).suffix.lower() or spec
-    if kind not in DATA_READERS:
-        raise ValueError(f"no data {spec!r}: {nearest(kind, ['shapes', *DATA_READERS])}")
+    check_choice("kind of data", kind, ["shapes", *DATA_READERS])
     if kind[0] == "." and kind != ".tar" and not os.path.isfile(spec):
         raise ValueError(f"no file {spec}; where a run's data has moved, --data says where to")
     rows = DATA_READERS[kind](spec, data_root=data_root, download=download)
@@ -1532,7 +1535,7 @@ def pairs_from_rows(rows_of, templates, class_names):
         raise ValueError(f"all images are of class {known[0]!r}; is there a table of captions?")
     unknown = [name for name in class_names if name not in known]
     if unknown and {*known} - {*class_names}:
-        raise ValueError(f"no class {unknown[0]!r} to rename; {nearest(unknown[0], known)}")
+        check_choice("class to rename", unknown[0], known)
     for template in templates:
         if "{}" not in template:
             raise ValueError(f"template {template!r} has no {{}} for the class name")
@@ -1715,7 +1718,7 @@ DATA_READERS = {
 # config.json names its writer in model_type: us, or transformers.
 MODEL_TYPE, PUBLISHED_TYPE = "dualenc", "vision-text-dual-encoder"
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "config.json", "model.safetensors", "tokenizer.json"
-IMAGE_FILE = "preprocessor_config.json"
+IMAGE_FILE, PICKLE_FILE = "preprocessor_config.json", "pytorch_model.bin"
 RUN_CONFIG = "train_config.json"  # the folder that holds it is a run of train.py
 
 
@@ -1741,43 +1744,35 @@ def build_from_towers(cls, vision, text, projection_dim, pretrained, overrides):
 
 def build_vision_tower(vision, pretrained, overrides):
     """A VisionEncoder from a timm name, or from a folder or hub id of timm's or transformers'."""
-    # found and args: fields of VisionConfig and its args; weights: where timm finds them.
-    place, weights, found, args = vision.removeprefix("hf-hub:"), vision, {"name": vision}, {}
-    if "/" in place or Path(place).is_dir():
-        folder = find_folder(place)
+    weights, found, args = vision, {"name": vision}, {}  # a timm name and its tag
+    if "/" in vision or Path(vision).is_dir():
+        folder = find_folder(vision.removeprefix("hf-hub:"))
         values = read_json(folder / CONFIG_FILE)
         if "architecture" not in values:
-            tower = load_tower(read_vision_config, folder, place, overrides)
+            tower = load_tower(read_vision_config, folder, vision, overrides)
             tower.own_transform = read_image_transform(folder)
             return tower
         # A timm folder. What we save names its architecture and arguments, not where it lay.
-        found["name"], weights = values["architecture"], f"local-dir:{folder}"
-        args = {**(values.get("model_args") or {})}
+        args, weights = {**(values.get("model_args") or {})}, f"local-dir:{folder}"
         args.pop("num_classes", None)
-        fields = {"image_size": "img_size", "pooling": "global_pool"}
-        found |= {field: args.pop(name) for field, name in fields.items() if name in args}
-        pretrained = pretrained or place == vision  # always loaded, unless it is "hf-hub:..."
+        found = {"name": values["architecture"], "image_size": args.pop("img_size", None)}
+        found["pooling"] = args.pop("global_pool", None)
+        pretrained = pretrained or not vision.startswith("hf-hub:")
     args |= overrides.get("args", {})
     config = config_from_dict(VisionConfig, {**found, **overrides, "args": args})
     tower = VisionEncoder(config, pretrained_from=weights if pretrained else None)
     tower.config = dataclasses.replace(config, image_size=tower.image_size)
-    if pretrained:
-        tower.weights_from = vision
-        own_size = tower.trunk.pretrained_cfg["input_size"][-1]
-        if tower.has_fixed_size() and tower.image_size != own_size:
-            tower.new_parts = ["position table (resized)"]
+    tower.weights_from = vision if pretrained else None
     return tower
 
 
 def add_processor(model, image_transform, folder):
     """Give the model a processor with the folder's tokenizer, if both halves are there."""
-    tokenizer, token_types = read_tokenizer(folder)
+    tokenizer, last = read_tokenizer(folder), model.config.text.vocab_size - 1
     if tokenizer is None or image_transform is None:
         return
-    last = model.config.text.vocab_size - 1
     with blamed_on(folder, "cannot use the tokenizer of"):
-        positions = model.text_model.max_tokens
-        model.processor = Processor(image_transform, tokenizer, token_types, positions)
+        model.processor = Processor(image_transform, tokenizer, model.text_model.max_tokens)
         ids = (*tokenizer.get_vocab().values(), *tokenizer.encode("").ids)
         largest = max(*ids, tokenizer.padding["pad_id"])
         if largest > last:
@@ -1811,7 +1806,7 @@ def load_dual_encoder(cls, folder_or_hub_id):
         what = "model_type (other models lend towers to from_vision_text_pretrained)"
         check_choice(what, values.get("model_type"), (MODEL_TYPE, PUBLISHED_TYPE))
         model = cls(DualEncoderConfig.from_dict(values) if own else read_dual_config(values))
-    weights = read_weights(folder / WEIGHTS_FILE) if own else read_published_weights(folder)
+    weights = read_weights(folder) if own else read_published_weights(folder)
     fill(model, weights if own else own_weights(model, weights, folder), folder)
     add_processor(model, read_image_transform(folder), folder)
     return model.eval()
@@ -1824,11 +1819,9 @@ def fill(module, weights, source):
     except RuntimeError as error:
         listed = textwrap.shorten(str(error).partition("\n")[2], 600)
         raise ValueError(f"{source} does not fit its {CONFIG_FILE}: {listed}") from error
-    module.float()
-    for part in module.modules():  # timm computes its buffers that are in no file
-        for name, buffer in part.named_buffers(recurse=False):
-            if buffer.is_meta:
-                setattr(part, name, torch.empty_like(buffer, device="cpu"))
+    # Buffers that are in no file get memory, and timm computes them again.
+    module.float()._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
+    for part in module.modules():
         if hasattr(part, "init_non_persistent_buffers"):
             part.init_non_persistent_buffers()
 
@@ -1844,13 +1837,11 @@ def find_folder(folder_or_hub_id):
     if folder.is_dir():
         return folder
     name, _, revision = str(folder_or_hub_id).partition("@")
-    # No subfolders but 1_Pooling/, which sentence-transformers writes.
-    skip = {"revision": revision or None, "ignore_patterns": "[!1]*/*"}
-    download = functools.partial(huggingface_hub.snapshot_download, name, **skip)
+    download = functools.partial(huggingface_hub.snapshot_download, name, revision=revision or None)
     with blamed_on(f"{folder_or_hub_id}, nor a hub id within reach", "no folder"):
-        folder = Path(download(allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):
-            download(allow_patterns="pytorch_model.bin")
+        folder = Path(download(allow_patterns=["*.json", "*.txt", "*.model", WEIGHTS_FILE]))
+        if not (folder / WEIGHTS_FILE).is_file():
+            download(allow_patterns=PICKLE_FILE)
         return folder
 
 
@@ -1865,13 +1856,15 @@ def read_json(path, default=None):
         return values
 
 
-def read_weights(path):
-    """{name: tensor} of a file of weights; nothing in it is executed."""
-    with blamed_on(path, "cannot read weights"):
-        if path.suffix == ".safetensors":
-            mapped = safetensors.torch.load_file(path)  # cloned, for it changes with the file
-            return {name: tensor.clone() for name, tensor in mapped.items()}
-        return torch.load(path, map_location="cpu", weights_only=True)
+def read_weights(folder):
+    """{name: tensor} of a folder's one file of weights; nothing in it is executed."""
+    is_pickle = (folder / PICKLE_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file()
+    path = folder / (PICKLE_FILE if is_pickle else WEIGHTS_FILE)
+    with blamed_on(path, "cannot read weights in one piece from"):
+        if is_pickle:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        mapped = safetensors.torch.load_file(path)  # cloned, for it changes with the file
+        return {name: tensor.clone() for name, tensor in mapped.items()}
 
 
 def write_file(path, content):
@@ -2167,8 +2160,6 @@ class PublishedVisionEncoder(VisionEncoder):
 
     def build_trunk(self, pretrained_from):
         name, pooling, values = self.config.name, self.config.pooling, {**self.config.args}
-        if "hidden_size" not in values:
-            raise ValueError(f"{name!r} is a family: name a folder, hub id or timm model")
         width, act = values["hidden_size"], values.pop("hidden_act")
         pooler_act = values.pop("pooler_act", None)
         check_choice(f"{name} pooling", pooling, ("pooler", "token") if pooler_act else (None,))
@@ -2394,13 +2385,9 @@ def published_weights(model):
 
 def read_published_weights(folder):
     """{name: tensor} of a transformers folder, without mask tokens and tables that are computed."""
-    files = [folder / name for name in (WEIGHTS_FILE, "pytorch_model.bin")]
-    files = [file for file in files if file.is_file()]
-    if not files:
-        raise ValueError(f"{folder} has no {WEIGHTS_FILE} or pytorch_model.bin in one piece")
     left_out = (".position_ids", ".token_type_ids", "_position_index", "embeddings.mask_token")
     weights = {}
-    for name, tensor in read_weights(files[0]).items():
+    for name, tensor in read_weights(folder).items():
         name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))  # old names
         # Some versions nest CLIP and SigLIP towers once more than others.
         name = re.sub(r"^vision_model\.vision_model\.", "vision_model.", name)
@@ -2452,7 +2439,7 @@ def read_text_config(values, pooling, overrides):
 
 
 def load_tower(read_config, folder, source, overrides):
-    """A tower of transformers; a note says which weights are left out."""
+    """A tower of transformers, without a task head or a pooler that it does not use."""
     values, weights = read_json(folder / CONFIG_FILE), read_published_weights(folder)
     pooling = overrides.get("pooling") or sentence_pooling(folder)
     if not pooling and any(name.endswith("pooler.dense.weight") for name in weights):
@@ -2465,23 +2452,17 @@ def load_tower(read_config, folder, source, overrides):
     # What BEiT's files call pooler is the norm that its mean pooling ends with.
     if tower.config.pooling not in (None, "pooler"):
         inside = {name: tensor for name, tensor in inside.items() if not name.startswith("pooler.")}
-    if left_out := [name for name in weights if name.removeprefix(prefix) not in inside]:
-        message = f"{folder}: {len(left_out)} tensors are no part of the tower and were left out: "
-        notice(message, message + textwrap.shorten(", ".join(left_out), 200))
     fill(tower, own_weights(tower, inside, folder), folder)
     return tower
 
 
 def sentence_pooling(folder):
     """How a sentence-transformers folder pools, or None for other folders."""
-    path = folder / "1_Pooling" / CONFIG_FILE
-    values = read_json(path, {"pooling_mode": None})
+    values = read_json(folder / "1_Pooling" / CONFIG_FILE, {"pooling_mode": None})
     # Either pooling_mode is "mean", or pooling_mode_mean_tokens is true.
-    chosen = [key.split("_")[2] for key, on in values.items() if on and "pooling_mode_" in key]
-    chosen = chosen or [values.get("pooling_mode", "mean")]
-    if chosen not in (["cls"], ["mean"], [None]):
-        raise ValueError(f"{path} pools by {', '.join(chosen)}; choose text_pooling cls or mean")
-    return chosen[0]
+    flags = [key for key, on in values.items() if on and key.startswith("pooling_mode_")]
+    modes = [key.removeprefix("pooling_mode_").split("_token")[0] for key in flags]
+    return "+".join(modes) or values.get("pooling_mode", "mean")
 
 
 def publish_dual_encoder(model):
@@ -2532,88 +2513,60 @@ def read_image_transform(folder):
         return ImageTransform.from_dict({"feature_extractor_type": family, **values})
 
 
-# Special tokens of transformers' tokenizer classes (names without "Tokenizer") unless files say.
-_WORDS = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-_BERT_WORDS = dict(zip(_WORDS, ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")))
-_ROBERTA_WORDS = dict(zip(_WORDS, ("<pad>", "<unk>", "<s>", "</s>", "<mask>")))
-TOKENIZERS = dict.fromkeys(("bert", "electra", "pretrained", "tokenizersbackend"), _BERT_WORDS)
-TOKEN_TYPES = tuple(TOKENIZERS)  # these give their captions token_type_ids
-TOKENIZERS |= dict.fromkeys(("roberta", "xlmroberta", "camembert"), _ROBERTA_WORDS)
-TOKENIZERS |= {"distilbert": _BERT_WORDS, "mpnet": {**_ROBERTA_WORDS, "unk_token": "[UNK]"}}
+# Tokenizer classes of transformers (without "Tokenizer"), and what they pad with unless files say.
+BERT_TOKENIZERS = ("bert", "distilbert", "electra", "pretrained", "tokenizersbackend")
+TOKENIZERS = dict.fromkeys(BERT_TOKENIZERS, "[PAD]")
+TOKENIZERS |= dict.fromkeys(("roberta", "xlmroberta", "camembert", "mpnet"), "<pad>")
 
 
 def read_tokenizer(folder):
-    """(Tokenizer that pads and cuts, whether captions get token types); (None, False) without."""
+    """The Tokenizer of a folder's files, made to pad and cut as they say; None without."""
     names = (TOKENIZER_FILE, "vocab.txt", "vocab.json", "*.model")  # the first there is
     path = next((path for name in names for path in folder.glob(name)), None)
     if path is None:
-        return None, False
+        return None
     settings = read_json(folder / "special_tokens_map.json", {})
     settings |= read_json(folder / "tokenizer_config.json", {})
+    settings = {n: v.get("content", v) if isinstance(v, dict) else v for n, v in settings.items()}
     model = read_json(folder / CONFIG_FILE, {})
     classes = {**(model.get("text_config") or model), **settings}
     name = str(classes.get("tokenizer_class") or classes.get("model_type", "PreTrainedTokenizer"))
     kind = re.sub("tokenizer(fast)?$", "", name.lower().replace("-", ""))
     with blamed_on(path):
         if path.name == TOKENIZER_FILE and not settings:  # ours: the file says how to pad and cut
-            return tokenizers.Tokenizer.from_file(str(path)), False
+            return tokenizers.Tokenizer.from_file(str(path))
         if kind not in TOKENIZERS:
             raise ValueError(f"tokenizer class {name}, which may split words in its own way")
-        words = {n: settings.get(n) or word for n, word in TOKENIZERS[kind].items()}
-        words = {n: w["content"] if isinstance(w, dict) else w for n, w in words.items()}
-        tokenizer = tokenizer_from_files(path, settings, words)
-        pad_id = tokenizer.token_to_id(words["pad_token"])
+        if path.name == TOKENIZER_FILE:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        else:
+            tokenizer = read_wordpieces(path, kind, settings)
+        pad_token = settings.get("pad_token") or TOKENIZERS[kind]
+        pad_id = tokenizer.token_to_id(pad_token)
         if pad_id is None:
-            raise ValueError(f"no pad_token {words['pad_token']!r} in the vocabulary")
+            raise ValueError(f"no pad_token {pad_token!r} in the vocabulary")
     # transformers ignores what tokenizer.json says of padding and truncation.
     side = settings.get("padding_side", "right")
-    tokenizer.enable_padding(direction=side, pad_id=pad_id, pad_token=words["pad_token"])
+    tokenizer.enable_padding(direction=side, pad_id=pad_id, pad_token=pad_token)
     tokenizer.no_truncation()
     sentence = read_json(folder / "sentence_bert_config.json", {})
     longest = sentence.get("max_seq_length") or settings.get("model_max_length")
     if longest and longest < 1e9:  # 1e30 stands for no limit
         side = settings.get("truncation_side", "right")
         tokenizer.enable_truncation(int(longest), direction=side)
-    inputs = settings.get("model_input_names")
-    return tokenizer, ("token_type_ids" in inputs if inputs else kind in TOKEN_TYPES)
-
-
-def tokenizer_from_files(path, settings, words):
-    """The tokenizer in tokenizer.json, or of older files with words as its special tokens."""
-    if path.name == TOKENIZER_FILE:
-        return tokenizers.Tokenizer.from_file(str(path))
-    if path.suffix == ".model" or "\u2581" in path.read_text(encoding="utf-8"):
-        raise ValueError("sentencepiece's pieces are not read: save them as tokenizer.json")
-    if path.name == "vocab.txt":
-        options = {"lowercase": settings.get("do_lower_case", True), **words}
-        options["strip_accents"] = settings.get("strip_accents")
-        options["handle_chinese_chars"] = settings.get("tokenize_chinese_chars", True)
-        return tokenizers.BertWordPieceTokenizer.from_file(str(path), **options)._tokenizer
-    files = str(path), str(path.with_name("merges.txt"))
-    options = {"add_prefix_space": settings.get("add_prefix_space", False)}
-    tokenizer = tokenizers.ByteLevelBPETokenizer.from_file(*files, **options)._tokenizer
-    # The library's class leaves special tokens to its caller. RoBERTa's mask takes along a space.
-    ends = ((w, tokenizer.token_to_id(w)) for w in (words["sep_token"], words["cls_token"]))
-    tokenizer.post_processor = tokenizers.processors.RobertaProcessing(*ends)
-    mask = tokenizers.AddedToken(words.pop("mask_token"), lstrip=True)
-    tokenizer.add_special_tokens([*words.values(), mask])
     return tokenizer
 
 
-def tokenizer_config(processor):
-    """What tokenizer.json does not say, as transformers reads it."""
-    padding, vocabulary = processor.tokenizer.padding, processor.tokenizer.get_vocab()
-    words = _ROBERTA_WORDS if padding["pad_token"] == "<pad>" else _BERT_WORDS
-    types = ["token_type_ids"] if processor.token_types else []
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **{name: word for name, word in words.items() if word in vocabulary},
-        "pad_token": padding["pad_token"],
-        "padding_side": padding["direction"],
-        "truncation_side": processor.truncation_side,
-        "model_max_length": min(processor.max_length, int(1e30)),
-        "model_input_names": ["input_ids", *types, "attention_mask"],
-    }
+def read_wordpieces(path, kind, settings):
+    """The tokenizer of a BERT that is older than tokenizer.json, from its vocab.txt."""
+    is_bert = path.name == "vocab.txt" and kind in BERT_TOKENIZERS
+    if not is_bert or "\u2581" in path.read_text(encoding="utf-8"):  # that marks sentencepiece's
+        raise ValueError(f"no vocab.txt of a BERT: let transformers save {TOKENIZER_FILE}")
+    same = ("strip_accents", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    names = {name: name for name in same} | {"do_lower_case": "lowercase"}
+    names["tokenize_chinese_chars"] = "handle_chinese_chars"
+    given = {ours: settings[name] for name, ours in names.items() if settings.get(name) is not None}
+    return tokenizers.BertWordPieceTokenizer.from_file(str(path), **given)._tokenizer
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2622,18 +2575,12 @@ def tokenizer_config(processor):
 
 
 def check_choice(what, got, accepted):
-    """Raise ValueError unless got is among the accepted values."""
+    """Raise ValueError unless got is among the accepted values; it lists the nearest first."""
     if got not in accepted:
-        raise ValueError(f"unknown {what} {got!r}; {nearest(got, accepted)}")
-
-
-def nearest(got, known):
-    """How an error message ends: the known names that look like got, or all of them if few."""
-    known = [str(name) for name in known]
-    near = difflib.get_close_matches(str(got), known, n=5)
-    if len(known) > 20:
-        return f"the nearest names are {', '.join(near)}" if near else "no known name is near it"
-    return f"expected {', '.join(known)}" + (f" (did you mean {near[0]}?)" if near else "")
+        known = [str(name) for name in accepted]
+        near = difflib.get_close_matches(str(got), known, n=5)
+        listed = textwrap.shorten(", ".join(dict.fromkeys(near + known)), 200)
+        raise ValueError(f"unknown {what} {got!r}; expected {listed}")
 
 
 def check_min(what, got, minimum):
@@ -2643,17 +2590,10 @@ def check_min(what, got, minimum):
 
 
 def config_from_dict(config_class, values):
-    """config_class(**values); ValueError for an unknown field or a value of the wrong type."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{config_class.__name__} is {values!r}, expected fields by name")
-    hints = typing.get_type_hints(config_class)
-    for name, value in values.items():
-        check_choice(f"field of {config_class.__name__}", name, hints)
-        kinds = typing.get_args(hints[name]) or (hints[name],)  # "int | None": (int, NoneType)
-        kinds += (int,) if float in kinds else ()
-        if type(value) not in kinds:  # True is an instance of int
-            expected = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"{name} is {value!r}, expected {expected}")
+    """config_class(**values); ValueError for an unknown field."""
+    known = [field.name for field in dataclasses.fields(config_class)]
+    for name in values:
+        check_choice(f"field of {config_class.__name__}", name, known)
     return config_class(**values)
 
 
@@ -2665,7 +2605,7 @@ def flag(default, help, group="other", choices=None, **more):
 
 def flag_parser(config_class, description):
     """A parser with one --kebab-case flag a field: strict types, --x and --no-x for booleans."""
-    parser = FlagParser(description=description, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     hints, groups = typing.get_type_hints(config_class), {}
     for f in dataclasses.fields(config_class):
         kind = (*typing.get_args(hints[f.name]), hints[f.name])[0]  # int of "int | None"
@@ -2685,13 +2625,6 @@ def flag_parser(config_class, description):
     return parser
 
 
-class FlagParser(argparse.ArgumentParser):
-    def error(self, message):
-        if unknown := re.search("unrecognized arguments: (--[^ =]+)", message):
-            message += f"; {nearest(unknown[1], self._option_string_actions)}"
-        super().error(message)
-
-
 def key_value(text):
     """The text, if it is name=value."""
     if "=" not in text:
@@ -2709,12 +2642,6 @@ def pick_device(name):
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # unknown, or not in this machine
         raise ValueError(f"--device {name}: {error}; use --device cpu") from error
-
-
-def pick_workers(count, device):
-    """How many processes read images; -1 picks up to 8 beside a GPU, on a CPU 1 if it has cores."""
-    spare = min(8 if device.type == "cuda" else 1, own_cores() - 1)
-    return spare if count < 0 else count
 
 
 def worker_init(worker_id):

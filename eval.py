@@ -978,9 +978,8 @@ def main(argv=None):
     print("\n".join(facts), flush=True)
 
     tasks = config.task if config.task in PARTS else [config.task]
-    how = {"precision": precision, "workers": dualenc.pick_workers(config.workers, device)}
-    how |= {name: getattr(config, name) for name in ("batch_size", "query", "top")}
-    context = EvalContext(model, tasks=tasks, **data, **how)
+    how = {name: getattr(config, name) for name in ("batch_size", "workers", "query", "top")}
+    context = EvalContext(model, tasks=tasks, precision=precision, **data, **how)
     results = measure(context, leave_out=config.task == "all")
     for name, metrics in results.items():
         for table in metric_tables(name, metrics):

@@ -32,7 +32,7 @@ from torch import nn
 
 import dualenc
 import eval as evaluation
-from dualenc import RANDOM_WEIGHTS, flag
+from dualenc import flag
 
 # The vision tower of --vision scratch: a ResNet-10 of half the width, quick on a CPU.
 SCRATCH_VISION, SCRATCH_SIZE = "resnet18", 64
@@ -462,7 +462,7 @@ def make_model(config, pairs):
         vision, config.text, pretrained=pretrained, **LOSSES[config.loss].start, **more
     )
     # A tower without weights has learned nothing about a crop: show it the whole image.
-    whole = 1.0 if model.vision_model.weights_from == RANDOM_WEIGHTS else None
+    whole = None if model.vision_model.weights_from else 1.0
     transform = model.vision_model.image_transform(crop_pct=whole)
     if config.text == "scratch":
         model.processor = dualenc.Processor(transform, tokenizer)
@@ -475,7 +475,7 @@ def make_optimizer(model, config):
     """AdamW as in CLIP, table 19; a group's "peak" is --lr, or --tower-lr for pretrained towers."""
     trunk, groups = model.vision_model.trunk, {}
     kept = {f"vision_model.trunk.{name}" for name in getattr(trunk, "no_weight_decay", set)()}
-    pretrained = [tower for tower in towers(model).values() if tower.weights_from != RANDOM_WEIGHTS]
+    pretrained = [tower for tower in towers(model).values() if tower.weights_from]
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             learned = getattr(model, name.split(".")[0]) in pretrained
@@ -497,10 +497,10 @@ def load_run(config, pairs, out, device):
             # To the CPU: the card that it was saved from may not be here.
             state = torch.load(path, weights_only=True, map_location="cpu")
             for name, tower in towers(model).items():
-                tower.weights_from, tower.new_parts = state["towers"][name]
+                tower.weights_from = state["weights_from"][name]
     else:
         model = make_model(config, pairs)
-        state["towers"] = {name: (t.weights_from, t.new_parts) for name, t in towers(model).items()}
+        state["weights_from"] = {name: t.weights_from for name, t in towers(model).items()}
     start, needs_bias = config.init or config.text, "logit_bias" in LOSSES[config.loss].inputs
     refuse(model.processor is None, f"{start} lacks a tokenizer or preprocessor_config.json")
     has_bias = hasattr(model, "logit_bias")
@@ -670,11 +670,9 @@ def introduce(config, run, model, optimizer, flags):
     vision, language = (sum(w.numel() for w in tower.parameters()) / 1e6 for _, tower in sides)
     sizes = f"({vision:.1f}M) + {text.family} {text.depth}x{text.width} ({language:.1f}M)"
     print(f"model    {model.config.vision.name} {sizes} -> {model.config.projection_dim}")
-    new = [f"{name} {part}" for name, tower in sides for part in tower.new_parts]
-    new += [] if config.init else ["projections"]
-    sources = [f"{name} tower from {tower.weights_from}" for name, tower in sides]
+    sources = [f"{n} tower from {tower.weights_from or 'random weights'}" for n, tower in sides]
     sources += [f"{name} tower locked" for name in sorted(model.locked)]
-    print(f"weights  {', '.join(sources)}; new: {', '.join(new) or 'nothing'}")
+    print(f"weights  {', '.join(sources)}; new: {'nothing' if config.init else 'projections'}")
     for group in optimizer.param_groups:
         size, decay = sum(w.numel() for w in group["params"]) / 1e6, group["weight_decay"]
         print(f"learns   {size:.2f}M weights at lr {group['peak']:.1e}, weight decay {decay:g}")
@@ -725,14 +723,13 @@ def main(argv=None):
     elif device.index is not None:
         torch.cuda.set_device(device)
     with dualenc.process_group(), claim_run(flags) as out:
-        # 1. Data, and what flags at 0, -1 or "auto" stand for.
+        # 1. Data, and what flags at 0 or "auto" stand for.
         run = Run(out, *load_data(flags), features={})
         check_recipe(flags, run.pairs, run.held_out)
         steps = flags.steps or max(1, round(flags.epochs * (len(run.pairs) // flags.batch_size)))
         every = flags.eval_every or math.ceil(steps / 5)
-        how = {"precision": dualenc.pick_precision(flags.precision, device)}
-        how["workers"] = dualenc.pick_workers(flags.workers, device)
-        config = dataclasses.replace(flags, steps=steps, eval_every=every, **how)
+        precision = dualenc.pick_precision(flags.precision, device)
+        config = dataclasses.replace(flags, steps=steps, eval_every=every, precision=precision)
         # 2. Model and optimiser, new or from the last checkpoint.
         model, optimizer, state = load_run(config, run.pairs, out, device)
         # 3. The run folder, cleared only now that everything is known to work.

@@ -430,7 +430,7 @@ def test_other_classes_and_templates_can_be_given(checkpoint, colours, tmp_path)
         ("", "does not belong to a run.*give --data"),
         ("--data shapes --task zeroshot", "zeroshot needs data with classes, and this has none"),
         ("--data FOLDER --task probe --split train", "training images that are not measured"),
-        ("--data shapes --templates clip8", "unknown .*templates 'clip8'; expected plain, clip7"),
+        ("--data shapes --templates clip8", "unknown .*templates 'clip8'; expected clip7, plain"),
         ("--data shapes --out found.png", "--out are for --task search, and --task is auto"),
         ("--data FOLDER --task search", "search needs --query"),
         ("--data FOLDER --task search --out found", "--out is found, expected an image file"),

@@ -15,7 +15,8 @@ import dualenc
 FIXTURES = Path(__file__).parent / "fixtures"
 DUAL = sorted(folder.name for folder in (FIXTURES / "dual").iterdir())
 TOKENS = sorted(folder.name for folder in (FIXTURES / "tokens").iterdir())
-TOKENS.remove("xlm-roberta-old")  # a sentencepiece file, which is refused
+OTHER_TOKENS = ("xlm-roberta-old", "roberta-old", "roberta-prefix-old", "mpnet-old")  # refused
+TOKENS = [name for name in TOKENS if name not in OTHER_TOKENS]
 
 
 def largest_difference(got, right):
@@ -225,15 +226,11 @@ def test_what_transformers_cannot_compute_is_not_written(
 
 
 @pytest.mark.parametrize("name", ["distilbert", "bert-masked-lm", "bert-classifier"])
-def test_a_text_tower_is_read_from_below_its_task_head(name, capsys):
-    """What was dropped is said; the pooler is used where there is one, else the first token."""
+def test_a_text_tower_is_read_from_below_its_task_head(name):
+    """The pooler is used where there is one and none is asked for, else the first token."""
     folder = FIXTURES / "tower" / name
-    dualenc.NOTICED.clear()
     encoder = dualenc.TextEncoder.from_pretrained(folder)
-    dualenc.TextEncoder.from_pretrained(folder, pooling="mean")
-    lost = "[0-9]+ tensors are no part of the tower and were left out: "
-    notes = f"note: .*{lost}.*\nnote: .*{lost}.*pooler" if "class" in name else f"note: .*{lost}"
-    assert re.match(notes, capsys.readouterr().out)
+    assert dualenc.TextEncoder.from_pretrained(folder, pooling="mean").config.pooling == "mean"
     inputs, right = expected_of(folder)
     output, is_real = encoder(**inputs), inputs["attention_mask"].bool()
     states = output.last_hidden_state, right["last_hidden_state"]
@@ -254,7 +251,7 @@ def test_a_vision_tower_is_read_from_below_its_task_head(name):
     own = name in ("beit-classifier", "clip")
     pooled = right["pooler_output"] if own else right["last_hidden_state"][:, 0]
     assert largest_difference(output.pooler_output, pooled) < 1e-4
-    assert tower.weights_from == str(FIXTURES / "tower" / name) and tower.new_parts == []
+    assert tower.weights_from == str(FIXTURES / "tower" / name)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +277,7 @@ def test_a_sentence_transformers_folder_says_how_to_pool_and_cut(
         (folder / "1_Pooling").mkdir()
         (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     if expected is None:
-        with pytest.raises(ValueError, match="1_Pooling/config.json pools by max; choose"):
+        with pytest.raises(ValueError, match="unknown text pooling 'max'; expected"):
             two_towers("vit-classifier", folder)
         return
     model = two_towers("vit-classifier", folder, **overrides)
@@ -315,13 +312,14 @@ def test_a_folder_says_how_its_images_are_prepared_and_their_size(copy):
 
 
 @pytest.mark.parametrize("name", TOKENS)
-def test_ids_masks_and_types_are_those_of_transformers(name, tmp_path):
+def test_ids_and_masks_are_those_of_transformers(name, tmp_path):
     """Accents, Chinese, emoji, [MASK] and <mask>, nothing, too much; and again after saving."""
     expected = json.loads((FIXTURES / "tokens" / name / "expected.json").read_text())
-    texts = expected.pop("texts")
-    processor = dualenc.Processor(None, *dualenc.read_tokenizer(FIXTURES / "tokens" / name))
+    texts, types = expected.pop("texts"), expected.pop("token_type_ids", [[0]])
+    assert not any(map(any, types)), "a tower takes zeros unless it is given types"
+    processor = dualenc.Processor(None, dualenc.read_tokenizer(FIXTURES / "tokens" / name))
     processor.save_pretrained(tmp_path, format="hf")
-    for one in (processor, dualenc.Processor(None, *dualenc.read_tokenizer(tmp_path))):
+    for one in (processor, dualenc.Processor(None, dualenc.read_tokenizer(tmp_path))):
         assert {key: tensor.tolist() for key, tensor in one(text=texts).items()} == expected
 
 
@@ -338,13 +336,13 @@ def tokenizer_folder(tmp_path, name, files=(), **settings):
 
 def test_older_places_of_special_tokens_are_read(tmp_path):
     """special_tokens_map.json, which the settings overrule, and a class that config.json tells."""
-    files = {"config.json": {"model_type": "x", "text_config": {"model_type": "mpnet"}}}
-    files["special_tokens_map.json"] = {"pad_token": {"content": "<unk>"}, "cls_token": "<unk>"}
-    settings = {"cls_token": "<s>", "tokenize_chinese_chars": False}
-    folder = tokenizer_folder(tmp_path, "mpnet-old", files, **settings)
-    tokenizer, token_types = dualenc.read_tokenizer(folder)
-    assert (tokenizer.padding["pad_token"], token_types) == ("<unk>", False)
-    assert tokenizer.encode("龘龘").tokens == ["<s>", "[UNK]", "</s>"]
+    files = {"config.json": {"model_type": "x", "text_config": {"model_type": "distilbert"}}}
+    files["special_tokens_map.json"] = {"pad_token": {"content": "[UNK]"}, "cls_token": "[SEP]"}
+    settings = {"cls_token": "[MASK]", "tokenize_chinese_chars": False}
+    folder = tokenizer_folder(tmp_path, "bert-old", files, **settings)
+    tokenizer = dualenc.read_tokenizer(folder)
+    assert tokenizer.padding["pad_token"] == "[UNK]"
+    assert tokenizer.encode("龘龘").tokens == ["[MASK]", "[UNK]", "[SEP]"]
 
 
 @pytest.mark.parametrize("side, kept", [("left", "a cat"), ("right", "two"), ("", "two and a cat")])
@@ -356,8 +354,8 @@ def test_a_caption_is_cut_where_the_settings_say(side, kept, tmp_path):
     strategy = {"direction": "Right", "strategy": "LongestFirst", "stride": 0}
     tokenizer["truncation"] = {"max_length": 3, **strategy}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    dualenc.Processor(None, *dualenc.read_tokenizer(folder)).save_pretrained(tmp_path, "hf")
-    processor = dualenc.Processor(None, *dualenc.read_tokenizer(tmp_path))
+    dualenc.Processor(None, dualenc.read_tokenizer(folder)).save_pretrained(tmp_path, "hf")
+    processor = dualenc.Processor(None, dualenc.read_tokenizer(tmp_path))
     assert processor.decode(processor(text="two and a cat")["input_ids"][0]) == kept
 
 
@@ -367,9 +365,11 @@ def test_a_caption_is_cut_where_the_settings_say(side, kept, tmp_path):
         ("bert-saved", {}, {"tokenizer_class": "PhobertTokenizer"}, "class PhobertTokenizer, wh"),
         ("bert-old", {"config.json": {"tokenizer_class": "BertJapanese"}}, {}, "class BertJapan"),
         ("bert-old", {"config.json": {"model_type": "funnel"}}, {}, "class funnel"),
-        ("bert-old", {"vocab.txt": "\u2581the\n"}, {}, "sentencepiece's pieces are not read"),
+        ("bert-old", {"vocab.txt": "\u2581the\n"}, {}, "no vocab.txt of a BERT: let tra"),
         ("bert-saved", {"vocab.txt": "<none>"}, {"pad_token": "<none>"}, "no pad_token '<none>'"),
-        ("xlm-roberta-old", {}, {"tokenizer_class": "XLMRobertaTokenizer"}, "tokenizer.json"),
+        ("xlm-roberta-old", {}, {"tokenizer_class": "XLMRobertaTokenizer"}, "save tokenizer.json"),
+        ("roberta-old", {}, {"tokenizer_class": "RobertaTokenizer"}, "save tokenizer.json"),
+        ("mpnet-old", {}, {"tokenizer_class": "MPNetTokenizer"}, "save tokenizer.json"),
     ],
 )
 def test_tokenizers_of_other_kinds_are_refused_by_name(name, files, settings, message, tmp_path):
@@ -385,7 +385,7 @@ def test_tokenizers_of_other_kinds_are_refused_by_name(name, files, settings, me
     [
         ("vision", {"model_type": "dinov2_with_registers"}, "timm has more by name"),
         ("text", {"model_type": "albert"}, "text model_type 'albert'; expected bert, "),
-        ("vision", {"hidden_act": "mish"}, "unknown activation 'mish'; expected gelu"),
+        ("vision", {"hidden_act": "mish"}, "unknown activation 'mish'; expected swish, gelu"),
         ("text", {"position_embedding_type": "relative_key"}, "only 'absolute' is read"),
         ("text", {"is_decoder": True}, "is_decoder = True: only False is read"),
         ("vision", {"hidden_size": "x"}, "cannot build the model of"),
@@ -446,10 +446,12 @@ def test_a_full_clip_is_no_dual_encoder_but_lends_its_vision_tower():
 def test_a_folder_without_weights_or_with_code_in_them_is_refused(copy):
     folder = copy("dual/vit-bert")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="no model.safetensors or pytorch_model.bin in one piece"):
+    with pytest.raises(
+        ValueError, match="cannot read weights in one piece from .*model.safetensors"
+    ):
         dualenc.DualEncoder.from_pretrained(folder)
     torch.save({"logit_scale": Path("anything")}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="cannot read weights .*pytorch_model.bin"):
+    with pytest.raises(ValueError, match="cannot read weights.*pytorch_model.bin"):
         dualenc.DualEncoder.from_pretrained(folder)
 
 
@@ -500,7 +502,7 @@ def test_processors_of_both_libraries_agree_on_files_of_either(tokens, hf, tmp_p
     for processor in (theirs, back):
         limits = {"padding": True, "truncation": True, "return_tensors": "pt"}
         right = processor(text=texts, images=images, **limits)
-        assert right.keys() == got.keys()
+        assert {*right} - {"token_type_ids"} == {*got}
         for key in got:
             assert largest_difference(got[key], right[key]) < 1e-6, key
 

@@ -186,7 +186,7 @@ def test_pixels_of_another_shape_are_refused_but_convnets_take_any_size(family):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "resnet81"}, "unknown timm model 'resnet81'; the nearest names are .*resnet18"),
+        ({"name": "resnet81"}, "unknown timm model 'resnet81'; expected resnet18, .*[...]"),
         ({"args": {"num_heads": 5}}, "timm cannot build vit_tiny_patch16_224 with .*num_heads"),
         ({"name": "vit_tiny_patch16_224.nonsense"}, "vit_tiny_patch16_224.nonsense .*nonsense"),
         ({"name": "resnet18", "patch_dropout": 0.5}, "timm cannot build .*patch_drop_rate"),
