@@ -173,7 +173,7 @@ class DualEncoderConfig:
 
     @classmethod
     def from_dict(cls, values):
-        """The inverse of to_dict; raises ValueError for unknown fields."""
+        """The inverse of to_dict; raises ValueError for unknown fields and wrong types."""
         values = {name: value for name, value in values.items() if name != "model_type"}
         vision = config_from_dict(VisionConfig, values.pop("vision", {}))
         text = config_from_dict(TextConfig, values.pop("text", {}))
@@ -1753,10 +1753,14 @@ def build_vision_tower(vision, pretrained, overrides):
             tower.own_transform = read_image_transform(folder)
             return tower
         # A timm folder. What we save names its architecture and arguments, not where it lay.
-        args, weights = {**(values.get("model_args") or {})}, f"local-dir:{folder}"
+        found["name"], weights = values["architecture"], f"local-dir:{folder}"
+        args = {"in_chans": 3, **(values.get("model_args") or {})}
         args.pop("num_classes", None)
-        found = {"name": values["architecture"], "image_size": args.pop("img_size", None)}
-        found["pooling"] = args.pop("global_pool", None)
+        if args["in_chans"] == 3:  # VisionConfig refuses others
+            del args["in_chans"]
+        side, found["pooling"] = args.pop("img_size", None), args.pop("global_pool", None)
+        is_square = isinstance(side, list) and len({*side}) == 1
+        found["image_size"] = side[0] if is_square else side
         pretrained = pretrained or not vision.startswith("hf-hub:")
     args |= overrides.get("args", {})
     config = config_from_dict(VisionConfig, {**found, **overrides, "args": args})
@@ -2590,10 +2594,17 @@ def check_min(what, got, minimum):
 
 
 def config_from_dict(config_class, values):
-    """config_class(**values); ValueError for an unknown field."""
-    known = [field.name for field in dataclasses.fields(config_class)]
-    for name in values:
-        check_choice(f"field of {config_class.__name__}", name, known)
+    """config_class(**values); ValueError for an unknown field or a value of the wrong type."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{config_class.__name__} is {values!r}, expected fields by name")
+    hints = typing.get_type_hints(config_class)
+    for name, value in values.items():
+        check_choice(f"field of {config_class.__name__}", name, hints)
+        kinds = typing.get_args(hints[name]) or (hints[name],)  # "int | None": (int, NoneType)
+        kinds += (int,) if float in kinds else ()
+        if type(value) not in kinds:  # True is an instance of int
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{name} is {value!r}, expected {expected}")
     return config_class(**values)
 
 
