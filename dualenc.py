@@ -981,14 +981,15 @@ class Processor:
 
     image_transform  ImageTransform, or None for captions alone
     tokenizer        tokenizers.Tokenizer with padding enabled, or None for images alone
+    token_types      whether captions come with token_type_ids, as BERT's do
     positions        tokens that the text tower has room for; any number unless given
     """
 
-    def __init__(self, image_transform, tokenizer, positions=math.inf):
+    def __init__(self, image_transform, tokenizer, token_types=False, positions=math.inf):
         if tokenizer is not None and tokenizer.padding is None:
             raise ValueError("no padding: call tokenizer.enable_padding(pad_id=..., pad_token=...)")
         self.image_transform, self.tokenizer = image_transform, tokenizer
-        self.positions = positions
+        self.token_types, self.positions = token_types, positions
         truncation = (tokenizer and tokenizer.truncation) or {}
         # Tokens kept unless a call says otherwise.
         self.max_length = min(truncation.get("max_length", math.inf), positions)
@@ -1001,7 +1002,7 @@ class Processor:
         images      an image or I of them (see to_pixels), of mixed sizes if you like
         max_length  tokens, up to the text tower's positions; longer captions are cut, with a notice
         returns     {"input_ids" (N, T), "attention_mask" (N, T), "pixel_values" (I, 3, S, S)}, as
-                    asked for; no token_type_ids, which are all 0 for a caption
+                    asked for, and "token_type_ids" (N, T) with token_types
         """
         inputs, captions = {}, [text] if isinstance(text, str) else list(text or ())
         if captions:
@@ -1018,6 +1019,8 @@ class Processor:
                 notice("unknown", f"most tokens of the captions are the tokenizer's {unknown}")
             inputs["input_ids"] = torch.tensor([row.ids for row in rows])
             inputs["attention_mask"] = torch.tensor([row.attention_mask for row in rows])
+            if self.token_types:
+                inputs["token_type_ids"] = torch.tensor([row.type_ids for row in rows])
         if isinstance(images, Image.Image) or getattr(images, "ndim", 4) < 4:
             images = [images]
         if images is not None and len(images):
@@ -1050,15 +1053,15 @@ class Processor:
         if self.tokenizer is not None:
             self.cut_at(self.max_length)  # a call may have left its own limit there
             write_file(folder / TOKENIZER_FILE, self.tokenizer.to_str(pretty=True))
-            if format == "hf":  # what tokenizer.json does not say
-                padding = self.tokenizer.padding
+            if format == "hf" or self.token_types:  # what tokenizer.json does not say
+                padding, types = self.tokenizer.padding, ["token_type_ids"] * self.token_types
                 settings = {
                     "tokenizer_class": "PreTrainedTokenizerFast",
                     "pad_token": padding["pad_token"],
                     "padding_side": padding["direction"],
                     "truncation_side": self.truncation_side,
                     "model_max_length": min(self.max_length, int(1e30)),
-                    "model_input_names": ["input_ids", "attention_mask"],
+                    "model_input_names": ["input_ids", *types, "attention_mask"],
                 }
                 write_file(folder / "tokenizer_config.json", json.dumps(settings, indent=2))
         if self.image_transform is not None:
@@ -1068,11 +1071,11 @@ class Processor:
     def from_pretrained(cls, folder_or_hub_id):
         """The processor of a folder, ours or transformers'; a half without files is None."""
         folder = find_folder(folder_or_hub_id)
-        transform, tokenizer = read_image_transform(folder), read_tokenizer(folder)
+        transform, (tokenizer, token_types) = read_image_transform(folder), read_tokenizer(folder)
         if transform is None and tokenizer is None:
             raise ValueError(f"{folder} has neither a tokenizer nor {IMAGE_FILE}")
         with blamed_on(folder):
-            return cls(transform, tokenizer)
+            return cls(transform, tokenizer, token_types)
 
 
 def train_tokenizer(captions, vocab_size, max_length=None):
@@ -1772,11 +1775,13 @@ def build_vision_tower(vision, pretrained, overrides):
 
 def add_processor(model, image_transform, folder):
     """Give the model a processor with the folder's tokenizer, if both halves are there."""
-    tokenizer, last = read_tokenizer(folder), model.config.text.vocab_size - 1
+    tokenizer, token_types = read_tokenizer(folder)
     if tokenizer is None or image_transform is None:
         return
+    last = model.config.text.vocab_size - 1
     with blamed_on(folder, "cannot use the tokenizer of"):
-        model.processor = Processor(image_transform, tokenizer, model.text_model.max_tokens)
+        positions = model.text_model.max_tokens
+        model.processor = Processor(image_transform, tokenizer, token_types, positions)
         ids = (*tokenizer.get_vocab().values(), *tokenizer.encode("").ids)
         largest = max(*ids, tokenizer.padding["pad_id"])
         if largest > last:
@@ -2524,11 +2529,11 @@ TOKENIZERS |= dict.fromkeys(("roberta", "xlmroberta", "camembert", "mpnet"), "<p
 
 
 def read_tokenizer(folder):
-    """The Tokenizer of a folder's files, made to pad and cut as they say; None without."""
+    """(Tokenizer that pads and cuts, whether captions get token types); (None, False) without."""
     names = (TOKENIZER_FILE, "vocab.txt", "vocab.json", "*.model")  # the first there is
     path = next((path for name in names for path in folder.glob(name)), None)
     if path is None:
-        return None
+        return None, False
     settings = read_json(folder / "special_tokens_map.json", {})
     settings |= read_json(folder / "tokenizer_config.json", {})
     settings = {n: v.get("content", v) if isinstance(v, dict) else v for n, v in settings.items()}
@@ -2538,7 +2543,7 @@ def read_tokenizer(folder):
     kind = re.sub("tokenizer(fast)?$", "", name.lower().replace("-", ""))
     with blamed_on(path):
         if path.name == TOKENIZER_FILE and not settings:  # ours: the file says how to pad and cut
-            return tokenizers.Tokenizer.from_file(str(path))
+            return tokenizers.Tokenizer.from_file(str(path)), False
         if kind not in TOKENIZERS:
             raise ValueError(f"tokenizer class {name}, which may split words in its own way")
         if path.name == TOKENIZER_FILE:
@@ -2558,7 +2563,9 @@ def read_tokenizer(folder):
     if longest and longest < 1e9:  # 1e30 stands for no limit
         side = settings.get("truncation_side", "right")
         tokenizer.enable_truncation(int(longest), direction=side)
-    return tokenizer
+    inputs = settings.get("model_input_names")
+    types = kind in BERT_TOKENIZERS and kind != "distilbert"
+    return tokenizer, ("token_type_ids" in inputs if inputs else types)
 
 
 def read_wordpieces(path, kind, settings):

@@ -290,7 +290,7 @@ def test_the_learned_vocabulary_is_the_same_in_every_process():
 
 def test_captions_of_unknown_tokens_are_noticed_once(capsys):
     folder = Path(__file__).parent / "fixtures/tokens/bert-saved"
-    processor = dualenc.Processor(None, dualenc.read_tokenizer(folder))
+    processor = dualenc.Processor(None, *dualenc.read_tokenizer(folder))
     for captions in (["a", "龘"], ["龘龘 鱻", "a"], ["龘"]):
         processor(text=captions)
         if captions[0] == "a":
