@@ -1117,14 +1117,10 @@ SPLITS = ("train", "val", "test", "all")
 
 
 class Lazy(Sequence):
-    """A sequence whose item i is function(items[i]), made when asked for.
+    """A sequence whose item i is function(items[i]), made when asked for."""
 
-    stamp  function(item) -> a string that changes with function(item); stored features go by it
-    """
-
-    def __init__(self, items, function, stamp=None):
+    def __init__(self, items, function):
         self.items, self.function = items, function
-        self.stamp = stamp or (stamp_image if function is open_image else None)
 
     def __len__(self):
         return len(self.items)
@@ -1162,16 +1158,15 @@ class Pairs(torch.utils.data.Dataset):
         indices = list(indices)
         names, captions = [self.names[i] for i in indices], [self.captions[i] for i in indices]
         labels = self.labels and [self.labels[i] for i in indices]
-        items = [self.images.items[i] for i in indices]
-        images = Lazy(items, self.images.function, self.images.stamp)
+        images = Lazy([self.images.items[i] for i in indices], self.images.function)
         return Pairs(names, images, captions, labels, self.classes)
 
     def stamps(self):
         """I strings that change when the image does: stored features are kept by them."""
-        if self.images.stamp is None:
-            raise ValueError("features of these images cannot be stored: their Lazy has no stamp")
-        items = zip(self.names, self.images.items)
-        return [f"{name} {self.images.stamp(item)}" for name, item in items]
+        stamp = {open_image: stamp_image, draw_scene: str}.get(self.images.function)
+        if stamp is None:
+            raise ValueError("features of these images cannot be stored: Pairs.stamps has no stamp")
+        return [f"{name} {stamp(item)}" for name, item in zip(self.names, self.images.items)]
 
     def pair_ids(self, indices, captions):
         """(B, 2) for B images and a caption of each: (class or image, caption text) as numbers.
@@ -1303,7 +1298,7 @@ class ShapesPairs(Pairs):
             self.wordings.append((second, OPPOSITE[relation], first) if turned else scene)
         items = [(*scene, name, side) for scene, name in zip(self.scenes, names)]
         captions = [[describe(*wording)] for wording in self.wordings]
-        super().__init__(names, Lazy(items, draw_scene, stamp=str), captions)
+        super().__init__(names, Lazy(items, draw_scene), captions)
 
     def hard_negatives(self, i):
         """Wrong captions of image i, each a small change to its own: {kind: caption}.

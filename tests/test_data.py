@@ -76,7 +76,7 @@ def test_stamps_change_with_the_image(folder):
     save_image(folder / "b.png", size=(9, 9))
     after = dualenc.load_pairs(folder / "c.csv", "all").stamps()
     assert before[0] == after[0] and before[1] != after[1]
-    with pytest.raises(ValueError, match="their Lazy has no stamp"):
+    with pytest.raises(ValueError, match="Pairs.stamps has no stamp"):
         dualenc.Pairs(["a"], [Image.new("RGB", (2, 2))], [["x"]]).stamps()
 
 
