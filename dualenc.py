@@ -802,7 +802,7 @@ class ImageTransform:
     """Any image to normalised pixels: resize, centre crop, (pixel / 255 - mean) / std.
 
     resize         pixels of the shorter side; None leaves the image as it is
-    crop           pixels of both sides; None cuts nothing off
+    crop           pixels of both sides, cut off or added in black; None leaves them as they are
     squash         resize both sides, whatever the image's proportions
     interpolation  one of INTERPOLATIONS
     mean, std      of red, green and blue, for pixels from 0 to 1
@@ -832,7 +832,12 @@ class ImageTransform:
         if self.resize is not None:
             size = [self.resize] * (2 if self.squash else 1)  # of both sides, or of the shorter one
             pixels = TF.resize(pixels, size, InterpolationMode(self.interpolation), antialias=True)
-        return pixels if self.crop is None else centre_crop(pixels, self.crop)
+        if self.crop is not None:
+            # Negative margins cut. An odd pixel is at the end: as in transformers, not torchvision.
+            height, width = (self.crop - side for side in pixels.shape[-2:])
+            top, left = int(height / 2), int(width / 2)
+            pixels = F.pad(pixels, (left, width - left, top, height - top))
+        return pixels
 
     def normalize(self, pixels):
         """(..., 3, S, S) uint8 to normalised float32."""
@@ -885,15 +890,6 @@ class ImageTransform:
             mean=tuple(value / scale for value in mean),
             std=tuple(value / scale for value in std),
         )
-
-
-def centre_crop(pixels, size):
-    """(3, height, width) to (3, size, size); smaller images get a black border."""
-    # An odd pixel is added at the end and cut off at the end: as in transformers, not torchvision.
-    height, width = (max(size - side, 0) for side in pixels.shape[-2:])
-    pixels = F.pad(pixels, (width // 2, width - width // 2, height // 2, height - height // 2))
-    top, left = ((side - size) // 2 for side in pixels.shape[-2:])
-    return pixels[..., top : top + size, left : left + size]
 
 
 def to_pixels(image):

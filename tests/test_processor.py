@@ -72,11 +72,15 @@ def test_every_form_of_an_image_gives_the_same_pixels(image):
 
 
 def test_odd_margins_of_crops_and_borders_are_at_the_end():
+    def crop(image, side):
+        return make_transform(resize=None, crop=side).resize_and_crop(image)[0].tolist()
+
     image = torch.arange(7).expand(1, 7, 7)
-    assert dualenc.centre_crop(image, 4)[0, 0].tolist() == [1, 2, 3, 4]
+    assert crop(image, 4) == [[1, 2, 3, 4]] * 4
     image = torch.ones(1, 2, 3)
-    assert dualenc.centre_crop(image, 6)[0, 2:4].tolist() == [[0, 1, 1, 1, 0, 0]] * 2
-    assert dualenc.centre_crop(image, 5)[0, :, 1].tolist() == [0, 1, 1, 0, 0]
+    assert crop(image, 6)[2:4] == [[0, 1, 1, 1, 0, 0]] * 2
+    assert [row[1] for row in crop(image, 5)] == [0, 1, 1, 0, 0]
+    assert crop(torch.arange(7).expand(1, 2, 7), 4)[1:] == [[1, 2, 3, 4]] * 2 + [[0] * 4]
 
 
 @pytest.mark.parametrize(
