@@ -793,7 +793,6 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic")  # files hold Pillow's numbe
 NOT_IMAGES = {"EPS", "HDF5", "GRIB", "BUFR", "MPEG", "WMF"}
 Image.init()  # loads what Pillow can open
 IMAGE_FORMATS = [name for name in Image.OPEN if name not in NOT_IMAGES]
-# The files of a folder or a shard that count as images.
 IMAGE_SUFFIXES = {suffix for suffix, name in Image.EXTENSION.items() if name in IMAGE_FORMATS}
 
 
@@ -1474,19 +1473,15 @@ def load_pairs(
     for i in range(0, len(pairs), len(pairs) // 8 + 1):
         with suppress(ValueError):
             pairs.images[i]  # opened only to note dark images here: workers print no notes
-    if split == "all":
-        return pairs
     splits = [own[0].split for own in rows_of.values()]
-    part = split if split in splits else {"val": "test", "test": "val"}.get(split)  # a stand-in
     if {"val", "test"}.isdisjoint(splits):
         # A hash decides, so new images never move old ones across.
         groups = [own[0].group or name for (name, _), own in rows_of.items()]
         hashes = [int.from_bytes(digest(group)[:4], "big") / 2**32 for group in groups]
-        splits = ["held out" if share < val_fraction else "train" for share in hashes]
-        part = "train" if split == "train" else "held out"
-    elif part not in splits:
-        raise ValueError(f"{spec} has no {split} part, only {', '.join({*splits})}")
-    return pairs.select(i for i, found in enumerate(splits) if found == part)
+        splits = ["test" if share < val_fraction else "train" for share in hashes]
+    if split in ("val", "test") and split not in splits:
+        split = "val" if split == "test" else "test"  # a stand-in
+    return pairs.select(i for i, found in enumerate(splits) if split in (found, "all"))
 
 
 def rows_by_image(rows, root):
