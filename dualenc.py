@@ -1578,9 +1578,8 @@ def read_folder(folder, **_):
         if len(place) <= depth + (not has_texts):
             notice(f"{folder} above", f"{path} is left out: it lies in no folder of a class")
         elif has_texts:
-            for line, caption in enumerate(text_lines(text), 1):
-                if caption.strip():
-                    yield Row(f"{text}, line {line}", image, caption, split=split)
+            for caption in filter(str.strip, text_lines(text)):
+                yield Row(text, image, caption, split=split)
         else:
             yield Row(path, image, label=place[depth], split=split)
 
@@ -1671,16 +1670,13 @@ def read_shards(spec, **_):
                     images[key] = path, member.offset_data, member.size
                 elif kind.lower() == "txt":
                     text = tar.extractfile(member).read().decode("utf-8-sig").strip()
-                    captions |= {key: text.split("\n")} if text else {}
+                    captions[key] = re.split(r"\s*\n\s*", text)
             tar.fileobj.seek(tar.offset)  # a whole archive ends in a block of zeros
             if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise ValueError(f"cut short or damaged at byte {tar.offset:,}")
-            for key in images.keys() ^ captions.keys():
-                lacking = "image" if key in captions else "caption"
-                raise ValueError(f"sample {key} has no {lacking}")
         for key, image in images.items():
-            where = f"{Path(name).as_posix()}/{key}"
-            yield from (Row(where, image, line) for line in captions[key] if line.strip())
+            for caption in captions.get(key, [""]):  # Row refuses an empty one
+                yield Row(f"{Path(name).as_posix()}/{key}", image, caption)
 
 
 # The one table of readers: what a spec is, and the function that yields its Rows.
