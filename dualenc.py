@@ -1219,16 +1219,14 @@ class ImageDataset(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, key):
-        (epoch, first), error = key, ""
-        for i in range(first, first + 100):
-            used = i % len(self)
+        (epoch, used), error = key, ""
+        pixels = torch.zeros(3, 8, 8, dtype=torch.uint8)  # black, if a hundred in a row are broken
+        for i in range(used, used + 100):
             try:
-                pixels = to_pixels(self.images[used])
+                pixels, used = to_pixels(self.images[i % len(self)]), i % len(self)
                 break
             except (ValueError, OSError) as reason:
                 error = error or str(reason)
-        else:  # a hundred broken images in a row give a black one
-            used, pixels = first, torch.zeros(3, 8, 8, dtype=torch.uint8)
         if self.augment:
             pixels = self.augment(pixels, (epoch, used))
         return self.transform.resize_and_crop(pixels), used, error
@@ -1442,9 +1440,7 @@ def load_pairs(
 ):
     """Images with captions from a data spec.
 
-    spec          "shapes"; a torchvision set such as "cifar10"; a folder of class folders, or of
-                  images with .txt files of the same name; a table .csv, .tsv, .txt or .jsonl; a
-                  .json of COCO captions or Karpathy's splits; tar shards "shards-{0000..0099}.tar"
+    spec          "shapes", or what DATA_READERS reads: see README.md, "Your own images"
     split         "train", "val", "test" or "all". The data's own where it has one (without val,
                   test serves, and the reverse). Else a hash of an image's name, or of its group,
                   puts a val_fraction of the images into val, which is test too
@@ -1512,14 +1508,11 @@ def pairs_from_rows(rows_of, templates, class_names):
         captions = [list(dict.fromkeys(row.caption for row in own)) for own in rows_of.values()]
         return Pairs(list(names), images, captions)
     known = sorted({*folders})
-    if len(known) == 1:
-        raise ValueError(f"all images are of class {known[0]!r}; is there a table of captions?")
     unknown = [name for name in class_names if name not in known]
     if unknown and {*known} - {*class_names}:
         raise ValueError(f"no class {unknown[0]!r} to rename; {nearest(unknown[0], known)}")
-    for template in templates:
-        if "{}" not in template:
-            raise ValueError(f"template {template!r} has no {{}} for the class name")
+    if wrong := [template for template in templates if "{}" not in template]:
+        raise ValueError(f"template {wrong[0]!r} has no {{}} for the class name")
     index = {folder: k for k, folder in enumerate(known)}
     labels = [index[folder] for folder in folders]
     classes = [readable_name(class_names.get(name, name)) for name in known]
