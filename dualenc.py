@@ -1610,18 +1610,16 @@ def read_jsonl(path, **_):
 def record_rows(where, record):
     """The rows of a table's {column: cell}, whose columns are found by name."""
     record = {name.strip().lower(): cell for name, cell in record.items()}
-    cells = []
-    for kind, names in (("image", IMAGE_COLUMNS), ("caption", CAPTION_COLUMNS)):
-        column = next((name for name in names if name in record), None)
-        if column is None:
-            got, expected = ", ".join(record), ", ".join(names)
-            raise ValueError(f"{where}: no {kind} column in {got}; expected one of {expected}")
-        cells.append(record[column])
-    image, captions = cells
+    image = next((name for name in IMAGE_COLUMNS if name in record), None)
+    caption = next((name for name in CAPTION_COLUMNS if name in record), None)
+    if None in (image, caption):
+        expected = f"one of {', '.join(IMAGE_COLUMNS)}, and one of {', '.join(CAPTION_COLUMNS)}"
+        raise ValueError(f"{where}: the columns are {', '.join(record)}; expected {expected}")
     split = str(record["split"]) if "split" in record else None
     group = None if record.get("group") is None else str(record["group"])
-    for caption in captions if isinstance(captions, list) and captions else [captions]:
-        yield Row(where, str(image or ""), caption, None, split, group)
+    captions = record[caption]
+    for text in captions if captions and isinstance(captions, list) else [captions]:
+        yield Row(where, str(record[image] or ""), text, None, split, group)
 
 
 def read_json_captions(path, **_):
