@@ -1033,7 +1033,7 @@ class Processor:
 
     def decode(self, ids):
         """Token ids (T,) to a caption without special tokens."""
-        return self.tokenizer.decode(torch.as_tensor(ids).tolist())
+        return self.tokenizer.decode(torch.as_tensor(ids).tolist()).strip()
 
     def batch_decode(self, ids):
         """Token ids (N, T) to N captions without special tokens."""
@@ -1080,8 +1080,6 @@ def train_tokenizer(captions, vocab_size, max_length=None):
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    decoders = [tokenizers.decoders.ByteLevel(), tokenizers.decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = tokenizers.decoders.Sequence(decoders)
     tokenizer.enable_padding(pad_id=0, pad_token="<pad>")
     if max_length:
         tokenizer.enable_truncation(max_length)

@@ -287,7 +287,7 @@ def test_the_learned_vocabulary_is_the_same_in_every_process():
     options = {"cwd": Path(dualenc.__file__).parent, "env": environment, "text": True}
     assert subprocess.check_output([sys.executable, "-c", code], **options).strip() == here.to_str()
     assert here.get_vocab_size() == 300
-    assert here.decode(here.encode("日本 zebra").ids) == "日本 zebra", "no caption is unknown"
+    assert here.decode(here.encode("日本 zebra").ids) == " 日本 zebra", "no caption is unknown"
 
 
 def test_captions_of_unknown_tokens_are_noticed_once(capsys):
