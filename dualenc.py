@@ -1232,7 +1232,6 @@ def image_loader(dataset, batches, workers, device):
         batch_sampler=batches,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
         worker_init_fn=worker_init,
         generator=torch.Generator(),  # the global one belongs to the training run
     )
@@ -1254,9 +1253,8 @@ class ShapesPairs(Pairs):
     """Drawn images such as "a small red circle left of a large blue star", without any download.
 
     Two objects, each with a size, a colour and a shape, beside or above each other: 18,240 scenes.
-    Which adjective goes with which noun, and their order, decide the image. A tenth of the scenes
-    are held out, as are all with one of HELD_OUT_OBJECTS, whose colour and shape are seen in
-    training, but never together. Each scene is followed by its mirror, in which the two objects
+    A tenth of them are held out, as are all with one of HELD_OUT_OBJECTS, whose colour and shape
+    are seen in training, but never together. Each scene is followed by its mirror, in which the two
     have changed places: a bag of words cannot tell which of the two images a caption describes.
 
     split   "train"; "val" or "test", which are the same images; or "all"
@@ -1310,10 +1308,7 @@ class ShapesPairs(Pairs):
 
 
 def draw_scenes(rng, count, held_out):
-    """Scenes of objects (size, colour, shape), each followed by its mirror, from a random.Random.
-
-    Half of the held-out scenes have an object that training never shows, and none is there twice.
-    """
+    """Scenes of objects (size, colour, shape), each followed by its mirror."""
     if held_out and count > MAX_HELD_OUT:
         raise ValueError(f"{count} held-out images, expected at most {MAX_HELD_OUT}")
 
@@ -1628,10 +1623,7 @@ def read_json_captions(path, **_):
 
 
 def read_shards(spec, **_):
-    """Tar files in webdataset's layout: members key.jpg and key.txt, a caption a line.
-
-    A shard is read once, for headers and captions; each image costs one seek later, in any order.
-    """
+    """Tar files in webdataset's layout: members key.jpg and key.txt, a caption a line."""
     braces = re.search(r"\{(\d+)\.\.(\d+)\}", spec)
     first, last = braces.groups() if braces else (0, 0)
     for number in range(int(first), int(last) + 1):
