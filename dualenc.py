@@ -788,6 +788,7 @@ class VisionEncoder(nn.Module):
 # 5  Processor: images and captions to tensors
 # --------------------------------------------------------------------------------------------------
 
+NOTICED = set()  # the kinds of which notice has printed a message
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")  # files hold Pillow's number of each
 # Pillow would have Ghostscript run an EPS; files of the other formats are seldom images.
 NOT_IMAGES = {"EPS", "HDF5", "GRIB", "BUFR", "MPEG", "WMF"}
@@ -910,9 +911,6 @@ def flatten(image, name="an image"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-NOTICED = set()
 
 
 def notice(kind, message):
@@ -1646,14 +1644,9 @@ def read_shards(spec, **_):
 
 
 # The one table of readers: what a spec is, and the function that yields its Rows.
-DATA_READERS = {
-    **dict.fromkeys((".csv", ".tsv", ".txt"), read_table),
-    ".jsonl": read_jsonl,
-    ".json": read_json_captions,
-    ".tar": read_shards,
-    "folder/": read_folder,
-    **dict.fromkeys(TORCHVISION_SETS, read_torchvision),
-}
+DATA_READERS = {".csv": read_table, ".tsv": read_table, ".txt": read_table, ".jsonl": read_jsonl}
+DATA_READERS |= {".json": read_json_captions, ".tar": read_shards, "folder/": read_folder}
+DATA_READERS |= dict.fromkeys(TORCHVISION_SETS, read_torchvision)
 
 
 # --------------------------------------------------------------------------------------------------
