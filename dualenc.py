@@ -790,10 +790,9 @@ class VisionEncoder(nn.Module):
 
 NOTICED = set()  # the kinds of which notice has printed a message
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")  # files hold Pillow's number of each
-# Pillow would have Ghostscript run an EPS; files of the other formats are seldom images.
-NOT_IMAGES = {"EPS", "HDF5", "GRIB", "BUFR", "MPEG", "WMF"}
 Image.init()  # loads what Pillow can open
-IMAGE_FORMATS = [name for name in Image.OPEN if name not in NOT_IMAGES]
+# Pillow would have Ghostscript run an EPS; files of the other formats are seldom images.
+IMAGE_FORMATS = [f for f in Image.OPEN if f not in ("EPS", "HDF5", "GRIB", "BUFR", "MPEG", "WMF")]
 IMAGE_SUFFIXES = {suffix for suffix, name in Image.EXTENSION.items() if name in IMAGE_FORMATS}
 
 
@@ -1057,8 +1056,7 @@ class Processor:
         transform, (tokenizer, token_types) = read_image_transform(folder), read_tokenizer(folder)
         if transform is None and tokenizer is None:
             raise ValueError(f"{folder} has neither a tokenizer nor {IMAGE_FILE}")
-        with blamed_on(folder):
-            return cls(transform, tokenizer, token_types)
+        return cls(transform, tokenizer, token_types)
 
 
 def train_tokenizer(captions, vocab_size, max_length=None):
@@ -1180,8 +1178,7 @@ def positive_groups(pair_ids):
     while True:
         before = groups
         for column in columns:  # every pair takes the lowest group among those that share its id
-            lowest = groups.new_full((len(groups),), len(groups))
-            groups = lowest.scatter_reduce(0, column, groups, "amin")[column]
+            groups = groups.scatter_reduce(0, column, groups, "amin", include_self=False)[column]
         if torch.equal(groups, before):
             return groups
 
