@@ -873,16 +873,15 @@ class ImageTransform:
             raise ValueError(f"{got}; expected all images to become squares of one size")
         # They normalise pixel * factor, we pixel / 255: mean and std are divided by the ratio.
         scale = 255 * (values["rescale_factor"] if values["do_rescale"] else 1)
-        mean, std = [0] * 3, [1] * 3
-        if values["do_normalize"]:
-            mean, std = values["image_mean"], values["image_std"]
+        if not values["do_normalize"]:
+            values |= {"image_mean": [0] * 3, "image_std": [1] * 3}
         return cls(
             resize=max(size.values()),
             crop=max(crop.values()),
             squash="shortest_edge" not in size,
             interpolation=Image.Resampling(values["resample"]).name.lower(),
-            mean=tuple(value / scale for value in mean),
-            std=tuple(value / scale for value in std),
+            mean=tuple(value / scale for value in values["image_mean"]),
+            std=tuple(value / scale for value in values["image_std"]),
         )
 
 
@@ -1203,15 +1202,12 @@ class ImageDataset(torch.utils.data.Dataset):
             size = math.ceil(zoom * transform.resize)
             self.images = Lazy(images.items, functools.partial(open_image, size=size))
 
-    def __len__(self):
-        return len(self.images)
-
     def __getitem__(self, key):
-        (epoch, used), error = key, ""
+        (epoch, used), n, error = key, len(self.images), ""
         pixels = torch.zeros(3, 8, 8, dtype=torch.uint8)  # black, if a hundred in a row are broken
         for i in range(used, used + 100):
             try:
-                pixels, used = to_pixels(self.images[i % len(self)]), i % len(self)
+                pixels, used = to_pixels(self.images[i % n]), i % n
                 break
             except (ValueError, OSError) as reason:
                 error = error or str(reason)
