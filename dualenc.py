@@ -1067,14 +1067,12 @@ def train_tokenizer(captions, vocab_size, max_length=None):
     source      Radford et al. 2019 (GPT-2), section 2.2
     """
     # A space before the first word makes it the same token as inside a caption.
-    learner = tokenizers.ByteLevelBPETokenizer(
-        add_prefix_space=True, lowercase=True, unicode_normalizer="nfc"
-    )
+    options = {"add_prefix_space": True, "lowercase": True, "unicode_normalizer": "nfc"}
+    learner = tokenizers.ByteLevelBPETokenizer(**options)
     learner.train_from_iterator(captions, vocab_size, 1, False, ["<pad>", "<s>", "</s>"])
     tokenizer = tokenizers.Tokenizer.from_str(learner.to_str())
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
+    ends = {"single": "<s> $A </s>", "special_tokens": [("<s>", 1), ("</s>", 2)]}
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(**ends)
     tokenizer.enable_padding(pad_id=0, pad_token="<pad>")
     if max_length:
         tokenizer.enable_truncation(max_length)
