@@ -1629,9 +1629,9 @@ def read_shards(spec, **_):
             tar.fileobj.seek(tar.offset)  # a whole archive ends in a block of zeros
             if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise ValueError(f"cut short or damaged at byte {tar.offset:,}")
-        for key, image in images.items():
-            for caption in captions.get(key, [""]):  # Row refuses an empty one
-                yield Row(f"{Path(name).as_posix()}/{key}", image, caption)
+        for key in images | captions:
+            for caption in captions.get(key, [""]):  # what is lacking is empty, which is refused
+                yield Row(f"{Path(name).as_posix()}/{key}", images.get(key, ""), caption)
 
 
 # The one table of readers: what a spec is, and the function that yields its Rows.

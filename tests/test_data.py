@@ -508,6 +508,7 @@ def test_other_members_of_a_shard_are_left_alone(tmp_path):
     [
         ({"a.png": b"x"}, "s.tar/a: caption is '', expected one text"),
         ({"a.png": b"x", "a.txt": b"\n"}, "s.tar/a: caption is ''"),
+        ({"a.txt": b"x"}, "s.tar/a: missing image"),
         ({"a.png": b"x", "a.txt": b"\xff\xfa"}, "cannot read .*s.tar: .*'utf-8' codec"),
     ],
 )
