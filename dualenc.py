@@ -785,12 +785,11 @@ class VisionEncoder(nn.Module):
 # 5  Processor: images and captions to tensors
 # --------------------------------------------------------------------------------------------------
 
+NOTICED = set()  # the kinds of which notice has printed a message
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")  # files hold Pillow's number of each
-# Pillow would have Ghostscript run an EPS; files of the other formats are seldom images.
-NOT_IMAGES = {"EPS", "HDF5", "GRIB", "BUFR", "MPEG", "WMF"}
 Image.init()  # loads what Pillow can open
-IMAGE_FORMATS = [name for name in Image.OPEN if name not in NOT_IMAGES]
-# The files of a folder or a shard that count as images.
+# Pillow would have Ghostscript run an EPS; files of the other formats are seldom images.
+IMAGE_FORMATS = [f for f in Image.OPEN if f not in ("EPS", "HDF5", "GRIB", "BUFR", "MPEG", "WMF")]
 IMAGE_SUFFIXES = {suffix for suffix, name in Image.EXTENSION.items() if name in IMAGE_FORMATS}
 
 
@@ -798,15 +797,15 @@ IMAGE_SUFFIXES = {suffix for suffix, name in Image.EXTENSION.items() if name in 
 class ImageTransform:
     """Any image to normalised pixels: resize, centre crop, (pixel / 255 - mean) / std.
 
-    resize         pixels of the shorter side; None leaves the image as it is
-    crop           pixels of both sides; None cuts nothing off
+    resize         pixels of the shorter side
+    crop           pixels of both sides, cut off or added in black
     squash         resize both sides, whatever the image's proportions
     interpolation  one of INTERPOLATIONS
     mean, std      of red, green and blue, for pixels from 0 to 1
     """
 
-    resize: int | None
-    crop: int | None
+    resize: int
+    crop: int
     squash: bool = False
     interpolation: str = "bicubic"
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -814,8 +813,7 @@ class ImageTransform:
 
     def __post_init__(self):
         for side in (self.resize, self.crop):
-            if side is not None:
-                check_min("image side", side, 1)
+            check_min("image side", side, 1)
         if not (len(self.mean) == len(self.std) == 3 and min(self.std) > 0):
             raise ValueError(f"image mean {self.mean}, std {self.std}: expected three of each")
         check_choice("interpolation", self.interpolation, INTERPOLATIONS)
@@ -826,10 +824,12 @@ class ImageTransform:
 
     def resize_and_crop(self, pixels):
         """(3, height, width) to (3, S, S), same dtype."""
-        if self.resize is not None:
-            size = [self.resize] * (2 if self.squash else 1)  # of both sides, or of the shorter one
-            pixels = TF.resize(pixels, size, InterpolationMode(self.interpolation), antialias=True)
-        return pixels if self.crop is None else centre_crop(pixels, self.crop)
+        size = [self.resize] * (2 if self.squash else 1)  # of both sides, or of the shorter one
+        pixels = TF.resize(pixels, size, InterpolationMode(self.interpolation), antialias=True)
+        # Negative margins cut. An odd pixel is at the end: as in transformers, not torchvision.
+        height, width = (self.crop - side for side in pixels.shape[-2:])
+        top, left = int(height / 2), int(width / 2)
+        return F.pad(pixels, (left, width - left, top, height - top))
 
     def normalize(self, pixels):
         """(..., 3, S, S) uint8 to normalised float32."""
@@ -840,19 +840,16 @@ class ImageTransform:
     def to_dict(self):
         """In the words of transformers' preprocessor_config.json."""
         sides = ("height", "width") if self.squash else ("shortest_edge",)
+        steps = ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize")
         return {
-            "image_processor_type": "CLIPImageProcessor" if self.crop else "ViTImageProcessor",
-            "do_resize": self.resize is not None,
-            "size": self.resize and dict.fromkeys(sides, self.resize),
+            "image_processor_type": "CLIPImageProcessor",
+            **dict.fromkeys(steps, True),
+            "size": dict.fromkeys(sides, self.resize),
             "resample": Image.Resampling[self.interpolation.upper()].value,
-            "do_center_crop": self.crop is not None,
-            "crop_size": self.crop and dict.fromkeys(("height", "width"), self.crop),
-            "do_rescale": True,
+            "crop_size": dict.fromkeys(("height", "width"), self.crop),
             "rescale_factor": 1 / 255,
-            "do_normalize": True,
             "image_mean": list(self.mean),
             "image_std": list(self.std),
-            "do_convert_rgb": True,
         }
 
     @classmethod
@@ -862,35 +859,27 @@ class ImageTransform:
         kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind).lower()
         check_choice("image processor", kind, IMAGE_PROCESSORS)
         defaults = cls(**IMAGE_PROCESSORS[kind]).to_dict()
+        defaults["do_center_crop"] = kind in ("clip", "bit", "deit")
         values = defaults | {name: value for name, value in values.items() if value is not None}
         size, crop = values["size"], values["crop_size"]  # old files have numbers for both
         size = size if isinstance(size, dict) else dict.fromkeys(defaults["size"], size)
-        crop = crop if isinstance(crop, dict) else {"side": crop or 224}
-        for sides in (size, crop):
-            if len({*sides.values()}) != 1:
-                raise ValueError(f"size is {sides}, expected a number of pixels or a square")
+        crop = crop if isinstance(crop, dict) else {"side": crop}
+        crop = crop if values["do_center_crop"] else size
+        if not (values["do_resize"] and len({*size.values()}) == len({*crop.values()}) == 1):
+            got = f"size is {size}, crop_size {crop}, do_resize {values['do_resize']}"
+            raise ValueError(f"{got}; expected all images to become squares of one size")
         # They normalise pixel * factor, we pixel / 255: mean and std are divided by the ratio.
         scale = 255 * (values["rescale_factor"] if values["do_rescale"] else 1)
-        mean, std = [0] * 3, [1] * 3
-        if values["do_normalize"]:
-            mean, std = values["image_mean"], values["image_std"]
+        if not values["do_normalize"]:
+            values |= {"image_mean": [0] * 3, "image_std": [1] * 3}
         return cls(
-            resize=max(size.values()) if values["do_resize"] else None,
-            crop=max(crop.values()) if values["do_center_crop"] else None,
+            resize=max(size.values()),
+            crop=max(crop.values()),
             squash="shortest_edge" not in size,
             interpolation=Image.Resampling(values["resample"]).name.lower(),
-            mean=tuple(value / scale for value in mean),
-            std=tuple(value / scale for value in std),
+            mean=tuple(value / scale for value in values["image_mean"]),
+            std=tuple(value / scale for value in values["image_std"]),
         )
-
-
-def centre_crop(pixels, size):
-    """(3, height, width) to (3, size, size); smaller images get a black border."""
-    # An odd pixel is added at the end and cut off at the end: as in transformers, not torchvision.
-    height, width = (max(size - side, 0) for side in pixels.shape[-2:])
-    pixels = F.pad(pixels, (width // 2, width - width // 2, height // 2, height - height // 2))
-    top, left = ((side - size) // 2 for side in pixels.shape[-2:])
-    return pixels[..., top : top + size, left : left + size]
 
 
 def to_pixels(image):
@@ -917,9 +906,6 @@ def flatten(image, name="an image"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-NOTICED = set()
 
 
 def notice(kind, message):
@@ -1040,7 +1026,7 @@ class Processor:
 
     def decode(self, ids):
         """Token ids (T,) to a caption without special tokens."""
-        return self.tokenizer.decode(torch.as_tensor(ids).tolist())
+        return self.tokenizer.decode(torch.as_tensor(ids).tolist()).strip()
 
     def batch_decode(self, ids):
         """Token ids (N, T) to N captions without special tokens."""
@@ -1074,8 +1060,7 @@ class Processor:
         transform, (tokenizer, token_types) = read_image_transform(folder), read_tokenizer(folder)
         if transform is None and tokenizer is None:
             raise ValueError(f"{folder} has neither a tokenizer nor {IMAGE_FILE}")
-        with blamed_on(folder):
-            return cls(transform, tokenizer, token_types)
+        return cls(transform, tokenizer, token_types)
 
 
 def train_tokenizer(captions, vocab_size, max_length=None):
@@ -1087,16 +1072,12 @@ def train_tokenizer(captions, vocab_size, max_length=None):
     source      Radford et al. 2019 (GPT-2), section 2.2
     """
     # A space before the first word makes it the same token as inside a caption.
-    learner = tokenizers.ByteLevelBPETokenizer(
-        add_prefix_space=True, lowercase=True, unicode_normalizer="nfc"
-    )
+    options = {"add_prefix_space": True, "lowercase": True, "unicode_normalizer": "nfc"}
+    learner = tokenizers.ByteLevelBPETokenizer(**options)
     learner.train_from_iterator(captions, vocab_size, 1, False, ["<pad>", "<s>", "</s>"])
     tokenizer = tokenizers.Tokenizer.from_str(learner.to_str())
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    decoders = [tokenizers.decoders.ByteLevel(), tokenizers.decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = tokenizers.decoders.Sequence(decoders)
+    ends = {"single": "<s> $A </s>", "special_tokens": [("<s>", 1), ("</s>", 2)]}
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(**ends)
     tokenizer.enable_padding(pad_id=0, pad_token="<pad>")
     if max_length:
         tokenizer.enable_truncation(max_length)
@@ -1122,14 +1103,10 @@ SPLITS = ("train", "val", "test", "all")
 
 
 class Lazy(Sequence):
-    """A sequence whose item i is function(items[i]), made when asked for.
+    """A sequence whose item i is function(items[i]), made when asked for."""
 
-    stamp  function(item) -> a string that changes with function(item); stored features go by it
-    """
-
-    def __init__(self, items, function, stamp=None):
+    def __init__(self, items, function):
         self.items, self.function = items, function
-        self.stamp = stamp or (stamp_image if function is open_image else None)
 
     def __len__(self):
         return len(self.items)
@@ -1167,16 +1144,15 @@ class Pairs(torch.utils.data.Dataset):
         indices = list(indices)
         names, captions = [self.names[i] for i in indices], [self.captions[i] for i in indices]
         labels = self.labels and [self.labels[i] for i in indices]
-        items = [self.images.items[i] for i in indices]
-        images = Lazy(items, self.images.function, self.images.stamp)
+        images = Lazy([self.images.items[i] for i in indices], self.images.function)
         return Pairs(names, images, captions, labels, self.classes)
 
     def stamps(self):
         """I strings that change when the image does: stored features are kept by them."""
-        if self.images.stamp is None:
-            raise ValueError("features of these images cannot be stored: their Lazy has no stamp")
-        items = zip(self.names, self.images.items)
-        return [f"{name} {self.images.stamp(item)}" for name, item in items]
+        stamp = {open_image: stamp_image, draw_scene: str}.get(self.images.function)
+        if stamp is None:
+            raise ValueError("features of these images cannot be stored: Pairs.stamps has no stamp")
+        return [f"{name} {stamp(item)}" for name, item in zip(self.names, self.images.items)]
 
     def pair_ids(self, indices, captions):
         """(B, 2) for B images and a caption of each: (class or image, caption text) as numbers.
@@ -1204,8 +1180,7 @@ def positive_groups(pair_ids):
     while True:
         before = groups
         for column in columns:  # every pair takes the lowest group among those that share its id
-            lowest = groups.new_full((len(groups),), len(groups))
-            groups = lowest.scatter_reduce(0, column, groups, "amin")[column]
+            groups = groups.scatter_reduce(0, column, groups, "amin", include_self=False)[column]
         if torch.equal(groups, before):
             return groups
 
@@ -1226,24 +1201,19 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def __init__(self, images, transform, augment=None, zoom=1.0):
         self.images, self.transform, self.augment = images, transform, augment
-        if isinstance(images, Lazy) and images.function is open_image and transform.resize:
+        if isinstance(images, Lazy) and images.function is open_image:
             size = math.ceil(zoom * transform.resize)
             self.images = Lazy(images.items, functools.partial(open_image, size=size))
 
-    def __len__(self):
-        return len(self.images)
-
     def __getitem__(self, key):
-        (epoch, first), error = key, ""
-        for i in range(first, first + 100):
-            used = i % len(self)
+        (epoch, used), n, error = key, len(self.images), ""
+        pixels = torch.zeros(3, 8, 8, dtype=torch.uint8)  # black, if a hundred in a row are broken
+        for i in range(used, used + 100):
             try:
-                pixels = to_pixels(self.images[used])
+                pixels, used = to_pixels(self.images[i % n]), i % n
                 break
             except (ValueError, OSError) as reason:
                 error = error or str(reason)
-        else:  # a hundred broken images in a row give a black one
-            used, pixels = first, torch.zeros(3, 8, 8, dtype=torch.uint8)
         if self.augment:
             pixels = self.augment(pixels, (epoch, used))
         return self.transform.resize_and_crop(pixels), used, error
@@ -1258,7 +1228,6 @@ def image_loader(dataset, batches, workers, device):
         batch_sampler=batches,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
         worker_init_fn=worker_init,
         generator=torch.Generator(),  # the global one belongs to the training run
     )
@@ -1273,28 +1242,25 @@ SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 SIZES = {"small": 0.1, "large": 0.18}  # radius as a share of the image's side
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 HELD_OUT_OBJECTS = {("red", "star"), ("green", "cross"), ("blue", "triangle"), ("yellow", "circle")}
-MAX_HELD_OUT = 3184  # images: one half has these objects, the other half runs out at 1,592
 
 
 class ShapesPairs(Pairs):
     """Drawn images such as "a small red circle left of a large blue star", without any download.
 
     Two objects, each with a size, a colour and a shape, beside or above each other: 18,240 scenes.
-    Which adjective goes with which noun, and their order, decide the image. A tenth of the scenes
-    are held out, as are all with one of HELD_OUT_OBJECTS, whose colour and shape are seen in
-    training, but never together. Each scene is followed by its mirror, in which the two objects
+    A tenth of them are held out, as are all with one of HELD_OUT_OBJECTS, whose colour and shape
+    are seen in training, but never together. Each scene is followed by its mirror, in which the two
     have changed places: a bag of words cannot tell which of the two images a caption describes.
 
     split   "train"; "val" or "test", which are the same images; or "all"
     seed    draws scenes and images
     count   images: 10,000 or, held out, 512, half of them with an object never seen in training
-    side    pixels
     raises  ValueError for more held-out images than there are
     """
 
     neighbours = 2  # a scene and its mirror
 
-    def __init__(self, split="train", seed=0, count=None, side=64):
+    def __init__(self, split="train", seed=0, count=None):
         check_choice("split", split, SPLITS)
         self.scenes, self.wordings, names = [], [], []
         for part, usual in (("train", 10_000), ("held-out", 512)):
@@ -1308,9 +1274,9 @@ class ShapesPairs(Pairs):
             turned = random.Random(f"{name} told").random() < 0.5
             first, relation, second = scene
             self.wordings.append((second, OPPOSITE[relation], first) if turned else scene)
-        items = [(*scene, name, side) for scene, name in zip(self.scenes, names)]
+        items = [(*scene, name) for scene, name in zip(self.scenes, names)]
         captions = [[describe(*wording)] for wording in self.wordings]
-        super().__init__(names, Lazy(items, draw_scene, stamp=str), captions)
+        super().__init__(names, Lazy(items, draw_scene), captions)
 
     def hard_negatives(self, i):
         """Wrong captions of image i, each a small change to its own: {kind: caption}.
@@ -1336,12 +1302,9 @@ class ShapesPairs(Pairs):
 
 
 def draw_scenes(rng, count, held_out):
-    """Scenes of objects (size, colour, shape), each followed by its mirror, from a random.Random.
-
-    Half of the held-out scenes have an object that training never shows, and none is there twice.
-    """
-    if held_out and count > MAX_HELD_OUT:
-        raise ValueError(f"{count} held-out images, expected at most {MAX_HELD_OUT}")
+    """Scenes of objects (size, colour, shape), each followed by its mirror."""
+    if held_out and count > 3184:  # the half without new objects runs out at 1,592
+        raise ValueError(f"{count} held-out images, expected at most 3184")
 
     def random_object():
         return rng.choice(list(SIZES)), rng.choice(list(COLOURS)), rng.choice(SHAPES)
@@ -1366,9 +1329,9 @@ def describe(first, relation, second):
 
 
 def draw_scene(scene):
-    """A PIL image of (object, relation, object, name, side); the name decides all details."""
-    first, relation, second, name, side = scene
-    rng = random.Random(name)
+    """A PIL image of (object, relation, object, name); the name decides all details."""
+    first, relation, second, name = scene
+    rng, side = random.Random(name), 64  # pixels
     image = Image.new("RGB", (side, side), tuple(rng.randint(225, 255) for _ in range(3)))
     for (size, colour, shape), along in ((first, 0.27), (second, 0.73)):
         along, across = along + rng.uniform(-0.04, 0.04), 0.5 + rng.uniform(-0.12, 0.12)
@@ -1459,9 +1422,7 @@ def load_pairs(
 ):
     """Images with captions from a data spec.
 
-    spec          "shapes"; a torchvision set such as "cifar10"; a folder of class folders, or of
-                  images with .txt files of the same name; a table .csv, .tsv, .txt or .jsonl; a
-                  .json of COCO captions or Karpathy's splits; tar shards "shards-{0000..0099}.tar"
+    spec          "shapes", or what DATA_READERS reads: see README.md, "Your own images"
     split         "train", "val", "test" or "all". The data's own where it has one (without val,
                   test serves, and the reverse). Else a hash of an image's name, or of its group,
                   puts a val_fraction of the images into val, which is test too
@@ -1481,27 +1442,21 @@ def load_pairs(
         return ShapesPairs(split, seed=seed)
     kind = "folder/" if os.path.isdir(spec) else Path(spec).suffix.lower() or spec
     check_choice("kind of data", kind, ["shapes", *DATA_READERS])
-    if kind[0] == "." and kind != ".tar" and not os.path.isfile(spec):
-        raise ValueError(f"no file {spec}; where a run's data has moved, --data says where to")
     rows = DATA_READERS[kind](spec, data_root=data_root, download=download)
     rows_of = rows_by_image(rows, images or (spec if kind == "folder/" else os.path.dirname(spec)))
     pairs = pairs_from_rows(rows_of, templates, class_names or {})
     for i in range(0, len(pairs), len(pairs) // 8 + 1):
         with suppress(ValueError):
             pairs.images[i]  # opened only to note dark images here: workers print no notes
-    if split == "all":
-        return pairs
     splits = [own[0].split for own in rows_of.values()]
-    part = split if split in splits else {"val": "test", "test": "val"}.get(split)  # a stand-in
     if {"val", "test"}.isdisjoint(splits):
         # A hash decides, so new images never move old ones across.
         groups = [own[0].group or name for (name, _), own in rows_of.items()]
         hashes = [int.from_bytes(digest(group)[:4], "big") / 2**32 for group in groups]
-        splits = ["held out" if share < val_fraction else "train" for share in hashes]
-        part = "train" if split == "train" else "held out"
-    elif part not in splits:
-        raise ValueError(f"{spec} has no {split} part, only {', '.join({*splits})}")
-    return pairs.select(i for i, found in enumerate(splits) if found == part)
+        splits = ["test" if share < val_fraction else "train" for share in hashes]
+    if split in ("val", "test") and split not in splits:
+        split = "val" if split == "test" else "test"  # a stand-in
+    return pairs.select(i for i, found in enumerate(splits) if split in (found, "all"))
 
 
 def rows_by_image(rows, root):
@@ -1534,24 +1489,17 @@ def pairs_from_rows(rows_of, templates, class_names):
         captions = [list(dict.fromkeys(row.caption for row in own)) for own in rows_of.values()]
         return Pairs(list(names), images, captions)
     known = sorted({*folders})
-    if len(known) == 1:
-        raise ValueError(f"all images are of class {known[0]!r}; is there a table of captions?")
     unknown = [name for name in class_names if name not in known]
     if unknown and {*known} - {*class_names}:
         check_choice("class to rename", unknown[0], known)
-    for template in templates:
-        if "{}" not in template:
-            raise ValueError(f"template {template!r} has no {{}} for the class name")
+    if wrong := [template for template in templates if "{}" not in template]:
+        raise ValueError(f"template {wrong[0]!r} has no {{}} for the class name")
     index = {folder: k for k, folder in enumerate(known)}
     labels = [index[folder] for folder in folders]
-    classes = [readable_name(class_names.get(name, name)) for name in known]
+    named = (class_names.get(folder, folder) for folder in known)
+    classes = [" ".join(name.replace("_", " ").split()) for name in named]
     by_class = [[template.replace("{}", name) for template in templates] for name in classes]
     return Pairs(list(names), images, [by_class[label] for label in labels], labels, classes)
-
-
-def readable_name(name):
-    """A class name as words: underscores and runs of white space become one space."""
-    return re.sub(r"[_\s]+", " ", name).strip()
 
 
 def read_torchvision(name, data_root, download):
@@ -1598,9 +1546,8 @@ def read_folder(folder, **_):
         if len(place) <= depth + (not has_texts):
             notice(f"{folder} above", f"{path} is left out: it lies in no folder of a class")
         elif has_texts:
-            for line, caption in enumerate(text_lines(text), 1):
-                if caption.strip():
-                    yield Row(f"{text}, line {line}", image, caption, split=split)
+            for caption in filter(str.strip, text_lines(text)):
+                yield Row(text, image, caption, split=split)
         else:
             yield Row(path, image, label=place[depth], split=split)
 
@@ -1640,26 +1587,22 @@ def read_jsonl(path, **_):
 def record_rows(where, record):
     """The rows of a table's {column: cell}, whose columns are found by name."""
     record = {name.strip().lower(): cell for name, cell in record.items()}
-    cells = []
-    for kind, names in (("image", IMAGE_COLUMNS), ("caption", CAPTION_COLUMNS)):
-        column = next((name for name in names if name in record), None)
-        if column is None:
-            got, expected = ", ".join(record), ", ".join(names)
-            raise ValueError(f"{where}: no {kind} column in {got}; expected one of {expected}")
-        cells.append(record[column])
-    image, captions = cells
+    image = next((name for name in IMAGE_COLUMNS if name in record), None)
+    caption = next((name for name in CAPTION_COLUMNS if name in record), None)
+    if None in (image, caption):
+        expected = f"one of {', '.join(IMAGE_COLUMNS)}, and one of {', '.join(CAPTION_COLUMNS)}"
+        raise ValueError(f"{where}: the columns are {', '.join(record)}; expected {expected}")
     split = str(record["split"]) if "split" in record else None
     group = None if record.get("group") is None else str(record["group"])
-    for caption in captions if isinstance(captions, list) and captions else [captions]:
-        yield Row(where, str(image or ""), caption, None, split, group)
+    captions = record[caption]
+    for text in captions if captions and isinstance(captions, list) else [captions]:
+        yield Row(where, str(record[image] or ""), text, None, split, group)
 
 
 def read_json_captions(path, **_):
     """COCO's captions_*.json, or Karpathy's dataset_*.json, which has splits of its own."""
     data = read_json(Path(path))
     with blamed_on(path):
-        if "images" not in data:
-            raise ValueError(f"it has {', '.join(data)}; expected images, and COCO's annotations")
         if "annotations" in data:
             files = {entry["id"]: entry["file_name"] for entry in data["images"]}
             for note in data["annotations"]:
@@ -1673,10 +1616,7 @@ def read_json_captions(path, **_):
 
 
 def read_shards(spec, **_):
-    """Tar files in webdataset's layout: members key.jpg and key.txt, a caption a line.
-
-    A shard is read once, for headers and captions; each image costs one seek later, in any order.
-    """
+    """Tar files in webdataset's layout: members key.jpg and key.txt, a caption a line."""
     braces = re.search(r"\{(\d+)\.\.(\d+)\}", spec)
     first, last = braces.groups() if braces else (0, 0)
     for number in range(int(first), int(last) + 1):
@@ -1691,27 +1631,19 @@ def read_shards(spec, **_):
                     images[key] = path, member.offset_data, member.size
                 elif kind.lower() == "txt":
                     text = tar.extractfile(member).read().decode("utf-8-sig").strip()
-                    captions |= {key: text.split("\n")} if text else {}
+                    captions[key] = re.split(r"\s*\n\s*", text)
             tar.fileobj.seek(tar.offset)  # a whole archive ends in a block of zeros
             if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise ValueError(f"cut short or damaged at byte {tar.offset:,}")
-            for key in images.keys() ^ captions.keys():
-                lacking = "image" if key in captions else "caption"
-                raise ValueError(f"sample {key} has no {lacking}")
-        for key, image in images.items():
-            where = f"{Path(name).as_posix()}/{key}"
-            yield from (Row(where, image, line) for line in captions[key] if line.strip())
+        for key in images | captions:
+            for caption in captions.get(key, [""]):  # what is lacking is empty, which is refused
+                yield Row(f"{Path(name).as_posix()}/{key}", images.get(key, ""), caption)
 
 
 # The one table of readers: what a spec is, and the function that yields its Rows.
-DATA_READERS = {
-    **dict.fromkeys((".csv", ".tsv", ".txt"), read_table),
-    ".jsonl": read_jsonl,
-    ".json": read_json_captions,
-    ".tar": read_shards,
-    "folder/": read_folder,
-    **dict.fromkeys(TORCHVISION_SETS, read_torchvision),
-}
+DATA_READERS = {".csv": read_table, ".tsv": read_table, ".txt": read_table, ".jsonl": read_jsonl}
+DATA_READERS |= {".json": read_json_captions, ".tar": read_shards, "folder/": read_folder}
+DATA_READERS |= dict.fromkeys(TORCHVISION_SETS, read_torchvision)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2503,11 +2435,11 @@ def publish_dual_encoder(model):
 # ---- Image processors and tokenizers -------------------------------------------------------------
 
 # What transformers' image processors do where a file does not say: fields of ImageTransform.
-_SQUASH, _CROP = {"resize": 224, "crop": None, "squash": True}, {"resize": 224, "crop": 224}
+_CROP, _SQUASH = {"resize": 224, "crop": 224}, {"resize": 224, "crop": 224, "squash": True}
 _CROP |= {"mean": timm.data.OPENAI_CLIP_MEAN, "std": timm.data.OPENAI_CLIP_STD}
 IMAGE_PROCESSORS = {"beit": _SQUASH, "siglip": _SQUASH, "clip": _CROP, "bit": _CROP}
 IMAGE_PROCESSORS["vit"] = _SQUASH | {"interpolation": "bilinear"}
-IMAGE_PROCESSORS["deit"] = _SQUASH | {"resize": 256, "crop": 224}
+IMAGE_PROCESSORS["deit"] = _SQUASH | {"resize": 256}
 
 
 def read_image_transform(folder):
