@@ -1496,10 +1496,14 @@ def pairs_from_rows(rows_of, templates, class_names):
         raise ValueError(f"template {wrong[0]!r} has no {{}} for the class name")
     index = {folder: k for k, folder in enumerate(known)}
     labels = [index[folder] for folder in folders]
-    named = (class_names.get(folder, folder) for folder in known)
-    classes = [" ".join(name.replace("_", " ").split()) for name in named]
+    classes = [readable_name(class_names.get(name, name)) for name in known]
     by_class = [[template.replace("{}", name) for template in templates] for name in classes]
     return Pairs(list(names), images, [by_class[label] for label in labels], labels, classes)
+
+
+def readable_name(name):
+    """A class name as words: underscores and runs of white space become one space."""
+    return re.sub(r"[_\s]+", " ", name).strip()
 
 
 def read_torchvision(name, data_root, download):

@@ -879,7 +879,7 @@ def read_class_names(source):
     listed = not source or ("," in source and not os.path.isfile(source))
     lines = [line for line in (source.split(",") if listed else read_lines(source)) if line.strip()]
     cells = [line.rpartition("\t") for line in lines]
-    names = [" ".join(name.replace("_", " ").split()) for _, _, name in cells]
+    names = [dualenc.readable_name(name) for _, _, name in cells]
     if len(set(names)) < len(names):
         raise ValueError(f"--classes {source} has a name twice: give each class its own")
     return {folder.strip() or name: name for (folder, _, _), name in zip(cells, names)}
