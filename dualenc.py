@@ -1242,6 +1242,7 @@ SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 SIZES = {"small": 0.1, "large": 0.18}  # radius as a share of the image's side
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 HELD_OUT_OBJECTS = {("red", "star"), ("green", "cross"), ("blue", "triangle"), ("yellow", "circle")}
+MAX_HELD_OUT = 3184  # images: one half has these objects, the other half runs out at 1,592
 
 
 class ShapesPairs(Pairs):
@@ -1255,12 +1256,13 @@ class ShapesPairs(Pairs):
     split   "train"; "val" or "test", which are the same images; or "all"
     seed    draws scenes and images
     count   images: 10,000 or, held out, 512, half of them with an object never seen in training
+    side    pixels
     raises  ValueError for more held-out images than there are
     """
 
     neighbours = 2  # a scene and its mirror
 
-    def __init__(self, split="train", seed=0, count=None):
+    def __init__(self, split="train", seed=0, count=None, side=64):
         check_choice("split", split, SPLITS)
         self.scenes, self.wordings, names = [], [], []
         for part, usual in (("train", 10_000), ("held-out", 512)):
@@ -1274,7 +1276,7 @@ class ShapesPairs(Pairs):
             turned = random.Random(f"{name} told").random() < 0.5
             first, relation, second = scene
             self.wordings.append((second, OPPOSITE[relation], first) if turned else scene)
-        items = [(*scene, name) for scene, name in zip(self.scenes, names)]
+        items = [(*scene, name, side) for scene, name in zip(self.scenes, names)]
         captions = [[describe(*wording)] for wording in self.wordings]
         super().__init__(names, Lazy(items, draw_scene), captions)
 
@@ -1303,8 +1305,8 @@ class ShapesPairs(Pairs):
 
 def draw_scenes(rng, count, held_out):
     """Scenes of objects (size, colour, shape), each followed by its mirror."""
-    if held_out and count > 3184:  # the half without new objects runs out at 1,592
-        raise ValueError(f"{count} held-out images, expected at most 3184")
+    if held_out and count > MAX_HELD_OUT:
+        raise ValueError(f"{count} held-out images, expected at most {MAX_HELD_OUT}")
 
     def random_object():
         return rng.choice(list(SIZES)), rng.choice(list(COLOURS)), rng.choice(SHAPES)
@@ -1329,9 +1331,9 @@ def describe(first, relation, second):
 
 
 def draw_scene(scene):
-    """A PIL image of (object, relation, object, name); the name decides all details."""
-    first, relation, second, name = scene
-    rng, side = random.Random(name), 64  # pixels
+    """A PIL image of (object, relation, object, name, side); the name decides all details."""
+    first, relation, second, name, side = scene
+    rng = random.Random(name)
     image = Image.new("RGB", (side, side), tuple(rng.randint(225, 255) for _ in range(3)))
     for (size, colour, shape), along in ((first, 0.27), (second, 0.73)):
         along, across = along + rng.uniform(-0.04, 0.04), 0.5 + rng.uniform(-0.12, 0.12)

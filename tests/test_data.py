@@ -142,6 +142,7 @@ def test_shapes_come_from_the_seed_alone():
     one, two, other = (dualenc.ShapesPairs(seed=s, count=20).select(range(20)) for s in (0, 0, 1))
     assert one.captions == two.captions != other.captions and one.stamps() == two.stamps()
     assert all(np.array_equal(one[i][0], two[i][0]) for i in range(20))
+    assert not {*one.stamps()} & {*dualenc.ShapesPairs("train", count=20, side=32).stamps()}
 
 
 def test_held_out_shapes_are_never_seen_in_training():

@@ -28,7 +28,7 @@ SHORT = {"batch_size": 8, "steps": 6, "log_every": 2, "eval_every": 3, "workers"
 @pytest.fixture(scope="module")
 def captions_file(tmp_path_factory):
     """40 drawn images, the first of them with two captions."""
-    pairs = dualenc.ShapesPairs(count=40)
+    pairs = dualenc.ShapesPairs(count=40, side=32)
     pairs.captions[0] = [*pairs.captions[0], "drawing 0"]
     return write_table(tmp_path_factory.mktemp("drawn"), (pairs[i] for i in range(40)))
 
@@ -149,7 +149,7 @@ def test_neighbours_stay_in_a_row_and_the_rows_are_shuffled():
     order = [i for batch in batches_of(21, 7, steps=3, neighbours=2) for _, i in batch]
     assert sorted(order) == list(range(21)) != order, "the last row is short"
     assert all(order[order.index(i) + 1] == i + 1 for i in range(0, 20, 2))
-    shapes = dualenc.ShapesPairs(count=40)
+    shapes = dualenc.ShapesPairs(count=40, side=32)
     for batch in train.batch_keys(train.TrainConfig(batch_size=8, steps=5), shapes, 0):
         assert all((epoch, i ^ 1) in batch for epoch, i in batch), "2k and 2k + 1 are mirrors"
 
@@ -207,7 +207,7 @@ class DarkConfig(train.TrainConfig):
 
 def test_a_new_augmentation_is_one_field_and_never_dropped_silently():
     config = DarkConfig(dark=0.5, cache_features=True, lock="vision", batch_size=8)
-    pixels, pairs = torch.full((3, 4, 4), 200).byte(), dualenc.ShapesPairs(count=8)
+    pixels, pairs = torch.full((3, 4, 4), 200).byte(), dualenc.ShapesPairs(count=8, side=32)
     seen = [train.augment(config, pixels, (0, i)).max().item() for i in range(9)]
     assert len(set(seen)) > 3 and max(seen) < 200
     with pytest.raises(ValueError, match="one view of each image: leave out --dark$"):
@@ -242,7 +242,7 @@ def test_weight_decay_and_learning_rates_reach_the_right_weights(make_model):
 
 
 def test_the_flags_of_towers_reach_the_towers():
-    pairs = dualenc.ShapesPairs(count=8)
+    pairs = dualenc.ShapesPairs(count=8, side=32)
     flags = {"vision_args": {"stem_width": 8}, "text_pooling": "cls", "text_heads": 2}
     model = train.make_model(train.TrainConfig(**flags, text_width=16), pairs)
     vision, text, size = model.config.vision, model.config.text, train.SCRATCH_SIZE
@@ -481,7 +481,7 @@ def test_features_of_a_locked_tower_that_learns_are_not_cached(run, monkeypatch)
 
 
 def test_captions_that_cannot_be_told_apart_are_refused_or_counted(run, monkeypatch, capsys):
-    pairs = dualenc.ShapesPairs(count=8)
+    pairs = dualenc.ShapesPairs(count=8, side=32)
     pairs.captions = [["an image"]] * 8
     with pytest.raises(ValueError, match="share their caption or class"):
         train.check_recipe(train.TrainConfig(batch_size=8), pairs, pairs)
