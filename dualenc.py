@@ -797,15 +797,15 @@ IMAGE_SUFFIXES = {suffix for suffix, name in Image.EXTENSION.items() if name in 
 class ImageTransform:
     """Any image to normalised pixels: resize, centre crop, (pixel / 255 - mean) / std.
 
-    resize         pixels of the shorter side
-    crop           pixels of both sides, cut off or added in black
+    resize         pixels of the shorter side; None leaves the image as it is
+    crop           pixels of both sides, cut off or added in black; None leaves them as they are
     squash         resize both sides, whatever the image's proportions
     interpolation  one of INTERPOLATIONS
     mean, std      of red, green and blue, for pixels from 0 to 1
     """
 
-    resize: int
-    crop: int
+    resize: int | None
+    crop: int | None
     squash: bool = False
     interpolation: str = "bicubic"
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -813,7 +813,8 @@ class ImageTransform:
 
     def __post_init__(self):
         for side in (self.resize, self.crop):
-            check_min("image side", side, 1)
+            if side is not None:
+                check_min("image side", side, 1)
         if not (len(self.mean) == len(self.std) == 3 and min(self.std) > 0):
             raise ValueError(f"image mean {self.mean}, std {self.std}: expected three of each")
         check_choice("interpolation", self.interpolation, INTERPOLATIONS)
@@ -824,12 +825,15 @@ class ImageTransform:
 
     def resize_and_crop(self, pixels):
         """(3, height, width) to (3, S, S), same dtype."""
-        size = [self.resize] * (2 if self.squash else 1)  # of both sides, or of the shorter one
-        pixels = TF.resize(pixels, size, InterpolationMode(self.interpolation), antialias=True)
-        # Negative margins cut. An odd pixel is at the end: as in transformers, not torchvision.
-        height, width = (self.crop - side for side in pixels.shape[-2:])
-        top, left = int(height / 2), int(width / 2)
-        return F.pad(pixels, (left, width - left, top, height - top))
+        if self.resize is not None:
+            size = [self.resize] * (2 if self.squash else 1)  # of both sides, or of the shorter one
+            pixels = TF.resize(pixels, size, InterpolationMode(self.interpolation), antialias=True)
+        if self.crop is not None:
+            # Negative margins cut. An odd pixel is at the end: as in transformers, not torchvision.
+            height, width = (self.crop - side for side in pixels.shape[-2:])
+            top, left = int(height / 2), int(width / 2)
+            pixels = F.pad(pixels, (left, width - left, top, height - top))
+        return pixels
 
     def normalize(self, pixels):
         """(..., 3, S, S) uint8 to normalised float32."""
@@ -840,16 +844,19 @@ class ImageTransform:
     def to_dict(self):
         """In the words of transformers' preprocessor_config.json."""
         sides = ("height", "width") if self.squash else ("shortest_edge",)
-        steps = ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize")
         return {
-            "image_processor_type": "CLIPImageProcessor",
-            **dict.fromkeys(steps, True),
-            "size": dict.fromkeys(sides, self.resize),
+            "image_processor_type": "CLIPImageProcessor" if self.crop else "ViTImageProcessor",
+            "do_resize": self.resize is not None,
+            "size": self.resize and dict.fromkeys(sides, self.resize),
             "resample": Image.Resampling[self.interpolation.upper()].value,
-            "crop_size": dict.fromkeys(("height", "width"), self.crop),
+            "do_center_crop": self.crop is not None,
+            "crop_size": self.crop and dict.fromkeys(("height", "width"), self.crop),
+            "do_rescale": True,
             "rescale_factor": 1 / 255,
+            "do_normalize": True,
             "image_mean": list(self.mean),
             "image_std": list(self.std),
+            "do_convert_rgb": True,
         }
 
     @classmethod
@@ -859,22 +866,20 @@ class ImageTransform:
         kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind).lower()
         check_choice("image processor", kind, IMAGE_PROCESSORS)
         defaults = cls(**IMAGE_PROCESSORS[kind]).to_dict()
-        defaults["do_center_crop"] = kind in ("clip", "bit", "deit")
         values = defaults | {name: value for name, value in values.items() if value is not None}
         size, crop = values["size"], values["crop_size"]  # old files have numbers for both
         size = size if isinstance(size, dict) else dict.fromkeys(defaults["size"], size)
-        crop = crop if isinstance(crop, dict) else {"side": crop}
-        crop = crop if values["do_center_crop"] else size
-        if not (values["do_resize"] and len({*size.values()}) == len({*crop.values()}) == 1):
-            got = f"size is {size}, crop_size {crop}, do_resize {values['do_resize']}"
-            raise ValueError(f"{got}; expected all images to become squares of one size")
+        crop = crop if isinstance(crop, dict) else {"side": crop or 224}
+        for sides in (size, crop):
+            if len({*sides.values()}) != 1:
+                raise ValueError(f"size is {sides}, expected a number of pixels or a square")
         # They normalise pixel * factor, we pixel / 255: mean and std are divided by the ratio.
         scale = 255 * (values["rescale_factor"] if values["do_rescale"] else 1)
         if not values["do_normalize"]:
             values |= {"image_mean": [0] * 3, "image_std": [1] * 3}
         return cls(
-            resize=max(size.values()),
-            crop=max(crop.values()),
+            resize=max(size.values()) if values["do_resize"] else None,
+            crop=max(crop.values()) if values["do_center_crop"] else None,
             squash="shortest_edge" not in size,
             interpolation=Image.Resampling(values["resample"]).name.lower(),
             mean=tuple(value / scale for value in values["image_mean"]),
@@ -1201,7 +1206,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def __init__(self, images, transform, augment=None, zoom=1.0):
         self.images, self.transform, self.augment = images, transform, augment
-        if isinstance(images, Lazy) and images.function is open_image:
+        if isinstance(images, Lazy) and images.function is open_image and transform.resize:
             size = math.ceil(zoom * transform.resize)
             self.images = Lazy(images.items, functools.partial(open_image, size=size))
 
@@ -2441,11 +2446,11 @@ def publish_dual_encoder(model):
 # ---- Image processors and tokenizers -------------------------------------------------------------
 
 # What transformers' image processors do where a file does not say: fields of ImageTransform.
-_CROP, _SQUASH = {"resize": 224, "crop": 224}, {"resize": 224, "crop": 224, "squash": True}
+_SQUASH, _CROP = {"resize": 224, "crop": None, "squash": True}, {"resize": 224, "crop": 224}
 _CROP |= {"mean": timm.data.OPENAI_CLIP_MEAN, "std": timm.data.OPENAI_CLIP_STD}
 IMAGE_PROCESSORS = {"beit": _SQUASH, "siglip": _SQUASH, "clip": _CROP, "bit": _CROP}
 IMAGE_PROCESSORS["vit"] = _SQUASH | {"interpolation": "bilinear"}
-IMAGE_PROCESSORS["deit"] = _SQUASH | {"resize": 256}
+IMAGE_PROCESSORS["deit"] = _SQUASH | {"resize": 256, "crop": 224}
 
 
 def read_image_transform(folder):
