@@ -768,7 +768,7 @@ class VisionEncoder(nn.Module):
             if hidden_states:
                 for block in blocks:
                     undo.enter_context(block.register_forward_hook(keep_state))
-            unfused = attentions or fused_kernel_is_slow(next(self.parameters()))
+            unfused = attentions or any(map(fused_kernel_is_slow, self.parameters()))
             for layer in self.trunk.modules() if unfused else ():
                 if hasattr(layer, "fused_attn"):
                     undo.callback(setattr, layer, "fused_attn", layer.fused_attn)
@@ -933,7 +933,7 @@ def open_image(source, size=None):
         file = source
         if isinstance(source, tuple) and len(source) == 2:
             dataset, index = source
-            return flatten(dataset[index][0])
+            return flatten(ImageOps.exif_transpose(dataset[index][0]))
         if isinstance(source, tuple):
             path, start, length = source
             with open(path, "rb") as whole:
@@ -1396,7 +1396,7 @@ TORCHVISION_SETS = {
 class Row:
     """What readers yield: a caption, or the class, of an image."""
 
-    where: str  # names the row in messages: "captions.csv, line 7"
+    where: str  # names the row in messages, and an image that is no path: "captions.csv, line 7"
     image: object  # a path below the data's folder, or what else open_image takes
     caption: str | None = None
     label: str | None = None  # the class name

@@ -112,8 +112,8 @@ def random_flip(pixels, flip, rng):
 class TrainConfig:
     """The flags. Their metadata:
 
-    augment  function(pixels (3, h, w), value, rng) -> pixels, called unless value is the default
-    sets     passed to from_vision_text_pretrained as this prefix and the flag's name, unless 0
+    augment  function(uint8 pixels (3, h, w), value, rng) -> the same, unless value is the default
+    sets     passed to from_vision_text_pretrained as this prefix and the flag's name, unless empty
     """
 
     data: str = flag("shapes", "data spec (README.md lists them)", "data")
