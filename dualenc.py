@@ -1044,17 +1044,9 @@ class Processor:
         if self.tokenizer is not None:
             self.cut_at(self.max_length)  # a call may have left its own limit there
             write_file(folder / TOKENIZER_FILE, self.tokenizer.to_str(pretty=True))
-            if format == "hf" or self.token_types:  # what tokenizer.json does not say
-                padding, types = self.tokenizer.padding, ["token_type_ids"] * self.token_types
-                settings = {
-                    "tokenizer_class": "PreTrainedTokenizerFast",
-                    "pad_token": padding["pad_token"],
-                    "padding_side": padding["direction"],
-                    "truncation_side": self.truncation_side,
-                    "model_max_length": min(self.max_length, int(1e30)),
-                    "model_input_names": ["input_ids", *types, "attention_mask"],
-                }
-                write_file(folder / "tokenizer_config.json", json.dumps(settings, indent=2))
+            if format == "hf" or self.token_types:
+                settings = json.dumps(tokenizer_config(self), indent=2)
+                write_file(folder / "tokenizer_config.json", settings)
         if self.image_transform is not None:
             write_file(folder / IMAGE_FILE, json.dumps(self.image_transform.to_dict(), indent=2))
 
@@ -2465,10 +2457,14 @@ def read_image_transform(folder):
         return ImageTransform.from_dict({"feature_extractor_type": family, **values})
 
 
-# Tokenizer classes of transformers (without "Tokenizer"), and what they pad with unless files say.
-BERT_TOKENIZERS = ("bert", "distilbert", "electra", "pretrained", "tokenizersbackend")
-TOKENIZERS = dict.fromkeys(BERT_TOKENIZERS, "[PAD]")
-TOKENIZERS |= dict.fromkeys(("roberta", "xlmroberta", "camembert", "mpnet"), "<pad>")
+# Special tokens of transformers' tokenizer classes (names without "Tokenizer") unless files say.
+_WORDS = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+_BERT_WORDS = dict(zip(_WORDS, ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")))
+_ROBERTA_WORDS = dict(zip(_WORDS, ("<pad>", "<unk>", "<s>", "</s>", "<mask>")))
+TOKENIZERS = dict.fromkeys(("bert", "electra", "pretrained", "tokenizersbackend"), _BERT_WORDS)
+TOKEN_TYPES = tuple(TOKENIZERS)  # these give their captions token_type_ids
+TOKENIZERS |= dict.fromkeys(("roberta", "xlmroberta", "camembert"), _ROBERTA_WORDS)
+TOKENIZERS |= {"distilbert": _BERT_WORDS, "mpnet": {**_ROBERTA_WORDS, "unk_token": "[UNK]"}}
 
 
 def read_tokenizer(folder):
@@ -2479,7 +2475,6 @@ def read_tokenizer(folder):
         return None, False
     settings = read_json(folder / "special_tokens_map.json", {})
     settings |= read_json(folder / "tokenizer_config.json", {})
-    settings = {n: v.get("content", v) if isinstance(v, dict) else v for n, v in settings.items()}
     model = read_json(folder / CONFIG_FILE, {})
     classes = {**(model.get("text_config") or model), **settings}
     name = str(classes.get("tokenizer_class") or classes.get("model_type", "PreTrainedTokenizer"))
@@ -2489,17 +2484,15 @@ def read_tokenizer(folder):
             return tokenizers.Tokenizer.from_file(str(path)), False
         if kind not in TOKENIZERS:
             raise ValueError(f"tokenizer class {name}, which may split words in its own way")
-        if path.name == TOKENIZER_FILE:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        else:
-            tokenizer = read_wordpieces(path, kind, settings)
-        pad_token = settings.get("pad_token") or TOKENIZERS[kind]
-        pad_id = tokenizer.token_to_id(pad_token)
+        words = {n: settings.get(n) or word for n, word in TOKENIZERS[kind].items()}
+        words = {n: w["content"] if isinstance(w, dict) else w for n, w in words.items()}
+        tokenizer = tokenizer_from_files(path, settings, words)
+        pad_id = tokenizer.token_to_id(words["pad_token"])
         if pad_id is None:
-            raise ValueError(f"no pad_token {pad_token!r} in the vocabulary")
+            raise ValueError(f"no pad_token {words['pad_token']!r} in the vocabulary")
     # transformers ignores what tokenizer.json says of padding and truncation.
     side = settings.get("padding_side", "right")
-    tokenizer.enable_padding(direction=side, pad_id=pad_id, pad_token=pad_token)
+    tokenizer.enable_padding(direction=side, pad_id=pad_id, pad_token=words["pad_token"])
     tokenizer.no_truncation()
     sentence = read_json(folder / "sentence_bert_config.json", {})
     longest = sentence.get("max_seq_length") or settings.get("model_max_length")
@@ -2507,20 +2500,45 @@ def read_tokenizer(folder):
         side = settings.get("truncation_side", "right")
         tokenizer.enable_truncation(int(longest), direction=side)
     inputs = settings.get("model_input_names")
-    types = kind in BERT_TOKENIZERS and kind != "distilbert"
-    return tokenizer, ("token_type_ids" in inputs if inputs else types)
+    return tokenizer, ("token_type_ids" in inputs if inputs else kind in TOKEN_TYPES)
 
 
-def read_wordpieces(path, kind, settings):
-    """The tokenizer of a BERT that is older than tokenizer.json, from its vocab.txt."""
-    is_bert = path.name == "vocab.txt" and kind in BERT_TOKENIZERS
-    if not is_bert or "\u2581" in path.read_text(encoding="utf-8"):  # that marks sentencepiece's
-        raise ValueError(f"no vocab.txt of a BERT: let transformers save {TOKENIZER_FILE}")
-    same = ("strip_accents", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-    names = {name: name for name in same} | {"do_lower_case": "lowercase"}
-    names["tokenize_chinese_chars"] = "handle_chinese_chars"
-    given = {ours: settings[name] for name, ours in names.items() if settings.get(name) is not None}
-    return tokenizers.BertWordPieceTokenizer.from_file(str(path), **given)._tokenizer
+def tokenizer_from_files(path, settings, words):
+    """The tokenizer in tokenizer.json, or of older files with words as its special tokens."""
+    if path.name == TOKENIZER_FILE:
+        return tokenizers.Tokenizer.from_file(str(path))
+    if path.suffix == ".model" or "\u2581" in path.read_text(encoding="utf-8"):
+        raise ValueError("sentencepiece's pieces are not read: save them as tokenizer.json")
+    if path.name == "vocab.txt":
+        options = {"lowercase": settings.get("do_lower_case", True), **words}
+        options["strip_accents"] = settings.get("strip_accents")
+        options["handle_chinese_chars"] = settings.get("tokenize_chinese_chars", True)
+        return tokenizers.BertWordPieceTokenizer.from_file(str(path), **options)._tokenizer
+    files = str(path), str(path.with_name("merges.txt"))
+    options = {"add_prefix_space": settings.get("add_prefix_space", False)}
+    tokenizer = tokenizers.ByteLevelBPETokenizer.from_file(*files, **options)._tokenizer
+    # The library's class leaves special tokens to its caller. RoBERTa's mask takes along a space.
+    ends = ((w, tokenizer.token_to_id(w)) for w in (words["sep_token"], words["cls_token"]))
+    tokenizer.post_processor = tokenizers.processors.RobertaProcessing(*ends)
+    mask = tokenizers.AddedToken(words.pop("mask_token"), lstrip=True)
+    tokenizer.add_special_tokens([*words.values(), mask])
+    return tokenizer
+
+
+def tokenizer_config(processor):
+    """What tokenizer.json does not say, as transformers reads it."""
+    padding, vocabulary = processor.tokenizer.padding, processor.tokenizer.get_vocab()
+    words = _ROBERTA_WORDS if padding["pad_token"] == "<pad>" else _BERT_WORDS
+    types = ["token_type_ids"] if processor.token_types else []
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{name: word for name, word in words.items() if word in vocabulary},
+        "pad_token": padding["pad_token"],
+        "padding_side": padding["direction"],
+        "truncation_side": processor.truncation_side,
+        "model_max_length": min(processor.max_length, int(1e30)),
+        "model_input_names": ["input_ids", *types, "attention_mask"],
+    }
 
 
 # --------------------------------------------------------------------------------------------------
