@@ -168,7 +168,7 @@ def test_odd_images_look_as_a_person_sees_them(kind, tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("size", [None, 20])
+@pytest.mark.parametrize("size", [None, 20, "item of a data set"])
 def test_images_are_turned_upright(orientation, size, tmp_path):
     """The camera's note is undone, whether or not the JPEG is decoded smaller."""
     turn = Image.Transpose
@@ -179,8 +179,9 @@ def test_images_are_turned_upright(orientation, size, tmp_path):
     exif[0x0112] = orientation
     image = image.transpose(stored[orientation]) if orientation > 1 else image
     image.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    upright = dualenc.open_image(tmp_path / "a.jpg", size)
-    assert upright.size == ((160, 80) if size is None else (80, 40))
+    image, path = Image.open(tmp_path / "a.jpg"), tmp_path / "a.jpg"
+    upright = dualenc.open_image(([(image, 0)], 0) if isinstance(size, str) else path, size)
+    assert upright.size == ((80, 40) if size == 20 else (160, 80))
     assert_looks(upright, RED, BLUE)
 
 

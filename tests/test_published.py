@@ -442,9 +442,7 @@ def test_a_full_clip_is_no_dual_encoder_but_lends_its_vision_tower():
 def test_a_folder_without_weights_or_with_code_in_them_is_refused(copy):
     folder = copy("dual/vit-bert")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(
-        ValueError, match="cannot read weights in one piece from .*model.safetensors"
-    ):
+    with pytest.raises(ValueError, match="in one piece from .*model.safetensors"):
         dualenc.DualEncoder.from_pretrained(folder)
     torch.save({"logit_scale": Path("anything")}, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="cannot read weights.*pytorch_model.bin"):
