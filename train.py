@@ -693,6 +693,7 @@ def check_recipe(config, pairs, held_out):
     refuse(max(config.crop_scale, config.warmup) > 1, "--crop-scale and --warmup are at most 1")
     uneven = f"--batch-size {config.batch_size} is no multiple of {dualenc.world_size()} processes"
     refuse(config.batch_size % dualenc.world_size(), uneven)
+    refuse(not len(pairs), f"{config.data} has no training images: all are held out")
     refuse(len(pairs) < config.batch_size, f"{len(pairs)} training images: lower --batch-size")
     refuse(not len(held_out), f"no images are held out of {config.data}: raise --val-fraction")
     kinds = set(pairs.labels or itertools.chain.from_iterable(pairs.captions))

@@ -455,6 +455,7 @@ REFUSED = [
     ({"lr": 1e30, "clip_grad": 0}, "step 2: loss or gradient are not finite: lower --lr"),
     ({"images": "nowhere"}, "missing image nowhere"),
     ({"val_fraction": 0.0}, "no images are held out"),
+    ({"val_fraction": 1.0}, "has no training images: all are held out"),
     ({"crop_scale": 70.0}, "--crop-scale and --warmup are at most 1"),
 ]
 
