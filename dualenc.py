@@ -1440,7 +1440,7 @@ def load_pairs(
     if spec == "shapes":
         return ShapesPairs(split, seed=seed)
     kind = "folder/" if os.path.isdir(spec) else Path(spec).suffix.lower() or spec
-    check_choice("kind of data", kind, ["shapes", *DATA_READERS])
+    check_choice("folder, data set or kind of file", kind, ["shapes", *DATA_READERS])
     rows = DATA_READERS[kind](spec, data_root=data_root, download=download)
     rows_of = rows_by_image(rows, images or (spec if kind == "folder/" else os.path.dirname(spec)))
     pairs = pairs_from_rows(rows_of, templates, class_names or {})
@@ -1606,6 +1606,8 @@ def read_json_captions(path, **_):
     """COCO's captions_*.json, or Karpathy's dataset_*.json, which has splits of its own."""
     data = read_json(Path(path))
     with blamed_on(path):
+        if "images" not in data:
+            raise ValueError(f"it has {', '.join(data)}; expected images, and COCO's annotations")
         if "annotations" in data:
             files = {entry["id"]: entry["file_name"] for entry in data["images"]}
             for note in data["annotations"]:
