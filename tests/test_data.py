@@ -410,7 +410,7 @@ def test_coco_captions_are_joined_by_image_id(tmp_path):
     notes[1]["image_id"] = 8
     with pytest.raises(ValueError, match="annotation 1: missing image"):
         load_all(write(path, json.dumps(data)), images=tmp_path / "images")
-    for wrong, message in (({"info": 1}, "it has info; expected images"), ({"images": 5}, "TypeError")):
+    for wrong, message in (({"info": 1}, "it has info; expected"), ({"images": 5}, "TypeError")):
         with pytest.raises(ValueError, match=f"cannot read .*captions.json: {message}"):
             load_all(write(path, json.dumps(wrong)))
 
