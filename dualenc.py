@@ -19,8 +19,8 @@ Sections   1 Losses        2 DualEncoder       3 Text tower       4 Vision tower
            5 Processor     6 Data              7 Checkpoints      8 Large batches
            9 Published checkpoints             10 Checks, flags and devices
 
-First time Sections 1 to 4, 6 up to the shapes, and 8; train.py's loop; ranks and zero-shot in
-           eval.py. Names that are not defined above build, load, save or check: skip them.
+First time Sections 1 to 4, the first half of 6, and 8; train.py's loop; ranks and zero-shot in
+           eval.py. Names from sections 5, 7, 9 and 10 build, load, save or check: skip them.
 
 Sources    Radford et al. 2021 (CLIP, arXiv 2103.00020), Zhai et al. 2022 (LiT, 2111.07991), Zhai
            et al. 2023 (SigLIP, 2303.15343), Yang et al. 2022 (UniCL, 2204.03610), Devlin et al.
@@ -75,7 +75,7 @@ LOGIT_SCALE_MAX = math.log(100)  # CLIP, section 2.5: train.py clamps after each
 
 
 def clip_loss(image_embeds, text_embeds, logit_scale):
-    """Symmetric contrastive loss over every pair in the batch.
+    """Contrastive loss both ways: each image against all captions, each caption against all images.
 
     Cosines lie between -1 and 1, too close for a sharp softmax. They are multiplied by a factor
     that the model learns, exp(logit_scale): always positive, and one over the temperature.
@@ -130,8 +130,9 @@ def multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group_ids):
     check_same_shape(image_embeds, text_embeds)
     logits_per_image = logit_scale.exp() * (image_embeds @ text_embeds.T)
     same_group = (group_ids[:, None] == group_ids[None, :]).to(logits_per_image.dtype)
-    target = same_group / same_group.sum(dim=1, keepdim=True)  # symmetric: serves both directions
-    entropy = same_group.sum(dim=1).log().mean()
+    # Rows of a group have equal sums: the target is symmetric and serves both directions.
+    target = same_group / same_group.sum(dim=1, keepdim=True)
+    entropy = same_group.sum(dim=1).log().mean()  # of a row: ln(group size)
     image_to_text = F.cross_entropy(logits_per_image, target)
     text_to_image = F.cross_entropy(logits_per_image.T, target)
     return (image_to_text + text_to_image) / 2 - entropy
@@ -156,7 +157,7 @@ class DualEncoderConfig:
     raises        ValueError for an unknown projection head or a projection_dim below 1
     """
 
-    vision: VisionConfig = field(default_factory=lambda: VisionConfig())
+    vision: VisionConfig = field(default_factory=lambda: VisionConfig())  # a class defined below
     text: TextConfig = field(default_factory=lambda: TextConfig())
     projection_dim: int = 512
     projection_head: str = "linear"  # a key of PROJECTION_HEADS
@@ -181,7 +182,7 @@ class DualEncoderConfig:
 
 
 def linear_head(width, projection_dim):
-    """(B, W) to (B, E) by one matrix, as in CLIP."""
+    """A layer from (B, W) to (B, E): one matrix, as in CLIP."""
     projection = nn.Linear(width, projection_dim, bias=False)
     nn.init.normal_(projection.weight, std=width**-0.5)
     return projection
@@ -198,7 +199,7 @@ class TowerOutput:
 
     last_hidden_state  (B, P, W)              every position after the last layer
     pooler_output      (B, W)                 one vector a row
-    hidden_states      depth + 1 of (B, P, W) on request: the embeddings, then each layer's output
+    hidden_states      depth + 1 of (B, P, W) on request: the embeddings, then each block's output
     attentions         depth of (B, H, P, P)  on request: each layer's attention weights
     """
 
@@ -240,7 +241,7 @@ class DualEncoder(nn.Module):
         self.text_projection = make_head(self.text_model.width, config.projection_dim)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init)))
         if config.logit_bias_init is not None:
-            # Not part of forward: only siglip_loss reads it, in train.py.
+            # Not used in forward: train.py hands it to siglip_loss.
             self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias_init)))
         self.processor = None  # a Processor, saved and loaded with the weights if there is one
         self.locked = set()
@@ -261,7 +262,8 @@ class DualEncoder(nn.Module):
         input_ids     (N, T)        token ids; attention_mask (1 on real tokens), token_type_ids and
                                     position_ids have the same shape
         pixel_values  (I, 3, S, S)  normalised pixels, as the processor makes them
-        return_loss   adds clip_loss; image i and caption i must be a pair
+        return_loss   adds clip_loss, of images and captions that are pairs; train.py has its own
+                      table of losses
         returns       DualEncoderOutput
         raises        ValueError if there is nothing to encode, or return_loss with one side only
         Exercise 2    medium, 40 minutes: from towers to logits, run `pytest -k exercise_2`
@@ -282,7 +284,7 @@ class DualEncoder(nn.Module):
             output.text_embeds = self.project_text(output.text_model_output.pooler_output)
         if both:
             images, texts = output.image_embeds, output.text_embeds
-            with autocast(self.logit_scale.device, "fp32"):  # float32, even inside train.py's bf16
+            with autocast(self.logit_scale.device, "fp32"):  # float32, even in a caller's autocast
                 output.logits_per_image = self.logit_scale.exp() * (images @ texts.T)
                 output.loss = clip_loss(images, texts, self.logit_scale) if return_loss else None
             output.logits_per_text = output.logits_per_image.T
@@ -294,8 +296,8 @@ class DualEncoder(nn.Module):
 
     def encode_text(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None):
         """(N, T) token ids to text_embeds (N, E), unit norm."""
-        inputs = (input_ids, None, attention_mask, token_type_ids, position_ids)
-        return self(*inputs).text_embeds
+        no_pixels = None
+        return self(input_ids, no_pixels, attention_mask, token_type_ids, position_ids).text_embeds
 
     def get_image_features(self, pixel_values):
         """(I, 3, S, S) pixels to (I, E) projected features, not normalised."""
@@ -351,6 +353,8 @@ class DualEncoder(nn.Module):
         for name in self.locked:
             getattr(self, f"{name}_model").eval()
         return self
+
+    # Section 7 does the work of the next three methods.
 
     @classmethod
     def from_vision_text_pretrained(
@@ -433,7 +437,7 @@ class TextConfig:
 
 
 class TextEncoder(nn.Module):
-    """BERT's encoder. In section 9 RoBERTa has other positions, MPNet also a bias on its scores.
+    """BERT's encoder; section 9 has its relatives.
 
     All modules have BERT's published names, so that loading its weights is a copy.
 
@@ -515,7 +519,7 @@ class TextEncoder(nn.Module):
         return torch.arange(input_ids.shape[1], device=input_ids.device)[None, :]
 
     def score_mask(self, attention_mask, hidden):
-        """The mask that every layer gives to masked_attention, (B, 1, 1, T); MPNet needs hidden."""
+        """The mask for masked_attention, (B, 1, 1, T); hidden is for a subclass in section 9."""
         return None if attention_mask is None else attention_mask[:, None, None, :].bool()
 
     @classmethod
@@ -536,16 +540,29 @@ class TextEncoder(nn.Module):
             nn.init.zeros_(module.bias)
 
 
+class AddAndNorm(nn.Module):
+    """How both halves of a layer end: LN(hidden + dropout(dense(update)))."""
+
+    def __init__(self, width, config):
+        super().__init__()
+        self.dense = nn.Linear(width, config.width)
+        self.LayerNorm = nn.LayerNorm(config.width, config.layer_norm_eps)
+        self.dropout = config.dropout
+
+    def forward(self, update, hidden):
+        return self.LayerNorm(hidden + F.dropout(self.dense(update), self.dropout, self.training))
+
+
 class TextLayer(nn.Module):
     """One post-LN transformer layer: LN(x + attention(x)), then LN(x + mlp(x))."""
 
     def __init__(self, config):
         super().__init__()
         W = config.width
-        heads = nn.ModuleDict({name: nn.Linear(W, W) for name in ("query", "key", "value")})
-        self.attention = nn.ModuleDict({"self": heads, "output": AddAndNorm(W, config)})
+        projections = nn.ModuleDict({name: nn.Linear(W, W) for name in ("query", "key", "value")})
+        self.attention = nn.ModuleDict({"self": projections, "output": AddAndNorm(W, config)})
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(W, config.mlp_width)})
-        self.output = AddAndNorm(config.mlp_width, config)
+        self.output = AddAndNorm(config.mlp_width, config)  # begins with the mlp's second layer
         self.config = config
         self.activation = ACTIVATIONS[config.activation]()
 
@@ -565,19 +582,6 @@ class TextLayer(nn.Module):
         return self.output(inner, hidden), weights
 
 
-class AddAndNorm(nn.Module):
-    """How both halves of a layer end: LN(hidden + dropout(dense(update)))."""
-
-    def __init__(self, width, config):
-        super().__init__()
-        self.dense = nn.Linear(width, config.width)
-        self.LayerNorm = nn.LayerNorm(config.width, config.layer_norm_eps)
-        self.dropout = config.dropout
-
-    def forward(self, update, hidden):
-        return self.LayerNorm(hidden + F.dropout(self.dense(update), self.dropout, self.training))
-
-
 def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=False):
     """Softmax attention that gives padding no weight.
 
@@ -590,23 +594,17 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
     source             Vaswani et al. 2017, equation 1
     Exercise 3         medium, 40 minutes: never look at padding, run `pytest -k exercise_3`
     """
-    # torch's fused kernel does the lines below in one call, but it cannot return the weights.
-    if not (return_weights or fused_kernel_is_slow(query)):
+    # torch's fused kernel does it in one call, but returns no weights and is slow in some cases.
+    if not return_weights and not fused_kernel_is_slow(query):
         return F.scaled_dot_product_attention(query, key, value, mask, dropout), None
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
     if mask is not None and mask.dtype == torch.bool:
+        # Not -inf, which would make nan of a caption that is all padding.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask
     weights = F.dropout(scores.softmax(dim=-1), dropout)  # dropout is 0 in evaluation
     return weights @ value, (weights if return_weights else None)
-
-
-def fused_kernel_is_slow(tensor):
-    """On a CPU in bf16 with gradients, where separate products take half to a fifth of the time."""
-    in_bf16 = tensor.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
-    learns = tensor.requires_grad and torch.is_grad_enabled()
-    return tensor.device.type == "cpu" and in_bf16 and learns
 
 
 def masked_mean(hidden, attention_mask=None):
@@ -642,7 +640,7 @@ ACTIVATIONS |= {"quick_gelu": timm.layers.QuickGELU, "tanh": nn.Tanh}
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A timm model and how to build it, or a family of published checkpoints and its sizes.
+    """A timm model and its arguments; in section 9 also a family of transformers and its sizes.
 
     raises  ValueError for args that repeat a field of this class or ask for other channels, classes
             or a file
@@ -656,10 +654,11 @@ class VisionConfig:
 
     def __post_init__(self):
         fixed = "fixed: a tower sees RGB, has no classes and reads no file"
-        fields = {"img_size": "image_size", "global_pool": "pooling"}
-        for name in (*fields, "in_chans", "num_classes", "checkpoint_path"):
-            if name in self.args:
-                raise ValueError(f"vision args hold {name}; here that is {fields.get(name, fixed)}")
+        instead = dict.fromkeys(("in_chans", "num_classes", "checkpoint_path"), fixed)
+        instead |= {"img_size": "image_size", "global_pool": "pooling"}
+        for name in self.args:
+            if name in instead:
+                raise ValueError(f"vision args hold {name}; here that is {instead[name]}")
 
 
 class VisionEncoder(nn.Module):
@@ -682,7 +681,7 @@ class VisionEncoder(nn.Module):
     def build_trunk(self, pretrained_from):
         """The timm model that the configuration describes."""
         config = self.config
-        if not timm.is_model(config.name):  # then the check names near ones
+        if not timm.is_model(config.name):  # then this raises, with the nearest names
             check_choice("timm model", config.name.split(".")[0], timm.list_models())
         name = pretrained_from or config.name
         try:
@@ -705,11 +704,11 @@ class VisionEncoder(nn.Module):
     def forward(self, pixel_values, output_hidden_states=False, output_attentions=False):
         """Pixels to TowerOutput; pooler_output (B, W) is pooled as the model pools.
 
-        Hooks on the model collect hidden states and attentions: two threads must not share it then.
+        Hooks and switches of the model are changed on the way: threads must not share it.
 
         pixel_values  (B, 3, S, S) from the processor
-        raises        ValueError for another shape, for hidden states of a model without blocks or
-                      stages, and for attentions of a model that shows none
+        raises        ValueError for another shape (convnets take any S), for hidden states of a
+                      model without blocks or stages, and for attentions of one that shows none
         """
         shape, S = tuple(pixel_values.shape), self.image_size
         if len(shape) != 4 or shape[1] != 3 or (self.has_fixed_size() and shape[2:] != (S, S)):
@@ -730,7 +729,7 @@ class VisionEncoder(nn.Module):
         )
 
     def pool(self, features):
-        """(B, P, W), or a convnet's maps, to (B, W): without classes timm's head only pools."""
+        """(B, P, W) or a convnet's maps to (B, W): with num_classes=0 timm's head only pools."""
         return self.trunk.forward_head(features)
 
     def image_transform(self, crop_pct=None):
@@ -749,14 +748,15 @@ class VisionEncoder(nn.Module):
         )
 
     @contextmanager
-    def recording(self, hidden_states, attentions):
+    def recording(self, want_states, want_weights):
         """Inside, two lists fill with hidden states and attention weights, if they are wanted.
 
-        timm's layers call torch's fused kernel unless their switch fused_attn is off: where the
-        kernel is slow, and for weights, which then pass through attn_drop, where a hook sees them.
+        timm's attention uses torch's fused kernel while its fused_attn is True. Here that becomes
+        False where the kernel is slow, and to get at the weights: only then do they pass through
+        the module attn_drop, where a hook collects them.
         """
         blocks = getattr(self.trunk, "blocks", None) or getattr(self.trunk, "stages", None)
-        if hidden_states and not blocks:
+        if want_states and not blocks:
             raise ValueError(f"{self.config.name} has neither blocks nor stages to show")
         states, weights = [], []
 
@@ -764,20 +764,20 @@ class VisionEncoder(nn.Module):
             # What the first block is given are the embeddings.
             states.extend([output] if states else [args[0], output])
 
-        with ExitStack() as undo:  # at the end: hooks off, switches as they were
-            if hidden_states:
+        with ExitStack() as undo:  # a stack of with-blocks: at its end hooks go, switches are reset
+            if want_states:
                 for block in blocks:
                     undo.enter_context(block.register_forward_hook(keep_state))
-            unfused = attentions or any(map(fused_kernel_is_slow, self.parameters()))
+            unfused = want_weights or any(map(fused_kernel_is_slow, self.parameters()))
             for layer in self.trunk.modules() if unfused else ():
                 if hasattr(layer, "fused_attn"):
                     undo.callback(setattr, layer, "fused_attn", layer.fused_attn)
                     layer.fused_attn = False
-                    if attentions and hasattr(layer, "attn_drop"):
+                    if want_weights and hasattr(layer, "attn_drop"):
                         hook = layer.attn_drop.register_forward_hook
                         undo.enter_context(hook(lambda _, args, output: weights.append(output)))
             yield states, weights
-        if attentions and not weights:
+        if want_weights and not weights:
             raise ValueError(f"{self.config.name} computes no attention with weights to show")
 
 
@@ -830,14 +830,14 @@ class ImageTransform:
             pixels = TF.resize(pixels, size, InterpolationMode(self.interpolation), antialias=True)
         if self.crop is not None:
             # Negative margins cut. An odd pixel is at the end: as in transformers, not torchvision.
-            height, width = (self.crop - side for side in pixels.shape[-2:])
-            top, left = int(height / 2), int(width / 2)
-            pixels = F.pad(pixels, (left, width - left, top, height - top))
+            more_rows, more_columns = (self.crop - side for side in pixels.shape[-2:])
+            top, left = int(more_rows / 2), int(more_columns / 2)
+            pixels = F.pad(pixels, (left, more_columns - left, top, more_rows - top))
         return pixels
 
     def normalize(self, pixels):
         """(..., 3, S, S) uint8 to normalised float32."""
-        # On the 0 to 255 scale, like torchvision's processors, so that the last bits agree.
+        # On the 0 to 255 scale, as transformers does it, so that the last bits agree.
         mean, std = 255 * torch.tensor([self.mean, self.std], device=pixels.device)[..., None, None]
         return (pixels.float() - mean) / std
 
@@ -877,7 +877,7 @@ class ImageTransform:
         scale = 255 * (values["rescale_factor"] if values["do_rescale"] else 1)
         if not values["do_normalize"]:
             values |= {"image_mean": [0] * 3, "image_std": [1] * 3}
-        return cls(
+        return cls(  # all sides are equal here, so max picks the one number
             resize=max(size.values()) if values["do_resize"] else None,
             crop=max(crop.values()) if values["do_center_crop"] else None,
             squash="shortest_edge" not in size,
@@ -995,7 +995,8 @@ class Processor:
         returns     {"input_ids" (N, T), "attention_mask" (N, T), "pixel_values" (I, 3, S, S)}, as
                     asked for, and "token_type_ids" (N, T) with token_types
         """
-        inputs, captions = {}, [text] if isinstance(text, str) else list(text or ())
+        captions = [text] if isinstance(text, str) else list(text or ())
+        inputs = {}
         if captions:
             if self.tokenizer is None:
                 raise ValueError("no tokenizer: make a Processor(image_transform, tokenizer)")
@@ -1012,7 +1013,7 @@ class Processor:
             inputs["attention_mask"] = torch.tensor([row.attention_mask for row in rows])
             if self.token_types:
                 inputs["token_type_ids"] = torch.tensor([row.type_ids for row in rows])
-        if isinstance(images, Image.Image) or getattr(images, "ndim", 4) < 4:
+        if isinstance(images, Image.Image) or getattr(images, "ndim", 4) < 4:  # one image
             images = [images]
         if images is not None and len(images):
             if self.image_transform is None:
@@ -1176,7 +1177,7 @@ def positive_groups(pair_ids):
     columns = [column.unique(return_inverse=True)[1] for column in pair_ids.T]
     while True:
         before = groups
-        for column in columns:  # every pair takes the lowest group among those that share its id
+        for column in columns:  # every pair takes the lowest group of all with its id, in turns
             groups = groups.scatter_reduce(0, column, groups, "amin", include_self=False)[column]
         if torch.equal(groups, before):
             return groups
@@ -1203,9 +1204,10 @@ class ImageDataset(torch.utils.data.Dataset):
             self.images = Lazy(images.items, functools.partial(open_image, size=size))
 
     def __getitem__(self, key):
-        (epoch, used), n, error = key, len(self.images), ""
-        pixels = torch.zeros(3, 8, 8, dtype=torch.uint8)  # black, if a hundred in a row are broken
-        for i in range(used, used + 100):
+        (epoch, wanted), n, error = key, len(self.images), ""
+        # Black, if a hundred in a row are broken.
+        used, pixels = wanted, torch.zeros(3, 8, 8, dtype=torch.uint8)
+        for i in range(wanted, wanted + 100):
             try:
                 pixels, used = to_pixels(self.images[i % n]), i % n
                 break
@@ -1226,7 +1228,7 @@ def image_loader(dataset, batches, workers, device):
         num_workers=workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=worker_init,
-        generator=torch.Generator(),  # the global one belongs to the training run
+        generator=torch.Generator(),  # the global one draws dropout: workers' seeds would shift it
     )
 
 
@@ -1252,7 +1254,7 @@ class ShapesPairs(Pairs):
 
     split   "train"; "val" or "test", which are the same images; or "all"
     seed    draws scenes and images
-    count   images: 10,000 or, held out, 512, half of them with an object never seen in training
+    count   images of a part: 10,000 or, held out, 512, half with objects unseen in training
     side    pixels
     raises  ValueError for more held-out images than there are
     """
@@ -1263,7 +1265,7 @@ class ShapesPairs(Pairs):
         check_choice("split", split, SPLITS)
         self.scenes, self.wordings, names = [], [], []
         for part, usual in (("train", 10_000), ("held-out", 512)):
-            if split == "all" or (split == "train") == (part == "train"):
+            if split in (part, "all") or (part == "held-out" and split != "train"):
                 rng = random.Random(f"shapes {part.replace('-', ' ')} {seed}")
                 scenes = draw_scenes(rng, count or usual, held_out=part == "held-out")
                 self.scenes += scenes
@@ -1446,7 +1448,7 @@ def load_pairs(
     pairs = pairs_from_rows(rows_of, templates, class_names or {})
     for i in range(0, len(pairs), len(pairs) // 8 + 1):
         with suppress(ValueError):
-            pairs.images[i]  # opened only to note dark images here: workers print no notes
+            pairs.images[i]  # a look at eight, to note dark ones here: workers print no notes
     splits = [own[0].split for own in rows_of.values()]
     if {"val", "test"}.isdisjoint(splits):
         # A hash decides, so new images never move old ones across.
@@ -1460,7 +1462,7 @@ def load_pairs(
 
 def rows_by_image(rows, root):
     """{(name, source for open_image): rows}, whatever the spelling of an image's path."""
-    rows_of, found = {}, {}
+    rows_of, found = {}, {}  # found: an image as its row has it -> (name, source)
     for row in rows:
         if row.image not in found:
             found[row.image] = row.where, row.image
@@ -1488,6 +1490,7 @@ def pairs_from_rows(rows_of, templates, class_names):
         captions = [list(dict.fromkeys(row.caption for row in own)) for own in rows_of.values()]
         return Pairs(list(names), images, captions)
     known = sorted({*folders})
+    # More names than classes are fine, as of all of ImageNet, if all classes are among them.
     unknown = [name for name in class_names if name not in known]
     if unknown and {*known} - {*class_names}:
         check_choice("class to rename", unknown[0], known)
@@ -1562,7 +1565,7 @@ def text_lines(path):
 
 def read_table(path, **_):
     """A table with a header, which tells the separator."""
-    separator = max("\t,;|", key=next(text_lines(path), "").count)
+    separator = max("\t,;|", key=next(text_lines(path), "").count)  # the most frequent
     # Strict: else a quote that is never closed would quietly swallow the rows below it.
     options = {"delimiter": separator, "skipinitialspace": True, "strict": True}
     reader, first = csv.DictReader(text_lines(path), **options), 1
@@ -1684,7 +1687,8 @@ def build_from_towers(cls, vision, text, projection_dim, pretrained, overrides):
 
 def build_vision_tower(vision, pretrained, overrides):
     """A VisionEncoder from a timm name, or from a folder or hub id of timm's or transformers'."""
-    weights, found, args = vision, {"name": vision}, {}  # a timm name and its tag
+    weights = vision  # what timm loads them from: a name with its tag
+    found, args = {"name": vision}, {}  # fields of VisionConfig
     if "/" in vision or Path(vision).is_dir():
         folder = find_folder(vision.removeprefix("hf-hub:"))
         values = read_json(folder / CONFIG_FILE)
@@ -1747,7 +1751,7 @@ def load_dual_encoder(cls, folder_or_hub_id):
     folder = find_folder(folder_or_hub_id)
     values = read_json(folder / CONFIG_FILE)
     own = values.get("model_type") == MODEL_TYPE
-    # On the meta device shapes take no memory: a config that lies costs nothing.
+    # On the meta device tensors have shapes and no values: a config that lies takes no memory.
     with blamed_on(folder / CONFIG_FILE, "cannot build the model of"), torch.device("meta"):
         what = "model_type (other models lend towers to from_vision_text_pretrained)"
         check_choice(what, values.get("model_type"), (MODEL_TYPE, PUBLISHED_TYPE))
@@ -1761,7 +1765,7 @@ def load_dual_encoder(cls, folder_or_hub_id):
 def fill(module, weights, source):
     """Give a module on the meta device exactly the weights {name: tensor}, as float32."""
     try:
-        module.load_state_dict(weights, assign=True)
+        module.load_state_dict(weights, assign=True)  # the file's tensors become the parameters
     except RuntimeError as error:
         listed = textwrap.shorten(str(error).partition("\n")[2], 600)
         raise ValueError(f"{source} does not fit its {CONFIG_FILE}: {listed}") from error
@@ -1838,10 +1842,10 @@ class MicroBatches(nn.Module):
     """Embeds a batch in pieces, so that the exact gradient of a large batch fits in little memory.
 
     The loss compares each pair with all others, so losses of small batches do not add up to it.
-    But it needs only embeddings, which are small. A piece is one torch.utils.checkpoint: it keeps
-    its inputs and outputs, and is computed again in the backward pass, with the same dropout, to
-    carry the gradients of its embeddings into the weights. Batch norm sees a piece at a time; its
-    running statistics take the same step twice.
+    But it needs only embeddings, which are small. A piece runs in torch.utils.checkpoint (gradient
+    checkpointing, no file): it keeps its inputs and outputs, and is computed again in the backward
+    pass, with the same dropout, to carry the gradients of its embeddings into the weights. Batch
+    norm sees a piece at a time, and updates its running statistics in both computations.
 
     model      DualEncoder with a processor
     size       pairs a piece; 0 embeds the batch at once
@@ -1911,8 +1915,8 @@ def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=1024):
     of_rows, of_columns = TiledLogSumExp.apply(scaled, gather_embeds(text_embeds), tile)
     # of_columns (B,) has seen the images of this rank only; all ranks' together are complete.
     of_columns = gather_embeds(of_columns[None]).logsumexp(dim=0)
-    pairs = (scaled * text_embeds).sum(dim=1)
-    return (of_rows / 2 - pairs).mean() + of_columns.mean() / 2
+    pair_scores = (scaled * text_embeds).sum(dim=1)
+    return (of_rows / 2 - pair_scores).mean() + of_columns.mean() / 2
 
 
 class TiledLogSumExp(torch.autograd.Function):
@@ -2010,7 +2014,7 @@ def gather_embeds(embeds):
     each rank computes the loss of all rows, the sum is world_size times the true gradient, and the
     mean over ranks that DistributedDataParallel takes undoes this.
 
-    embeds   (R, ...)  this rank's rows, as many as each other rank has
+    embeds   (R, ...)  this rank's rows of anything, as many as each other rank has
     returns  (B, ...)  the rows of all ranks, in order
     """
     return embeds if world_size() == 1 else GatherRows.apply(embeds)
@@ -2088,7 +2092,7 @@ class MPNetEncoder(RobertaEncoder):
 def relative_buckets(T):
     """(T, T) rows of MPNet's bias table: 16 for keys up to the query, 16 for keys on its right.
 
-    Distances below 8 have a row each; beyond, the row grows with the logarithm, up to 128.
+    Distances below 8 have a row each, those from 8 to 128 share 8 rows by their logarithm.
 
     source  Raffel et al. 2020 (T5), section 2.1
     """
@@ -2105,7 +2109,8 @@ class PublishedVisionEncoder(VisionEncoder):
     own_transform = None  # the ImageTransform in the folder that the weights came from
 
     def build_trunk(self, pretrained_from):
-        name, pooling, values = self.config.name, self.config.pooling, {**self.config.args}
+        name, pooling = self.config.name, self.config.pooling
+        values = {**self.config.args}  # what is left in it at the end goes to timm
         width, act = values["hidden_size"], values.pop("hidden_act")
         pooler_act = values.pop("pooler_act", None)
         check_choice(f"{name} pooling", pooling, ("pooler", "token") if pooler_act else (None,))
@@ -2174,7 +2179,8 @@ class Published(typing.NamedTuple):
     defaults: dict = {}  # vision: of config.json, whose keys it lists; text: of TextConfig
 
 
-# Keys of a published config.json: the same arguments in timm's words.
+# Keys of a published config.json: the same arguments in timm's words. (In these tables **{...} only
+# keeps related entries on a line.)
 TIMM_NAMES = {
     **{"hidden_size": "embed_dim", "num_hidden_layers": "depth"},
     **{"num_attention_heads": "num_heads", "hidden_dropout_prob": "pos_drop_rate"},
@@ -2285,7 +2291,10 @@ def published_row(config):
 
 
 def published_names(module):
-    """{names in a published file: our names} whose tensors, laid end to end, are the same."""
+    """{names in a published file: our names} whose tensors, laid end to end, are the same.
+
+    Such as {("a.query.weight", "a.key.weight", "a.value.weight"): ["trunk.a.attn.qkv.weight"]}.
+    """
     towers, names = {"": module}, {}
     if isinstance(module, DualEncoder):
         towers = {"vision_model.": module.vision_model, "text_model.": module.text_model}
@@ -2645,6 +2654,13 @@ def autocast(device, precision):
     """The context in which towers run; "fp32" also switches an outer one off."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def fused_kernel_is_slow(tensor):
+    """True while a CPU learns in bf16: separate products take half to a fifth of its time."""
+    in_bf16 = tensor.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    learns = tensor.requires_grad and torch.is_grad_enabled()
+    return tensor.device.type == "cpu" and in_bf16 and learns
 
 
 def run_script(main):

@@ -140,7 +140,7 @@ class EvalContext:
     pairs           Pairs; unreadable images are skipped if there is only one, or at most 1%
     tasks           names in TASKS; "auto" or "all" for those that the pairs allow
     load_train      function without arguments that gives the training Pairs, for probe and k-NN
-    image_features  (I, W) pooled features of the images, if known: the tower does not run
+    image_features  pooled features, if known, as embed_images gives them: the tower does not run
     query, top      of search, and folder, where it keeps its index
     raises          ValueError for a model without a processor, or pairs that lack what a task needs
 
@@ -156,7 +156,7 @@ class EvalContext:
     precision: str = "fp32"
     batch_size: int = EVAL_BATCH
     workers: int = 0
-    image_features: torch.Tensor | None = None
+    image_features: tuple | None = None
     query: str = ""
     top: int = 20
     folder: Path | None = None
@@ -164,6 +164,7 @@ class EvalContext:
     def __post_init__(self):
         if self.model.processor is None:
             raise ValueError("the model has no processor to prepare images and captions with")
+        # TASKS and PARTS, section 7: a row says what it needs, and whether "auto" includes it.
         allowed = [name for name, task in TASKS.items() if getattr(self.pairs, task.needs, None)]
         for name in allowed:
             dualenc.check_choice(f"part_of of {name}", TASKS[name].part_of, PARTS)
@@ -177,8 +178,7 @@ class EvalContext:
         self.options = self.precision, self.batch_size
         if self.tasks == ["search"]:
             return
-        if self.image_features is None:
-            self.pairs, self.image_features = self.read(self.pairs)
+        self.pairs, self.image_features = self.read(self.pairs, self.image_features)
         device, rows = self.model.logit_scale.device, []
         for features in self.image_features.split(self.batch_size):
             with measuring(self.model), dualenc.autocast(device, self.precision):
@@ -190,10 +190,10 @@ class EvalContext:
             self.labels, classes = torch.tensor(self.pairs.labels), self.pairs.classes
             self.class_embeds = class_embeds(self.model, classes, self.templates, *self.options)
 
-    def read(self, pairs):
-        """(the pairs whose image can be read, their pooled features (I, W))"""
-        options = *self.options, self.workers
-        features, unreadable = embed_images(self.model, pairs.images, *options, pooled=True)
+    def read(self, pairs, found=None):
+        """(the pairs whose image can be read, their pooled features (I, W)); found: of all."""
+        how = *self.options, self.workers
+        features, unreadable = found or embed_images(self.model, pairs.images, *how, pooled=True)
         if not unreadable:
             return pairs, features
         kept = [i for i in range(len(pairs)) if i not in unreadable]
@@ -259,7 +259,7 @@ def cache_key(model, precision, side):
 def stored_rows(folder, stamps, embed):
     """Rows kept on disk, brought up to date: only what is new or has changed is embedded.
 
-    folder   made if need be. A second job waits for the first; the processes of one go together
+    folder   made if need be; a second job waits for the first
     stamps   one string a row, which changes when the row's image does
     embed    list of indices -> (their rows, {place in that list: why unreadable})
     returns  (I, W) float32 rows, those of unreadable images 0; {index: why unreadable}; how many
@@ -284,6 +284,7 @@ def stored_rows(folder, stamps, embed):
         # Unreadable rows are kept under "", which no stamp equals: they are tried again.
         saved = ["" if i in unreadable else stamp for i, stamp in enumerate(stamps)]
         if dualenc.rank() == 0 and saved != known:
+            # safetensors holds nothing but tensors.
             text = torch.frombuffer(bytearray(json.dumps(saved).encode()), dtype=torch.uint8)
             dualenc.write_file(file, safetensors.torch.save({"rows": rows, "stamps": text}))
     return rows, unreadable, len(new) - len(unreadable)
@@ -291,7 +292,7 @@ def stored_rows(folder, stamps, embed):
 
 # ---- 3  Retrieval --------------------------------------------------------------------------------
 
-ROUNDING = 1e-6  # cosines nearer than this tie: sums in another order differ by less
+ROUNDING = 1e-6  # cosines closer than this are equal: the order of a sum alone moves them by less
 
 
 def with_interval(name, values, per_image=None):
@@ -322,7 +323,7 @@ def ranks(image_embeds, text_embeds, right, rows=512):
     """
     image, text = right.to(image_embeds.device).unique(dim=0).T
     n_images, n_texts = len(image_embeds), len(text_embeds)
-    # The worst ranks, with all wrong answers first; the loop subtracts those that score lower.
+    # A rank is 1 + wrong answers - those below the best right one, which the loop subtracts.
     image_ranks = 1 + n_texts - image.bincount(minlength=n_images)
     text_ranks = 1 + n_images - text.bincount(minlength=n_texts)
     if (image_ranks > n_texts).any():
@@ -435,7 +436,7 @@ def zeroshot_metrics(image_embeds, class_rows, labels, classes):
     rank, _ = ranks(image_embeds, class_rows, right)
     hits, sizes = (rank <= 1).double(), labels.bincount(minlength=len(classes)).double()
     by_class = hits.new_zeros(len(classes)).index_add(0, labels, hits) / sizes
-    # The mean over classes gives an image of a small class more weight.
+    # The mean over images of weights * hits is the mean over classes of their shares.
     weights = len(labels) / ((sizes > 0).sum() * sizes[labels])
     return {
         "n_images": len(labels),
@@ -487,6 +488,7 @@ def calibration(image_embeds, class_rows, labels, logit_scale):
         confidence, guess = (logits[rest] / divisor).softmax(dim=1).max(dim=1)
         gaps = confidence - (guess == labels[rest]).double()
         bins = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
+        # A bin's size times its |mean gap| is the |sum| of its gaps.
         of_bins = gaps.new_zeros(CALIBRATION_BINS).index_add(0, bins, gaps)
         metrics[f"zs_ece{suffix}"] = of_bins.abs().sum().item() / len(rest)
         metrics[f"zs_nll{suffix}"] = F.cross_entropy(logits[rest] / divisor, labels[rest]).item()
@@ -582,13 +584,13 @@ def probe_task(context):
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     held_out = order[: max(1, min(len(labels) // 5, 5000))]
 
-    def learn(features, classes, test, n_classes):
+    def learn(features, classes, queries, n_classes):
         weights, best = features.new_zeros(features.shape[1], n_classes), (-1.0, None)
         for penalty in PENALTIES:
             weights = fit_logistic(features, classes, penalty, weights)
             hits = (train[held_out] @ weights).argmax(dim=1) == labels[held_out]
             best = max(best, (hits.float().mean().item(), weights), key=lambda fit: fit[0])
-        return (test @ best[1]).argmax(dim=1)
+        return (queries @ best[1]).argmax(dim=1)
 
     return few_shot(context, "probe", learn, train, test, order[len(held_out) :])
 
@@ -599,16 +601,14 @@ def knn_task(context):
     return few_shot(context, "knn", nearest_neighbours, train, context.image_features, pool)
 
 
-# A colour that is not in the image, as a control; the two colours exchanged; left for right or
-# above for below; the two objects exchanged.
-BINDING_KINDS = ("replaced", "attributes", "relation", "order")
+BINDING_KINDS = ("replaced", "attributes", "relation", "order")  # see ShapesPairs.hard_negatives
 
 
 def binding_task(context):
     """Is an image nearer to its caption than to the same words bound wrongly? Ties are wrong.
 
     returns  shares binding_replaced, ..., binding_all (the caption beats all wrong ones); n_images,
-             n_attributes (images whose objects differ in colour), ...; chance_binding
+             n_attributes (images whose objects differ in colour), ...; chance_binding, of one kind
     source   the idea: Yuksekgonul et al. 2023, "... behave like bags-of-words, and what to do"
     """
     pairs, everything = context.pairs, list(range(len(context.pairs)))
@@ -886,7 +886,7 @@ def read_class_names(source):
 
 
 def read_run(checkpoint):
-    """(train_config.json, names of the training images) of a checkpoint's run; empty without."""
+    """({}, {""}) without a run, else (train_config.json, names of the training images)."""
     record = dualenc.read_json(checkpoint.parent / dualenc.RUN_CONFIG, {})
     path = checkpoint.parent / "trained_on.txt"
     names = path.read_text(encoding="utf-8", errors="surrogateescape") if record else ""
@@ -922,6 +922,7 @@ def open_data(config, checkpoint):
         pairs = dualenc.Pairs(names, dualenc.Lazy(paths, dualenc.open_image), [[] for _ in paths])
         line = f"{spec}   {len(pairs):,} images"
         return {"pairs": pairs, "folder": store_folder(spec, "index")}, line
+    # given: this command's flags; own: the run's, if these are its data; settings: own, then given
     own = flags if spec == flags.get("data") else {}
     places = {name: {**own, **given}.get(name) for name in ("data_root", "images")}
     how = {"seed": flags.get("seed", 0), **{name: place for name, place in places.items() if place}}

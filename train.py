@@ -34,13 +34,13 @@ import dualenc
 import eval as evaluation
 from dualenc import flag
 
-# The vision tower of --vision scratch: a ResNet-10 of half the width, quick on a CPU.
+# The vision tower of --vision scratch: a ResNet-10 with stages of half the width, quick on a CPU.
 SCRATCH_VISION, SCRATCH_SIZE = "resnet18", 64
-SCRATCH_ARGS = {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256), "stem_width": 32}
+SCRATCH_ARGS = {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256)}
 STATE_FILE, METRICS_FILE, LOCK_FILE = "training_state.pt", "metrics.jsonl", "run.lock"
 SHOWN = {"i2t_r1": "image->text R@1", "i2t_r5": "R@5", "t2i_r1": "text->image R@1"}
 SHOWN |= {"t2i_r5": "R@5", "chance_r1": "chance", "zs_top1": "zero-shot", "chance_top1": "chance"}
-BAD_SHARE = 0.01  # --on-bad-image skip stops when more of the images than this cannot be read
+BAD_SHARE = 0.01  # the share of unreadable images above which --on-bad-image skip stops, too
 TILED_FROM = 2048  # pairs over all ranks from which on the tiled losses are faster
 
 
@@ -59,9 +59,9 @@ class Loss:
     start: dict = dataclasses.field(default_factory=dict)  # configuration of a new model
 
 
-def mean_over_groups(nats):
-    """Group sizes to the mean over pairs of nats(size of the pair's group)."""
-    return lambda sizes: sum(size * nats(size) for size in sizes) / sum(sizes)
+def mean_over_groups(nats, sizes):
+    """The mean over pairs of nats(size of the pair's group)."""
+    return sum(size * nats(size) for size in sizes) / sum(sizes)
 
 
 def siglip_guess(n):
@@ -74,21 +74,21 @@ LOSSES = {
         function=dualenc.clip_loss,
         inputs=("logit_scale",),
         chance=lambda sizes: math.log(sum(sizes)),
-        floor=mean_over_groups(math.log),
+        floor=lambda sizes: mean_over_groups(math.log, sizes),
         tiled=dualenc.tiled_clip_loss,
     ),
     "siglip": Loss(
         function=dualenc.siglip_loss,
         inputs=("logit_scale", "logit_bias"),
         chance=lambda sizes: siglip_guess(sum(sizes)),
-        floor=mean_over_groups(siglip_guess),
+        floor=lambda sizes: mean_over_groups(siglip_guess, sizes),
         tiled=None,
         start={"logit_scale_init": math.log(10), "logit_bias_init": -10.0},  # SigLIP, section 3.2
     ),
     "multi-positive": Loss(
         function=dualenc.multi_positive_clip_loss,
         inputs=("logit_scale", "group_ids"),
-        chance=lambda sizes: math.log(sum(sizes)) - mean_over_groups(math.log)(sizes),
+        chance=lambda sizes: math.log(sum(sizes)) - mean_over_groups(math.log, sizes),
         floor=lambda sizes: 0.0,
         tiled=None,
     ),
@@ -112,8 +112,8 @@ def random_flip(pixels, flip, rng):
 class TrainConfig:
     """The flags. Their metadata:
 
-    augment  function(uint8 pixels (3, h, w), value, rng) -> the same, unless value is the default
-    sets     passed to from_vision_text_pretrained as this prefix and the flag's name, unless empty
+    augment  function(uint8 pixels (3, h, w), value, rng) -> such pixels; not called for the default
+    sets     the flag goes to from_vision_text_pretrained, as this prefix and its name, unless empty
     """
 
     data: str = flag("shapes", "data spec (README.md lists them)", "data")
@@ -148,7 +148,7 @@ class TrainConfig:
     neighbours: int = flag(0, "images in a row that share a batch; 0: as the data has it", "recipe")
     lr: float = flag(1e-3, "peak learning rate of what is new", "recipe")
     tower_lr: float = flag(0.0, "that of pretrained towers; 0: a tenth of --lr", "recipe")
-    weight_decay: float = flag(0.05, "off norms, biases, position tables, logit_scale", "recipe")
+    weight_decay: float = flag(0.05, "none on norms, biases, positions, logit_scale", "recipe")
     warmup: float = flag(0.05, "share of the steps in which the learning rate rises", "recipe")
     clip_grad: float = flag(1.0, "largest gradient norm; 0 for no limit", "recipe")
     seed: int = flag(0, "of weights, order, augmentation and drawn shapes", "recipe")
@@ -178,10 +178,10 @@ Run = namedtuple("Run", "out pairs held_out templates features")
 
 
 def train(config, run, model, optimizer, state):
-    """From state["step"] on to config.steps, or until SIGINT or SIGTERM, which save and exit.
+    """Train from state["step"] to config.steps, or until SIGINT or SIGTERM, which save and exit.
 
     returns  the metrics of the best evaluation
-    raises   ValueError once loss or gradient are no longer finite
+    raises   ValueError once loss or gradient are not finite (fp16 skips steps that overflow)
     """
     loss_row, device = LOSSES[config.loss], model.logit_scale.device
     embed = dualenc.MicroBatches(model, config.micro_batch, config.precision)
@@ -189,13 +189,13 @@ def train(config, run, model, optimizer, state):
         embed = nn.parallel.DistributedDataParallel(embed)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     scaler.load_state_dict(state.get("scaler", scaler.state_dict()))
-    sums, bad_images = Counter(state["sums"]), {}
+    sums, bad_images = Counter(state["sums"]), {}  # sums since the last line: its update() adds
     first_step, ready = state["step"] + 1, 0.0  # ready: when the step before was done
 
     with stop_signals() as received:
         for images, indices, captions in fetch(config, run, model, state["step"], bad_images):
-            # Pairs of all ranks whose captions fit each other's images get the same group id.
             fetched = time.perf_counter()
+            # Pairs of all ranks whose captions fit each other's images get the same group id.
             pair_ids = dualenc.gather_embeds(run.pairs.pair_ids(indices, captions))
             group_ids = dualenc.positive_groups(pair_ids).to(device)
 
@@ -218,7 +218,7 @@ def train(config, run, model, optimizer, state):
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
             loss = dualenc.gather_embeds(loss.detach()[None]).mean().item()
-            skipped = not norm.isfinite().item()
+            skipped = not norm.isfinite().item()  # without fp16 the scale is 1, and none may be
             broken = not math.isfinite(loss) or (skipped and scaler.get_scale() <= 1)
             where = f"step {state['step'] + 1}: loss or gradient are not finite"
             refuse(broken, f"{where}: lower --lr ({config.lr:.1e}) or take --precision fp32")
@@ -306,12 +306,12 @@ def in_batch_accuracy(image_embeds, text_embeds, group_ids):
 
 def evaluate(config, run, model, state):
     """Measure the held-out pairs; log and print the metrics, and save the model if it is best."""
-    # Each rank has batch-norm statistics of its own images.
+    # Each rank has batch-norm statistics of its own images: all take rank 0's.
     for buffer in model.buffers() if dualenc.world_size() > 1 else ():
         torch.distributed.broadcast(buffer, 0)
     how = {"precision": config.precision, "workers": config.workers, "templates": run.templates}
-    rows, _ = run.features.get("val", (None, None))
-    results = evaluation.evaluate(model, run.held_out, image_features=rows, **how)
+    features = run.features.get("val")
+    results = evaluation.evaluate(model, run.held_out, image_features=features, **how)
     metrics = itertools.chain.from_iterable(task.items() for task in results.values())
     line = {"step": state["step"], **{k: v for k, v in metrics if not isinstance(v, dict)}}
     score = line["zs_top1"] if "zs_top1" in line else line["i2t_r1"] + line["t2i_r1"]
@@ -320,7 +320,7 @@ def evaluate(config, run, model, state):
         state |= {"best": line, "score": score}
         save_checkpoint(run.out / "best", model)
     shown = [f"{words} {line[name]:.1%}" for name, words in SHOWN.items() if name in line]
-    # Logged before last/ is saved: resuming drops the lines after last/, and repeats them.
+    # Logged first: a run killed before last/ is saved repeats the step, and its line.
     text = f"eval {line['step']:>6,}/{config.steps:,}   {'   '.join(shown)}"
     log(run.out, line, f"{text}   saved {run.out / ('best' if best else 'last')}")
 
@@ -363,7 +363,7 @@ def fetch(config, run, model, first_step, bad_images):
     Images are uint8 pixels (R, 3, S, S) or cached features (R, W). The place of an unreadable image
     is taken by the next one, and bad_images, {index: reason}, grows.
     """
-    batches = partial(batch_keys, config, run.pairs, first_step)  # for the loader and beside it
+    batches = partial(batch_keys, config, run.pairs, first_step)  # the loader's, and again below
     if "train" in run.features:
         loader = cached_images(*run.features["train"], batches())
     else:
@@ -389,7 +389,7 @@ def cached_images(rows, unreadable, batches):
     """What an image loader yields, with features (R, W) for pixels."""
     for keys in batches:
         indices = [i for _, i in keys]
-        while bad := set(indices) & unreadable.keys():
+        while bad := set(indices) & unreadable.keys():  # then the next image takes the place
             indices = [(i + (i in bad)) % len(rows) for i in indices]
         yield rows[indices], torch.tensor(indices), [unreadable.get(i, "") for _, i in keys]
 
@@ -472,7 +472,7 @@ def make_model(config, pairs):
 
 
 def make_optimizer(model, config):
-    """AdamW as in CLIP, table 19; a group's "peak" is --lr, or --tower-lr for pretrained towers."""
+    """AdamW with betas and eps of CLIP's ViTs; the "peak" of pretrained towers is --tower-lr."""
     trunk, groups = model.vision_model.trunk, {}
     kept = {f"vision_model.trunk.{name}" for name in getattr(trunk, "no_weight_decay", set)()}
     pretrained = [tower for tower in towers(model).values() if tower.weights_from]

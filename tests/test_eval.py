@@ -143,9 +143,11 @@ def test_given_features_stand_in_for_the_tower(make_model, images):
     model = make_model()
     pairs = dualenc.Pairs(list("abcd"), images, [[c] for c in ("two dogs", "fox", "star", "a")])
     wanted = evaluation.evaluate(model, pairs)
-    features, _ = evaluation.embed_images(model, images, pooled=True)
+    features = evaluation.embed_images(model, images, pooled=True)
     model.vision_model = None
     assert evaluation.evaluate(model, pairs, image_features=features) == wanted
+    torn = evaluation.evaluate(model, pairs, image_features=(features[0], {3: "torn"}))
+    assert torn["retrieval"]["n_images"] == 3, "an unreadable image is measured by its row of 0"
     model.visual_projection.weight.data[:] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         evaluation.evaluate(model, pairs, image_features=features)

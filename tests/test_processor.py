@@ -15,8 +15,7 @@ from support import CAPTIONS
 
 import dualenc
 
-# Left half red, right half blue.
-RED, BLUE, WHITE = (200, 40, 40), (40, 40, 200), (255, 255, 255)
+RED, BLUE, WHITE = (200, 40, 40), (40, 40, 200), (255, 255, 255)  # most images: left red, then blue
 
 
 def make_transform(**overrides):
