@@ -890,14 +890,14 @@ class ImageTransform:
 def to_pixels(image):
     """A PIL image, uint8 tensor (C, h, w) or array (h, w, C) to (3, h, w) uint8."""
     if not isinstance(image, Image.Image):
-        kind = f"{type(image).__name__} of {getattr(image, 'dtype', 'no dtype')}"
-        if not kind.endswith("uint8"):
-            raise ValueError(f"image is a {kind}, expected a PIL image, or uint8 values")
+        kind, dtype = type(image).__name__, str(getattr(image, "dtype", "no dtype"))
+        if not dtype.endswith("uint8"):
+            raise ValueError(f"image is a {kind} of {dtype}, expected a PIL image, or uint8 values")
         image = TF.to_pil_image(image)
-    return TF.pil_to_tensor(flatten(image))
+    return TF.pil_to_tensor(to_rgb(image))
 
 
-def flatten(image, name="an image"):
+def to_rgb(image, name="an image"):
     """Any PIL image in RGB as a person sees it: transparency on white, 16 bits to 8."""
     if image.mode == "F":
         raise ValueError("pixels are floats, expected whole numbers of 8 or 16 bits")
@@ -933,7 +933,7 @@ def open_image(source, size=None):
         file = source
         if isinstance(source, tuple) and len(source) == 2:
             dataset, index = source
-            return flatten(ImageOps.exif_transpose(dataset[index][0]))
+            return to_rgb(ImageOps.exif_transpose(dataset[index][0]))
         if isinstance(source, tuple):
             path, start, length = source
             with open(path, "rb") as whole:
@@ -942,7 +942,7 @@ def open_image(source, size=None):
         with Image.open(file, formats=IMAGE_FORMATS) as image:
             if size:
                 image.draft(None, (2 * size, 2 * size))
-            return flatten(ImageOps.exif_transpose(image), source)
+            return to_rgb(ImageOps.exif_transpose(image), source)
 
 
 def stamp_image(source):
@@ -1549,7 +1549,7 @@ def read_folder(folder, **_):
     depth = int(bool(parts) and parts == tops)  # 1 below train/, val/ and test/
     for path, place, text in zip(paths, places, texts):
         image, split = os.path.join(*place), place[0] if depth else None
-        if len(place) <= depth + (not has_texts):
+        if len(place) <= depth + (not has_texts):  # a class is a folder more
             notice(f"{folder} above", f"{path} is left out: it lies in no folder of a class")
         elif has_texts:
             for caption in filter(str.strip, text_lines(text)):
@@ -2404,7 +2404,7 @@ def load_tower(read_config, folder, source, overrides):
     tower.weights_from, prefix = str(source), published_row(tower.config).prefix
     inside = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
     inside = inside or weights  # a file without a task head has no prefix
-    # What BEiT's files call pooler is the norm that its mean pooling ends with.
+    # An unused pooler goes. BEiT (pooling None) keeps its own, the norm after its mean pooling.
     if tower.config.pooling not in (None, "pooler"):
         inside = {name: tensor for name, tensor in inside.items() if not name.startswith("pooler.")}
     fill(tower, own_weights(tower, inside, folder), folder)
@@ -2635,7 +2635,7 @@ def pick_device(name):
 
 
 def worker_init(worker_id):
-    """A process group of its own: Ctrl-C must not end workers before the run has saved."""
+    """Ignore Ctrl-C, by a process group of its own: workers must live until the run has saved."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
 

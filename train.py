@@ -217,9 +217,9 @@ def train(config, run, model, optimizer, state):
             # Clip, step, clamp. In fp16 a step whose gradient overflows is left out.
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
-            loss = dualenc.gather_embeds(loss.detach()[None]).mean().item()
+            mean_loss = dualenc.gather_embeds(loss.detach()[None]).mean().item()
             skipped = not norm.isfinite().item()  # without fp16 the scale is 1, and none may be
-            broken = not math.isfinite(loss) or (skipped and scaler.get_scale() <= 1)
+            broken = not math.isfinite(mean_loss) or (skipped and scaler.get_scale() <= 1)
             where = f"step {state['step'] + 1}: loss or gradient are not finite"
             refuse(broken, f"{where}: lower --lr ({config.lr:.1e}) or take --precision fp32")
             scaler.step(optimizer)
@@ -232,7 +232,7 @@ def train(config, run, model, optimizer, state):
             # Meter and log. The first step warms up and is not timed.
             sizes = group_ids.unique(return_counts=True)[1].tolist()
             accuracy = in_batch_accuracy(image_embeds, text_embeds, group_ids)
-            sums.update(steps=1, loss=loss, in_batch_acc=accuracy)
+            sums.update(steps=1, loss=mean_loss, in_batch_acc=accuracy)
             sums.update(chance_loss=loss_row.chance(sizes), floor_loss=loss_row.floor(sizes))
             if step > first_step:
                 sums.update(timed=1, waited=fetched - ready, seconds=time.perf_counter() - ready)
@@ -273,7 +273,7 @@ def compute_loss(name, model, image_embeds, text_embeds, group_ids):
     """
     row, given = LOSSES[name], {"logit_scale": model.logit_scale, "group_ids": group_ids}
     given["logit_bias"] = getattr(model, "logit_bias", None)
-    inputs = [given[name] for name in row.inputs]
+    inputs = [given[key] for key in row.inputs]
     if row.tiled and len(group_ids) >= TILED_FROM:
         return row.tiled(image_embeds, text_embeds, *inputs)
     image_embeds, text_embeds = map(dualenc.gather_embeds, (image_embeds, text_embeds))
@@ -478,8 +478,8 @@ def make_optimizer(model, config):
     pretrained = [tower for tower in towers(model).values() if tower.weights_from]
     for name, weight in model.named_parameters():
         if weight.requires_grad:
-            learned = getattr(model, name.split(".")[0]) in pretrained
-            peak = (config.tower_lr or config.lr / 10) if learned else config.lr
+            is_pretrained = getattr(model, name.split(".")[0]) in pretrained
+            peak = (config.tower_lr or config.lr / 10) if is_pretrained else config.lr
             decays = weight.ndim > 1 and "position_embeddings" not in name and name not in kept
             groups.setdefault((peak, config.weight_decay * decays), []).append(weight)
     groups = [{"params": w, "peak": peak, "weight_decay": d} for (peak, d), w in groups.items()]
@@ -511,7 +511,7 @@ def load_run(config, pairs, out, device):
         model.lock(config.lock)
     learning = {n.split("_model.")[0] for n, w in model.named_parameters() if w.requires_grad}
     unlocked = config.cache_features and learning & model.locked
-    refuse(unlocked, "--cache-features: weights of a locked tower learn")
+    refuse(unlocked, "--cache-features: weights of a locked tower learn")  # such as adapters
     model.to(device).train()
     if config.compile:
         model.vision_model.compile()
