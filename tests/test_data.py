@@ -111,6 +111,8 @@ def test_workers_read_what_one_process_reads(kind, context, tmp_path):
     batches = [[(0, i) for i in batch] for batch in ([3, 1], [19, 0], [7, 7])]
     loader = dualenc.image_loader(dataset, batches, 2, torch.device("cpu"))
     loader.multiprocessing_context = context
+    picked = dualenc.image_loader(dataset, batches, -1, torch.device("cpu")).num_workers
+    assert picked == min(1, dualenc.own_cores() - 1)
     for (pixels, indices, errors), batch in zip(loader, batches):
         assert indices.tolist() == [i for _, i in batch] and errors == ("", "")
         here = [transform.resize_and_crop(dualenc.to_pixels(pairs[i][0])) for i in indices]

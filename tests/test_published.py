@@ -201,9 +201,7 @@ def test_hf_to_ours_to_hf_gives_the_same_tensors_and_config(name, tmp_path):
         ("logit_bias_init", -10.0, ".*logit_bias -10.0"),
     ],
 )
-def test_what_transformers_cannot_compute_is_not_written(
-    field, value, message, tmp_path, monkeypatch
-):
+def test_what_transformers_lacks_is_not_written(field, value, message, tmp_path, monkeypatch):
     """Among them a new family of text towers, which is a class and one row, and a new head."""
     monkeypatch.setitem(dualenc.HF_TEXT, "own", dualenc.Published(dualenc.MPNetEncoder))
     monkeypatch.setitem(dualenc.PROJECTION_HEADS, "mlp", torch.nn.Linear)
@@ -440,13 +438,14 @@ def test_a_full_clip_is_no_dual_encoder_but_lends_its_vision_tower():
 
 
 def test_a_folder_without_weights_or_with_code_in_them_is_refused(copy):
-    folder = copy("dual/vit-bert")
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="in one piece from .*model.safetensors"):
-        dualenc.DualEncoder.from_pretrained(folder)
+    folder, load = copy("dual/vit-bert"), dualenc.DualEncoder.from_pretrained
     torch.save({"logit_scale": Path("anything")}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="cannot read weights.*pytorch_model.bin"):
-        dualenc.DualEncoder.from_pretrained(folder)
+    load(folder)  # safetensors go first
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        with pytest.raises(ValueError, match=f"cannot read weights in one piece from .*{name}"):
+            load(folder)
+        (folder / "pytorch_model.bin").unlink(missing_ok=True)
 
 
 # ---- Beside transformers itself ------------------------------------------------------------------
