@@ -257,8 +257,10 @@ def train(config, run, model, optimizer, state):
                 state["scaler"] = scaler.state_dict()
                 save_checkpoint(run.out / "last", model, state)
             if stop_signal and step < config.steps:
-                name = signal.Signals(stop_signal).name
-                print(f"stopped  {name}; step {step} is saved; go on with --resume {run.out}")
+                print(
+                    f"stopped  {signal.Signals(stop_signal).name}; step {step} is saved; "
+                    f"go on with --resume {run.out}"
+                )
                 sys.exit(128 + stop_signal)
             ready = time.perf_counter()
     return state["best"]
