@@ -2385,6 +2385,7 @@ def read_text_config(values, pooling, overrides):
     """A TextConfig from the config.json of a text tower."""
     family, keys = values.get("model_type"), BERT_KEYS | DISTILBERT_KEYS
     check_choice("text model_type", family, [name for name, row in HF_TEXT.items() if row.prefix])
+    check_choice("text family for this folder", overrides.get("family", family), [family])
     for key, accepted in (("position_embedding_type", "absolute"), ("is_decoder", False)):
         if values.get(key) not in (accepted, None):
             raise ValueError(f"{family} with {key} = {values[key]!r}: only {accepted!r} is read")

@@ -407,8 +407,7 @@ WORDS = "text_model.embeddings.word_embeddings.weight"
 )
 def test_weights_that_do_not_fit_are_refused(name, tensor, message, copy):
     def change(weights):
-        changed = {**weights, name: tensor}
-        return {key: tensor for key, tensor in changed.items() if tensor is not None}
+        return {k: t for k, t in {**weights, name: tensor}.items() if t is not None}
 
     folder = copy("dual/vit-bert", change)
     with pytest.raises(ValueError, match=f"{folder} does not fit .*{message}"):
@@ -419,6 +418,7 @@ def test_weights_that_do_not_fit_are_refused(name, tensor, message, copy):
     "tower, overrides, message",
     [
         ("clip", {"vision_pooling": "avg"}, "unknown clip_vision_model pooling 'avg'; expected No"),
+        ("clip", {"text_family": "roberta"}, "this folder 'roberta'; expected bert"),
         ("beit-classifier", {"vision_patch_dropout": 0.5}, "Beit.*argument 'patch_drop_rate'"),
         ("clip", {"vision_image_size": 32}, "clip.*16 pixels; timm has towers of any size by name"),
     ],
