@@ -262,8 +262,7 @@ class DualEncoder(nn.Module):
         input_ids     (N, T)        token ids; attention_mask (1 on real tokens), token_type_ids and
                                     position_ids have the same shape
         pixel_values  (I, 3, S, S)  normalised pixels, as the processor makes them
-        return_loss   adds clip_loss, of images and captions that are pairs; train.py has its own
-                      table of losses
+        return_loss   adds clip_loss; image i and caption i must be a pair (train.py: see LOSSES)
         returns       DualEncoderOutput
         raises        ValueError if there is nothing to encode, or return_loss with one side only
         Exercise 2    medium, 40 minutes: from towers to logits, run `pytest -k exercise_2`
@@ -354,8 +353,7 @@ class DualEncoder(nn.Module):
             getattr(self, f"{name}_model").eval()
         return self
 
-    # Section 7 does the work of the next three methods.
-
+    # Section 7 does the work of this method and the next two.
     @classmethod
     def from_vision_text_pretrained(
         cls, vision, text, projection_dim=512, pretrained=True, **overrides
@@ -768,7 +766,8 @@ class VisionEncoder(nn.Module):
             if want_states:
                 for block in blocks:
                     undo.enter_context(block.register_forward_hook(keep_state))
-            unfused = want_weights or any(map(fused_kernel_is_slow, self.parameters()))
+            learning = next((w for w in self.parameters() if w.requires_grad), torch.empty(0))
+            unfused = want_weights or fused_kernel_is_slow(learning)
             for layer in self.trunk.modules() if unfused else ():
                 if hasattr(layer, "fused_attn"):
                     undo.callback(setattr, layer, "fused_attn", layer.fused_attn)
@@ -2111,6 +2110,8 @@ class PublishedVisionEncoder(VisionEncoder):
     def build_trunk(self, pretrained_from):
         name, pooling = self.config.name, self.config.pooling
         values = {**self.config.args}  # what is left in it at the end goes to timm
+        if "hidden_size" not in values:
+            raise ValueError(f"{name!r} is a family: name a folder, hub id or timm model")
         width, act = values["hidden_size"], values.pop("hidden_act")
         pooler_act = values.pop("pooler_act", None)
         check_choice(f"{name} pooling", pooling, ("pooler", "token") if pooler_act else (None,))
@@ -2179,8 +2180,7 @@ class Published(typing.NamedTuple):
     defaults: dict = {}  # vision: of config.json, whose keys it lists; text: of TextConfig
 
 
-# Keys of a published config.json: the same arguments in timm's words. (In these tables **{...} only
-# keeps related entries on a line.)
+# Keys of a published config.json in timm's words; **{...} only keeps related entries on a line.
 TIMM_NAMES = {
     **{"hidden_size": "embed_dim", "num_hidden_layers": "depth"},
     **{"num_attention_heads": "num_heads", "hidden_dropout_prob": "pos_drop_rate"},
