@@ -682,7 +682,7 @@ class VisionEncoder(nn.Module):
         if not timm.is_model(config.name):  # then this raises, with the nearest names
             check_choice("timm model", config.name.split(".")[0], timm.list_models())
         name = pretrained_from or config.name
-        try:
+        with blamed_on(f"{name} with {config.args}", "timm cannot build"):
             arguments = {  # timm takes its own default for None
                 "img_size": config.image_size if self.has_fixed_size() else None,
                 "global_pool": config.pooling,
@@ -691,8 +691,6 @@ class VisionEncoder(nn.Module):
                 **config.args,
             }
             return timm.create_model(name, pretrained=pretrained_from is not None, **arguments)
-        except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:
-            raise ValueError(f"timm cannot build {name} with {config.args}: {error}") from error
 
     def has_fixed_size(self):
         """Whether the model is built for one image size, as most ViTs are; convnets take any."""
@@ -963,7 +961,8 @@ def blamed_on(path, what="cannot read"):
         if named or isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
             raise
         kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-        raise ValueError(f"{what} {path}: {kind}{error}") from error
+        reason = textwrap.shorten(f"{kind}{error}", 600)
+        raise ValueError(f"{what} {path}: {reason}") from error
 
 
 class Processor:
@@ -1220,7 +1219,7 @@ class ImageDataset(torch.utils.data.Dataset):
 def image_loader(dataset, batches, workers, device):
     """An ImageDataset in batches of keys: pixels (B, 3, S, S), indices (B,), a tuple of errors."""
     if workers < 0:  # to be picked: up to 8 beside a GPU, on a CPU 1 if there is a second core
-        workers = min(8 if device.type == "cuda" else 1, own_cores() - 1)
+        workers = min(8 if device.type == "cuda" else 1, os.cpu_count() - 1)
     return torch.utils.data.DataLoader(
         dataset,
         batch_sampler=batches,
@@ -1697,13 +1696,10 @@ def build_vision_tower(vision, pretrained, overrides):
             return tower
         # A timm folder. What we save names its architecture and arguments, not where it lay.
         found["name"], weights = values["architecture"], f"local-dir:{folder}"
-        args = {"in_chans": 3, **(values.get("model_args") or {})}
-        args.pop("num_classes", None)
-        if args["in_chans"] == 3:  # VisionConfig refuses others
-            del args["in_chans"]
-        side, found["pooling"] = args.pop("img_size", None), args.pop("global_pool", None)
-        is_square = isinstance(side, list) and len({*side}) == 1
-        found["image_size"] = side[0] if is_square else side
+        args = {"img_size": None, "global_pool": None, **(values.get("model_args") or {})}
+        side, found["pooling"] = args.pop("img_size"), args.pop("global_pool")
+        found["image_size"] = side[0] if isinstance(side, list) else side
+        args = {name: args[name] for name in args if name not in ("in_chans", "num_classes")}
         pretrained = pretrained or not vision.startswith("hf-hub:")
     args |= overrides.get("args", {})
     config = config_from_dict(VisionConfig, {**found, **overrides, "args": args})
@@ -1722,8 +1718,7 @@ def add_processor(model, image_transform, folder):
     with blamed_on(folder, "cannot use the tokenizer of"):
         positions = model.text_model.max_tokens
         model.processor = Processor(image_transform, tokenizer, token_types, positions)
-        ids = (*tokenizer.get_vocab().values(), *tokenizer.encode("").ids)
-        largest = max(*ids, tokenizer.padding["pad_id"])
+        largest = max(tokenizer.padding["pad_id"], *tokenizer.get_vocab().values())
         if largest > last:
             raise ValueError(f"id {largest} is beyond the text tower's vocabulary, 0 to {last}")
 
@@ -1763,11 +1758,8 @@ def load_dual_encoder(cls, folder_or_hub_id):
 
 def fill(module, weights, source):
     """Give a module on the meta device exactly the weights {name: tensor}, as float32."""
-    try:
+    with blamed_on(source, f"weights do not fit the {CONFIG_FILE} of"):
         module.load_state_dict(weights, assign=True)  # the file's tensors become the parameters
-    except RuntimeError as error:
-        listed = textwrap.shorten(str(error).partition("\n")[2], 600)
-        raise ValueError(f"{source} does not fit its {CONFIG_FILE}: {listed}") from error
     # Buffers that are in no file get memory, and timm computes them again.
     module.float()._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
     for part in module.modules():
@@ -1819,17 +1811,16 @@ def read_weights(folder):
 def write_file(path, content):
     """Write text or bytes whole or not at all: a crash leaves the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
+    if isinstance(content, str):
+        content = content.encode(errors="surrogateescape")
     try:
-        if isinstance(content, str):
-            content = content.encode(errors="surrogateescape")
-        with open(temporary, "wb") as file:
+        with blamed_on(path, "cannot write"), open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)  # after an error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1992,18 +1983,10 @@ def process_group():
         return
     gpu = torch.cuda.is_available()
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
-    if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default, whatever the machine
-        torch.set_num_threads(own_cores())
     with redirect_stdout(sys.stdout if rank() == 0 else None):
         yield
     # Not in a finally: after an error other ranks may never arrive, and torchrun ends them.
     torch.distributed.destroy_process_group()
-
-
-def own_cores():
-    """Cores of the machine for each of its processes, at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def gather_embeds(embeds):
@@ -2574,24 +2557,15 @@ def check_min(what, got, minimum):
 
 
 def config_from_dict(config_class, values):
-    """config_class(**values); ValueError for an unknown field or a value of the wrong type."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{config_class.__name__} is {values!r}, expected fields by name")
-    hints = typing.get_type_hints(config_class)
-    for name, value in values.items():
-        check_choice(f"field of {config_class.__name__}", name, hints)
-        kinds = typing.get_args(hints[name]) or (hints[name],)  # "int | None": (int, NoneType)
-        kinds += (int,) if float in kinds else ()
-        if type(value) not in kinds:  # True is an instance of int
-            expected = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"{name} is {value!r}, expected {expected}")
+    """config_class(**values), with the nearest field in the ValueError for an unknown one."""
+    for name in values:
+        check_choice(f"field of {config_class.__name__}", name, config_class.__dataclass_fields__)
     return config_class(**values)
 
 
 def flag(default, help, group="other", choices=None, **more):
     """A dataclass field that carries its own --help line; more is kept in its metadata."""
-    metadata = {"help": help, "group": group, "choices": choices, **more}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=dict(help=help, group=group, choices=choices, **more))
 
 
 def flag_parser(config_class, description):
@@ -2629,10 +2603,8 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
+    with blamed_on(f"--device {name} (cpu is always there)", "cannot use"):
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # unknown, or not in this machine
-        raise ValueError(f"--device {name}: {error}; use --device cpu") from error
 
 
 def worker_init(worker_id):
