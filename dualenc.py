@@ -69,9 +69,7 @@ from torchvision.transforms.v2 import functional as TF
 LOGIT_SCALE_INIT = 2.6592  # ln(1 / 0.07) truncated, as in published configs: cosines times 14.28
 LOGIT_SCALE_MAX = math.log(100)  # CLIP, section 2.5: train.py clamps after each step
 
-# --------------------------------------------------------------------------------------------------
-# 1  Losses
-# --------------------------------------------------------------------------------------------------
+# ==== 1  Losses ===================================================================================
 
 
 def clip_loss(image_embeds, text_embeds, logit_scale):
@@ -144,9 +142,7 @@ def check_same_shape(image_embeds, text_embeds):
         raise ValueError(f"{shapes} differ in shape; row i of one describes row i of the other")
 
 
-# --------------------------------------------------------------------------------------------------
-# 2  DualEncoder
-# --------------------------------------------------------------------------------------------------
+# ==== 2  DualEncoder ==============================================================================
 
 
 @dataclass(frozen=True)
@@ -394,9 +390,7 @@ class DualEncoder(nn.Module):
         save_dual_encoder(self, folder, format)
 
 
-# --------------------------------------------------------------------------------------------------
-# 3  Text tower
-# --------------------------------------------------------------------------------------------------
+# ==== 3  Text tower ===============================================================================
 
 
 @dataclass(frozen=True)
@@ -631,9 +625,7 @@ ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), tim
 ACTIVATIONS |= {"quick_gelu": timm.layers.QuickGELU, "tanh": nn.Tanh}
 
 
-# --------------------------------------------------------------------------------------------------
-# 4  Vision tower
-# --------------------------------------------------------------------------------------------------
+# ==== 4  Vision tower =============================================================================
 
 
 @dataclass(frozen=True)
@@ -778,9 +770,7 @@ class VisionEncoder(nn.Module):
             raise ValueError(f"{self.config.name} computes no attention with weights to show")
 
 
-# --------------------------------------------------------------------------------------------------
-# 5  Processor: images and captions to tensors
-# --------------------------------------------------------------------------------------------------
+# ==== 5  Processor: images and captions to tensors ================================================
 
 NOTICED = set()  # the kinds of which notice has printed a message
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")  # files hold Pillow's number of each
@@ -1080,16 +1070,7 @@ def train_tokenizer(captions, vocab_size, max_length=None):
     return tokenizer
 
 
-def count_same_ids(processor, captions):
-    """How many distinct captions repeat the token ids of an earlier one."""
-    distinct = set(captions)
-    processor.cut_at(processor.max_length)
-    return len(distinct) - len({tuple(processor.tokenizer.encode(c).ids) for c in distinct})
-
-
-# --------------------------------------------------------------------------------------------------
-# 6  Data: images with captions
-# --------------------------------------------------------------------------------------------------
+# ==== 6  Data: images with captions ===============================================================
 
 # What a class name becomes, for training captions and for zero-shot classification alike.
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of a {}.")
@@ -1192,14 +1173,13 @@ class ImageDataset(torch.utils.data.Dataset):
     their size: an exception in a worker would end the run.
 
     augment  function(pixels (3, h, w), key) -> pixels, before they are resized; key is (epoch, i)
-    zoom     the largest enlargement that augment makes: JPEGs are decoded that much larger
     """
 
-    def __init__(self, images, transform, augment=None, zoom=1.0):
+    def __init__(self, images, transform, augment=None):
         self.images, self.transform, self.augment = images, transform, augment
         if isinstance(images, Lazy) and images.function is open_image and transform.resize:
-            size = math.ceil(zoom * transform.resize)
-            self.images = Lazy(images.items, functools.partial(open_image, size=size))
+            opener = functools.partial(open_image, size=transform.resize)
+            self.images = Lazy(images.items, opener)
 
     def __getitem__(self, key):
         (epoch, wanted), n, error = key, len(self.images), ""
@@ -1652,9 +1632,7 @@ DATA_READERS |= {".json": read_json_captions, ".tar": read_shards, "folder/": re
 DATA_READERS |= dict.fromkeys(TORCHVISION_SETS, read_torchvision)
 
 
-# --------------------------------------------------------------------------------------------------
-# 7  Checkpoints
-# --------------------------------------------------------------------------------------------------
+# ==== 7  Checkpoints ==============================================================================
 
 # config.json names its writer in model_type: us, or transformers.
 MODEL_TYPE, PUBLISHED_TYPE = "dualenc", "vision-text-dual-encoder"
@@ -1664,7 +1642,6 @@ RUN_CONFIG = "train_config.json"  # the folder that holds it is a run of train.p
 
 
 def build_from_towers(cls, vision, text, projection_dim, pretrained, overrides):
-    """See DualEncoder.from_vision_text_pretrained."""
     sides = {"vision": {}, "text": {}, "dual": {"projection_dim": projection_dim}}
     for name, value in overrides.items():
         side, _, rest = name.partition("_")
@@ -1724,7 +1701,6 @@ def add_processor(model, image_transform, folder):
 
 
 def save_dual_encoder(model, folder, format):
-    """See DualEncoder.save_pretrained."""
     check_choice("checkpoint format", format, ("dualenc", "hf"))
     folder, processor = Path(folder), model.processor
     if processor and None in (processor.tokenizer, processor.image_transform):
@@ -1741,7 +1717,6 @@ def save_dual_encoder(model, folder, format):
 
 
 def load_dual_encoder(cls, folder_or_hub_id):
-    """See DualEncoder.from_pretrained."""
     folder = find_folder(folder_or_hub_id)
     values = read_json(folder / CONFIG_FILE)
     own = values.get("model_type") == MODEL_TYPE
@@ -1823,9 +1798,7 @@ def write_file(path, content):
         temporary.unlink(missing_ok=True)  # after an error
 
 
-# --------------------------------------------------------------------------------------------------
-# 8  Large batches and several processes
-# --------------------------------------------------------------------------------------------------
+# ==== 8  Large batches and several processes ======================================================
 
 
 class MicroBatches(nn.Module):
@@ -2022,9 +1995,7 @@ class GatherRows(torch.autograd.Function):
         return total.chunk(world_size())[rank()]
 
 
-# --------------------------------------------------------------------------------------------------
-# 9  Published checkpoints
-# --------------------------------------------------------------------------------------------------
+# ==== 9  Published checkpoints ====================================================================
 #
 # Files of transformers are read and written by the same tables. A family's `names` are
 # substitutions that turn our tensors' names into those of its files, one after the other.
@@ -2536,9 +2507,7 @@ def tokenizer_config(processor):
     }
 
 
-# --------------------------------------------------------------------------------------------------
-# 10  Checks, flags and devices
-# --------------------------------------------------------------------------------------------------
+# ==== 10  Checks, flags and devices ===============================================================
 
 
 def check_choice(what, got, accepted):
@@ -2579,8 +2548,8 @@ def flag_parser(config_class, description):
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind is dict:  # a=1 b=(2,3): a value that is no Python literal stays a string
-            options.update(nargs="*", type=key_value, metavar="NAME=VALUE")
-            options["action"] = timm.utils.ParseKwargs
+            options.update(nargs="*", metavar="NAME=VALUE", action=timm.utils.ParseKwargs)
+            options["type"] = lambda s: s if "=" in s else parser.error(f"{s!r} is not NAME=VALUE")
         else:
             metavar = None if f.metadata["choices"] else kind.__name__.upper()
             options.update(type=kind, choices=f.metadata["choices"], metavar=metavar)
@@ -2588,13 +2557,6 @@ def flag_parser(config_class, description):
         groups[title] = groups.get(title) or parser.add_argument_group(title)
         groups[title].add_argument("--" + f.name.replace("_", "-"), **options)
     return parser
-
-
-def key_value(text):
-    """The text, if it is name=value."""
-    if "=" not in text:
-        raise argparse.ArgumentTypeError(f"expected name=value, got {text!r}")
-    return text
 
 
 def pick_device(name):

@@ -369,9 +369,8 @@ def fetch(config, run, model, first_step, bad_images):
     if "train" in run.features:
         loader = cached_images(*run.features["train"], batches())
     else:
-        augmenter, zoom = partial(augment, config), config.crop_scale**-0.5
         transform, device = model.processor.image_transform, model.logit_scale.device
-        dataset = dualenc.ImageDataset(run.pairs.images, transform, augmenter, zoom)
+        dataset = dualenc.ImageDataset(run.pairs.images, transform, partial(augment, config))
         loader = dualenc.image_loader(dataset, batches(), config.workers, device)
     allowed = BAD_SHARE * len(run.pairs) if config.on_bad_image == "skip" else 0
     for keys, (images, indices, errors) in zip(batches(), loader):
@@ -446,9 +445,8 @@ def make_model(config, pairs):
         model = dualenc.DualEncoder.from_pretrained(config.init)
         model.vision_model.weights_from = model.text_model.weights_from = config.init
         return model
-    fields = [f for f in dataclasses.fields(config) if "sets" in f.metadata]
-    more = {f.metadata["sets"] + f.name: getattr(config, f.name) for f in fields}
-    more = {name: value for name, value in more.items() if value}
+    given = [f for f in dataclasses.fields(config) if "sets" in f.metadata and vars(config)[f.name]]
+    more = {f.metadata["sets"] + f.name: vars(config)[f.name] for f in given}
     if (vision := config.vision) == "scratch":
         vision, more["vision_args"] = SCRATCH_VISION, SCRATCH_ARGS | (config.vision_args or {})
         more.setdefault("vision_image_size", SCRATCH_SIZE)
@@ -667,7 +665,9 @@ def introduce(config, run, model, optimizer, flags):
     size = f"{len(pairs):,} images, {len(captions):,} captions"
     size += f", {len(known)} classes: {', '.join(known[:6])}" if known else ""
     print(f"data     {config.data}   {size}; {len(run.held_out):,} images held out")
-    same = dualenc.count_same_ids(model.processor, captions)
+    distinct, encode = set(captions), model.processor.tokenizer.encode
+    model.processor.cut_at(model.processor.max_length)
+    same = len(distinct) - len({tuple(encode(caption).ids) for caption in distinct})
     print(f"tokens   {text.vocab_size:,}; {same:,} captions have the token ids of a different one")
     vision, language = (sum(w.numel() for w in tower.parameters()) / 1e6 for _, tower in sides)
     sizes = f"({vision:.1f}M) + {text.family} {text.depth}x{text.width} ({language:.1f}M)"

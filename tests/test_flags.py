@@ -36,7 +36,7 @@ def test_flags_are_the_fields_of_a_dataclass(capsys):
         with pytest.raises(SystemExit):
             parse(*flags)
     said = " ".join("".join(capsys.readouterr()).split())
-    assert "arguments: --step=10000" in said and "expected name=value, got 'layers'" in said
+    assert "arguments: --step=10000" in said and "'layers' is not NAME=VALUE" in said
     assert "training: --steps INT how long; 100% of the run (default: 10)" in said
     assert "other: --flip, --no-flip mirror images (default: False) --note STR words -" in said
     assert "--loss {clip,siglip} which loss (default: clip)" in said

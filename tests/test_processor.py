@@ -274,13 +274,6 @@ def test_marks_that_make_words_are_kept(words):
         assert tokenizer.encode(one).ids == tokenizer.encode(other).ids
 
 
-def test_captions_that_become_the_same_ids_are_counted(tokenizer):
-    processor = dualenc.Processor(None, tokenizer)
-    captions = ["two dogs", "Two dogs", "two dogs", *CAPTIONS, *map(str, range(2000)), "TWO DOGS"]
-    assert dualenc.count_same_ids(processor, captions) == 2
-    assert dualenc.count_same_ids(processor, ["dogs " * 40, "dogs " * 41]) == 1, "cut alike"
-
-
 def test_the_learned_vocabulary_is_the_same_in_every_process():
     code = "import dualenc as d\ncaptions = [f'a {c} {s}' for c in d.COLOURS for s in d.SHAPES]\n"
     code += "tokenizer = d.train_tokenizer(captions, 300)\nprint(tokenizer.to_str())"
