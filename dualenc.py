@@ -646,9 +646,8 @@ class VisionConfig:
         fixed = "fixed: a tower sees RGB, has no classes and reads no file"
         instead = dict.fromkeys(("in_chans", "num_classes", "checkpoint_path"), fixed)
         instead |= {"img_size": "image_size", "global_pool": "pooling"}
-        for name in self.args:
-            if name in instead:
-                raise ValueError(f"vision args hold {name}; here that is {instead[name]}")
+        for name in instead.keys() & self.args:
+            raise ValueError(f"vision args hold {name}; here that is {instead[name]}")
 
 
 class VisionEncoder(nn.Module):
@@ -671,8 +670,7 @@ class VisionEncoder(nn.Module):
     def build_trunk(self, pretrained_from):
         """The timm model that the configuration describes."""
         config = self.config
-        if not timm.is_model(config.name):  # then this raises, with the nearest names
-            check_choice("timm model", config.name.split(".")[0], timm.list_models())
+        check_choice("timm model", config.name.split(".")[0], timm.list_models())
         name = pretrained_from or config.name
         with blamed_on(f"{name} with {config.args}", "timm cannot build"):
             arguments = {  # timm takes its own default for None
@@ -1355,12 +1353,11 @@ _BY_SPLIT = {"train": {"split": "train"}, "test": {"split": "test"}}
 _BY_THREE = {**_BY_SPLIT, "val": {"split": "val"}}
 TORCHVISION_SETS = {
     **{n.lower(): (n, _BY_TRAIN) for n in ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100")},
-    **{n.lower(): (n, _BY_THREE) for n in ("Flowers102", "DTD")},
-    "food101": ("Food101", _BY_SPLIT),
-    "eurosat": ("EuroSAT", {None: {}}),
-    "pets": ("OxfordIIITPet", {"train": {"split": "trainval"}, "test": {"split": "test"}}),
-    "aircraft": ("FGVCAircraft", _BY_THREE),
+    **{"flowers102": ("Flowers102", _BY_THREE), "dtd": ("DTD", _BY_THREE)},
+    **{"aircraft": ("FGVCAircraft", _BY_THREE), "food101": ("Food101", _BY_SPLIT)},
     "country211": ("Country211", {**_BY_SPLIT, "val": {"split": "valid"}}),
+    "pets": ("OxfordIIITPet", {**_BY_SPLIT, "train": {"split": "trainval"}}),
+    "eurosat": ("EuroSAT", {None: {}}),
 }
 
 
@@ -1788,14 +1785,11 @@ def write_file(path, content):
     temporary = path.with_name(path.name + ".tmp")
     if isinstance(content, str):
         content = content.encode(errors="surrogateescape")
-    try:
-        with blamed_on(path, "cannot write"), open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # after an error
+    with blamed_on(path, "cannot write"), open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 # ==== 8  Large batches and several processes ======================================================
@@ -1954,8 +1948,7 @@ def process_group():
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or torch.distributed.is_initialized():
         yield
         return
-    gpu = torch.cuda.is_available()
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    torch.distributed.init_process_group()  # gloo on CPUs, nccl on CUDA
     with redirect_stdout(sys.stdout if rank() == 0 else None):
         yield
     # Not in a finally: after an error other ranks may never arrive, and torchrun ends them.

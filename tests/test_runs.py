@@ -39,7 +39,7 @@ VARIANTS = {
 }
 
 
-class Killed(BaseException):
+class Killed(SystemExit):
     """Stands for SIGKILL: nothing catches it."""
 
 
