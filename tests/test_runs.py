@@ -39,7 +39,7 @@ VARIANTS = {
 }
 
 
-class Killed(SystemExit):
+class Killed(GeneratorExit):
     """Stands for SIGKILL: nothing catches it."""
 
 
