@@ -46,7 +46,6 @@ import tarfile
 import textwrap
 import typing
 from collections import OrderedDict
-from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -291,8 +290,7 @@ class DualEncoder(nn.Module):
 
     def encode_text(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None):
         """(N, T) token ids to text_embeds (N, E), unit norm."""
-        no_pixels = None
-        return self(input_ids, no_pixels, attention_mask, token_type_ids, position_ids).text_embeds
+        return self(input_ids, None, attention_mask, token_type_ids, position_ids).text_embeds
 
     def get_image_features(self, pixel_values):
         """(I, 3, S, S) pixels to (I, E) projected features, not normalised."""
@@ -797,9 +795,8 @@ class ImageTransform:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __post_init__(self):
-        for side in (self.resize, self.crop):
-            if side is not None:
-                check_min("image side", side, 1)
+        for side in {self.resize, self.crop} - {None}:
+            check_min("image side", side, 1)
         if not (len(self.mean) == len(self.std) == 3 and min(self.std) > 0):
             raise ValueError(f"image mean {self.mean}, std {self.std}: expected three of each")
         check_choice("interpolation", self.interpolation, INTERPOLATIONS)
@@ -916,14 +913,13 @@ def open_image(source, size=None):
     """
     with blamed_on(source, "cannot read image"):
         file = source
-        if isinstance(source, tuple) and len(source) == 2:
-            dataset, index = source
-            return to_rgb(ImageOps.exif_transpose(dataset[index][0]))
-        if isinstance(source, tuple):
-            path, start, length = source
-            with open(path, "rb") as whole:
-                whole.seek(start)
-                file = io.BytesIO(whole.read(length))
+        match source:
+            case dataset, index:
+                return to_rgb(ImageOps.exif_transpose(dataset[index][0]))
+            case path, start, length:
+                with open(path, "rb") as whole:
+                    whole.seek(start)
+                    file = io.BytesIO(whole.read(length))
         with Image.open(file, formats=IMAGE_FORMATS) as image:
             if size:
                 image.draft(None, (2 * size, 2 * size))
@@ -1077,7 +1073,7 @@ TEMPLATES += ("a photo of one {}.",)
 SPLITS = ("train", "val", "test", "all")
 
 
-class Lazy(Sequence):
+class Lazy:
     """A sequence whose item i is function(items[i]), made when asked for."""
 
     def __init__(self, items, function):
