@@ -52,7 +52,6 @@ from pathlib import Path
 
 import huggingface_hub
 import numpy as np
-import safetensors
 import safetensors.torch
 import timm
 import tokenizers
