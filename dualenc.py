@@ -17,7 +17,7 @@ Words      "features" come out of a tower or a projection; "embeds" are features
 
 Sections   1 Losses        2 DualEncoder       3 Text tower       4 Vision tower    (the lesson)
            5 Processor     6 Data              7 Checkpoints      8 Large batches
-           9 Published checkpoints             10 Checks, flags and devices
+           9 Published checkpoints             10 Checks and devices
 
 First time Sections 1 to 4, the first half of 6, and 8; train.py's loop; ranks and zero-shot in
            eval.py. Names from sections 5, 7, 9 and 10 build, load, save or check: skip them.
@@ -29,7 +29,6 @@ Sources    Radford et al. 2021 (CLIP, arXiv 2103.00020), Zhai et al. 2022 (LiT, 
 
 from __future__ import annotations
 
-import argparse
 import csv
 import dataclasses
 import difflib
@@ -2495,7 +2494,7 @@ def tokenizer_config(processor):
     }
 
 
-# ==== 10  Checks, flags and devices ===============================================================
+# ==== 10  Checks and devices ======================================================================
 
 
 def check_choice(what, got, accepted):
@@ -2518,33 +2517,6 @@ def config_from_dict(config_class, values):
     for name in values:
         check_choice(f"field of {config_class.__name__}", name, config_class.__dataclass_fields__)
     return config_class(**values)
-
-
-def flag(default, help, group="other", choices=None, **more):
-    """A dataclass field that carries its own --help line; more is kept in its metadata."""
-    return field(default=default, metadata=dict(help=help, group=group, choices=choices, **more))
-
-
-def flag_parser(config_class, description):
-    """A parser with one --kebab-case flag a field: strict types, --x and --no-x for booleans."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    hints, groups = typing.get_type_hints(config_class), {}
-    for f in dataclasses.fields(config_class):
-        kind = (*typing.get_args(hints[f.name]), hints[f.name])[0]  # int of "int | None"
-        shown = "" if f.default in (None, "") else f" (default: {f.default})"
-        options = {"default": f.default, "help": (f.metadata["help"] + shown).replace("%", "%%")}
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif kind is dict:  # a=1 b=(2,3): a value that is no Python literal stays a string
-            options.update(nargs="*", metavar="NAME=VALUE", action=timm.utils.ParseKwargs)
-            options["type"] = lambda s: s if "=" in s else parser.error(f"{s!r} is not NAME=VALUE")
-        else:
-            metavar = None if f.metadata["choices"] else kind.__name__.upper()
-            options.update(type=kind, choices=f.metadata["choices"], metavar=metavar)
-        title = f.metadata["group"]
-        groups[title] = groups.get(title) or parser.add_argument_group(title)
-        groups[title].add_argument("--" + f.name.replace("_", "-"), **options)
-    return parser
 
 
 def pick_device(name):
@@ -2584,14 +2556,3 @@ def fused_kernel_is_slow(tensor):
     in_bf16 = tensor.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     learns = tensor.requires_grad and torch.is_grad_enabled()
     return tensor.device.type == "cpu" and in_bf16 and learns
-
-
-def run_script(main):
-    """Call main; an error becomes one line and exit status 1, Ctrl-C gives 130."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names that the terminal cannot show
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)

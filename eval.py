@@ -10,27 +10,30 @@ captions go through the processor saved with the weights: they are measured as t
 
 Sections   1 Embeddings, computed once     2 Rows kept on disk     3 Retrieval
            4 Zero-shot                     5 Other tasks           6 Tables and the report
-           7 Tasks, flags, main
+           7 Flags                         8 Tasks and main
 
 Symbols    I images, N captions, K classes, E embedding size, W tower width.
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
 import hashlib
 import html
 import io
 import json
 import os
+import sys
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args, get_type_hints
 
 import filelock
 import safetensors.torch
+import timm.utils
 import torch
 import torch.nn.functional as F
 from PIL import ImageOps
@@ -39,7 +42,6 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import dualenc
-from dualenc import flag
 
 EVAL_BATCH = 256
 
@@ -782,7 +784,48 @@ def write_report(folder, context, results, facts):
     dualenc.write_file(Path(folder) / "index.html", page)
 
 
-# ---- 7  Tasks, flags, main -----------------------------------------------------------------------
+# ---- 7  Flags: of eval.py and train.py -----------------------------------------------------------
+
+
+def flag(default, help, group="other", choices=None, **more):
+    """A dataclass field that carries its own --help line; more is kept in its metadata."""
+    return field(default=default, metadata=dict(help=help, group=group, choices=choices, **more))
+
+
+def flag_parser(config_class, description):
+    """A parser with one --kebab-case flag a field: strict types, --x and --no-x for booleans."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    hints, groups = get_type_hints(config_class), {}
+    for f in fields(config_class):
+        kind = (*get_args(hints[f.name]), hints[f.name])[0]  # int of "int | None"
+        shown = "" if f.default in (None, "") else f" (default: {f.default})"
+        options = {"default": f.default, "help": (f.metadata["help"] + shown).replace("%", "%%")}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif kind is dict:  # a=1 b=(2,3): a value that is no Python literal stays a string
+            options.update(nargs="*", metavar="NAME=VALUE", action=timm.utils.ParseKwargs)
+            options["type"] = lambda s: s if "=" in s else parser.error(f"{s!r} is not NAME=VALUE")
+        else:
+            metavar = None if f.metadata["choices"] else kind.__name__.upper()
+            options.update(type=kind, choices=f.metadata["choices"], metavar=metavar)
+        title = f.metadata["group"]
+        groups[title] = groups.get(title) or parser.add_argument_group(title)
+        groups[title].add_argument("--" + f.name.replace("_", "-"), **options)
+    return parser
+
+
+def run_script(main):
+    """Call main; an error becomes one line and exit status 1, Ctrl-C gives 130."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names that the terminal cannot show
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# ---- 8  Tasks and main ---------------------------------------------------------------------------
 
 PARTS = ("auto", "all", "named")
 
@@ -957,7 +1000,7 @@ def open_data(config, checkpoint):
 
 def main(argv=None):
     """Evaluate from the command line; returns the metrics that --json writes."""
-    parser = dualenc.flag_parser(EvalConfig, __doc__.splitlines()[0])
+    parser = flag_parser(EvalConfig, __doc__.splitlines()[0])
     parser.add_argument("run", help="a run folder, a checkpoint folder or a hub id")
     flags = vars(parser.parse_args(argv))
     run, config = flags.pop("run"), EvalConfig(**flags)
@@ -997,4 +1040,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    dualenc.run_script(main)
+    run_script(main)

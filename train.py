@@ -32,7 +32,7 @@ from torch import nn
 
 import dualenc
 import eval as evaluation
-from dualenc import flag
+from eval import flag
 
 # The vision tower of --vision scratch: a ResNet-10 with stages of half the width, quick on a CPU.
 SCRATCH_VISION, SCRATCH_SIZE = "resnet18", 64
@@ -534,7 +534,7 @@ def flag_names(fields):
 
 def read_flags(argv):
     """TrainConfig from the command line; with --resume, that of the run with few changes."""
-    parser = dualenc.flag_parser(TrainConfig, __doc__.splitlines()[0])
+    parser = evaluation.flag_parser(TrainConfig, __doc__.splitlines()[0])
     config = TrainConfig(**vars(parser.parse_args(argv)))
     if config.resume:
         stored = dualenc.read_json(Path(config.resume) / dualenc.RUN_CONFIG)["flags"]
@@ -745,4 +745,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    dualenc.run_script(main)
+    evaluation.run_script(main)

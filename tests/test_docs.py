@@ -38,7 +38,7 @@ NAMES = """TextConfig VisionConfig DualEncoderConfig DualEncoder DualEncoderOutp
 
 def parser_of(script):
     config = train.TrainConfig if script == "train" else evaluation.EvalConfig
-    parser = dualenc.flag_parser(config, "")
+    parser = evaluation.flag_parser(config, "")
     if script == "eval":
         parser.add_argument("run")
     return parser

@@ -1,4 +1,4 @@
-"""Claims about section 10: flags (test_train.py has more), devices, and how a script ends."""
+"""Claims about flags (test_train.py has more), devices, and how a script ends."""
 
 from argparse import Namespace
 from dataclasses import dataclass
@@ -7,23 +7,24 @@ import pytest
 import torch
 
 import dualenc
+import eval as evaluation
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @dataclass(frozen=True)
 class Flags:
-    steps: int = dualenc.flag(10, "how long; 100% of the run", "training")
-    lr: float = dualenc.flag(1e-3, "step size", "training")
-    flip: bool = dualenc.flag(False, "mirror images")
-    note: str = dualenc.flag("", "words")
-    image_size: int | None = dualenc.flag(None, "pixels a side")
-    loss: str = dualenc.flag("clip", "which loss", "training", ("clip", "siglip"), row="LOSSES")
-    vision_args: dict | None = dualenc.flag(None, "arguments of the tower")
+    steps: int = evaluation.flag(10, "how long; 100% of the run", "training")
+    lr: float = evaluation.flag(1e-3, "step size", "training")
+    flip: bool = evaluation.flag(False, "mirror images")
+    note: str = evaluation.flag("", "words")
+    image_size: int | None = evaluation.flag(None, "pixels a side")
+    loss: str = evaluation.flag("clip", "which loss", "training", ("clip", "siglip"), row="LOSSES")
+    vision_args: dict | None = evaluation.flag(None, "arguments of the tower")
 
 
 def parse(*flags):
-    return Flags(**vars(dualenc.flag_parser(Flags, "").parse_args(flags)))
+    return Flags(**vars(evaluation.flag_parser(Flags, "").parse_args(flags)))
 
 
 def test_flags_are_the_fields_of_a_dataclass(capsys):
@@ -97,5 +98,5 @@ def test_a_script_ends_with_one_line_and_a_status(error, code, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/some/where/train.py"])
     monkeypatch.setattr("sys.stdout.reconfigure", lambda errors: None, raising=False)
     with pytest.raises(SystemExit if code else RuntimeError) as stopped:
-        dualenc.run_script(main)
+        evaluation.run_script(main)
     assert code is None or str(stopped.value.code).startswith(code)

@@ -109,7 +109,7 @@ def test_a_new_loss_is_one_row_and_an_incomplete_row_raises(make_model, monkeypa
 
 @dataclasses.dataclass(frozen=True)
 class WithHead(train.TrainConfig):
-    projection_head: str = dualenc.flag("mlp", "row of PROJECTION_HEADS", "towers", sets="")
+    projection_head: str = train.flag("mlp", "row of PROJECTION_HEADS", "towers", sets="")
 
 
 def test_a_new_head_is_one_row_and_one_flag(monkeypatch):
@@ -203,7 +203,7 @@ def darken(pixels, by, rng):
 
 @dataclasses.dataclass(frozen=True)
 class DarkConfig(train.TrainConfig):
-    dark: float = dualenc.flag(0.0, "darken images", "data", augment=darken)
+    dark: float = train.flag(0.0, "darken images", "data", augment=darken)
 
 
 def test_a_new_augmentation_is_one_field_and_never_dropped_silently():
