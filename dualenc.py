@@ -20,7 +20,8 @@ Sections   1 Losses        2 DualEncoder       3 Text tower       4 Vision tower
            9 Published checkpoints             10 Checks and devices
 
 First time Sections 1 to 4, the first half of 6, and 8; train.py's loop; ranks and zero-shot in
-           eval.py. Names from sections 5, 7, 9 and 10 build, load, save or check: skip them.
+           eval.py. Sections 5, 7, 9 and 10 build, load, save or check: skip their names, such as
+           check_min, check_choice, blamed_on, find_folder, build_tower, autocast, recording.
 
 Sources    Radford et al. 2021 (CLIP, arXiv 2103.00020), Zhai et al. 2022 (LiT, 2111.07991), Zhai
            et al. 2023 (SigLIP, 2303.15343), Yang et al. 2022 (UniCL, 2204.03610), Devlin et al.
@@ -73,12 +74,12 @@ def clip_loss(image_embeds, text_embeds, logit_scale):
     """Contrastive loss both ways: each image against all captions, each caption against all images.
 
     Cosines lie between -1 and 1, too close for a sharp softmax. They are multiplied by a factor
-    that the model learns, exp(logit_scale): always positive, and one over the temperature.
+    that the model learns, exp(logit_scale), which is always positive: 1 / temperature.
 
     image_embeds  (B, E)  unit-norm rows
     text_embeds   (B, E)  unit-norm rows; row i describes image i
     logit_scale   ()      natural log of the inverse temperature
-    returns       ()      mean loss in nats: about ln(B) at first, towards 0 as pairs separate
+    returns       ()      mean loss in nats: about ln(B) at first, 0 if each pair stands far out
     raises        ValueError if the two batches differ in shape
     source        Radford et al. 2021, Figure 3
     Exercise 1    easy, 20 minutes: the loss of both directions, run `pytest -k exercise_1`
@@ -96,7 +97,7 @@ def siglip_loss(image_embeds, text_embeds, logit_scale, logit_bias):
     """Every cell of the B x B matrix is a yes-or-no question of its own: are these two a pair?
 
     image_embeds, text_embeds  (B, E)  unit-norm rows; row i describes image i
-    logit_scale, logit_bias    ()      the paper starts from ln(10) and -10
+    logit_scale, logit_bias    ()      the paper starts from ln(10) and -10: every cell says no
     returns                    ()      binary cross-entropy in nats, summed over cells, divided by B
     raises                     ValueError if the two batches differ in shape
     source                     Zhai et al. 2023, Algorithm 1
@@ -112,8 +113,8 @@ def multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group_ids):
 
     With two images of dogs, clip_loss calls each one's caption wrong for the other. Here the right
     answer is shared evenly by a group: for groups 0, 0, 1 the target rows are ½ ½ 0, ½ ½ 0 and
-    0 0 1. No cross-entropy is below the target's entropy, ln(group size). That is subtracted, so
-    the best value is 0. If all groups have one pair, this is clip_loss.
+    0 0 1. Even a perfect prediction has a cross-entropy of ln(group size), the target's entropy. It
+    is subtracted, so that the best value is 0. If every group is one pair, this is clip_loss.
 
     image_embeds, text_embeds  (B, E)  unit-norm rows; row i describes image i
     logit_scale                ()      natural log of the inverse temperature
@@ -125,12 +126,12 @@ def multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group_ids):
     check_same_shape(image_embeds, text_embeds)
     logits_per_image = logit_scale.exp() * (image_embeds @ text_embeds.T)
     same_group = (group_ids[:, None] == group_ids[None, :]).to(logits_per_image.dtype)
-    # Rows of a group have equal sums: the target is symmetric and serves both directions.
+    # 1 / (group size) for image i and caption j, and for j and i: it serves both directions.
     target = same_group / same_group.sum(dim=1, keepdim=True)
-    entropy = same_group.sum(dim=1).log().mean()  # of a row: ln(group size)
-    image_to_text = F.cross_entropy(logits_per_image, target)
+    mean_entropy = same_group.sum(dim=1).log().mean()  # of a row: ln(group size)
+    image_to_text = F.cross_entropy(logits_per_image, target)  # of probabilities
     text_to_image = F.cross_entropy(logits_per_image.T, target)
-    return (image_to_text + text_to_image) / 2 - entropy
+    return (image_to_text + text_to_image) / 2 - mean_entropy
 
 
 def check_same_shape(image_embeds, text_embeds):
@@ -150,7 +151,7 @@ class DualEncoderConfig:
     raises        ValueError for an unknown projection head or a projection_dim below 1
     """
 
-    vision: VisionConfig = field(default_factory=lambda: VisionConfig())  # a class defined below
+    vision: VisionConfig = field(default_factory=lambda: VisionConfig())  # defined only below
     text: TextConfig = field(default_factory=lambda: TextConfig())
     projection_dim: int = 512
     projection_head: str = "linear"  # a key of PROJECTION_HEADS
@@ -181,8 +182,8 @@ def linear_head(width, projection_dim):
     return projection
 
 
-# Each makes a projection from the tower's width and the embedding size. To try another one, add an
-# entry here and a flag to train.py.
+# Each entry builds a projection from a tower's width and the embedding size. To try another one,
+# add an entry here and a flag to train.py.
 PROJECTION_HEADS = {"linear": linear_head}
 
 
@@ -191,9 +192,9 @@ class TowerOutput:
     """What a tower returns; P is T in a text tower, and a convnet has maps (B, W, h, w) instead.
 
     last_hidden_state  (B, P, W)              every position after the last layer
-    pooler_output      (B, W)                 one vector a row
-    hidden_states      depth + 1 of (B, P, W) on request: the embeddings, then each block's output
-    attentions         depth of (B, H, P, P)  on request: each layer's attention weights
+    pooler_output      (B, W)                 one vector an image or caption
+    hidden_states      depth + 1 of (B, P, W) if asked for: block 1's input, each block's output
+    attentions         depth of (B, H, P, P)  if asked for: each layer's attention weights
     """
 
     last_hidden_state: Tensor
@@ -219,7 +220,7 @@ class DualEncoder(nn.Module):
     """Two towers, two projections into one space, one temperature.
 
     config                    DualEncoderConfig
-    vision_model, text_model  ready towers of these configurations; new ones unless given
+    vision_model, text_model  the towers; built from the configuration unless given
     source                    Radford et al. 2021, Figure 3
     """
 
@@ -276,7 +277,7 @@ class DualEncoder(nn.Module):
             output.text_embeds = self.project_text(output.text_model_output.pooler_output)
         if both:
             images, texts = output.image_embeds, output.text_embeds
-            with autocast(self.logit_scale.device, "fp32"):  # float32, even in a caller's autocast
+            with autocast(self.logit_scale.device, "fp32"):  # in a caller's autocast, too
                 output.logits_per_image = self.logit_scale.exp() * (images @ texts.T)
                 output.loss = clip_loss(images, texts, self.logit_scale) if return_loss else None
             output.logits_per_text = output.logits_per_image.T
@@ -310,11 +311,11 @@ class DualEncoder(nn.Module):
         return self._normalize(self.text_projection(pooler_output))
 
     def _normalize(self, features):
-        """Features to unit norm, in the precision of the weights.
+        """Features to unit norm, in the precision of the weights: float32.
 
         Exercise 2  with forward
         """
-        # Under train.py's autocast features are bf16, and cosines would have two to three digits.
+        # Under train.py's autocast features are bf16. Norms and cosines are not rounded once more.
         return F.normalize(features.to(self.logit_scale.dtype), dim=-1)
 
     def lock(self, tower):
@@ -403,7 +404,7 @@ class TextConfig:
     heads: int = 12
     mlp_width: int | None = None  # 4 * width unless given
     vocab_size: int = 30522
-    max_positions: int = 512  # rows of the position table; see TextEncoder.max_tokens
+    max_positions: int = 512  # rows of the position table; RoBERTa leaves out the first two
     pad_token_id: int = 0
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
@@ -437,14 +438,14 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.config, self.width = config, config.width
         self.weights_from = None  # folder or id of a pretrained tower, for train.py
-        tables = {
+        parts = {
             "word_embeddings": nn.Embedding(config.vocab_size, config.width),
             "position_embeddings": nn.Embedding(config.max_positions, config.width),
             "LayerNorm": nn.LayerNorm(config.width, config.layer_norm_eps),
         }
         if config.type_vocab_size:
-            tables["token_type_embeddings"] = nn.Embedding(config.type_vocab_size, config.width)
-        self.embeddings = nn.ModuleDict(tables)
+            parts["token_type_embeddings"] = nn.Embedding(config.type_vocab_size, config.width)
+        self.embeddings = nn.ModuleDict(parts)
         layers = nn.ModuleList(TextLayer(config) for _ in range(config.depth))
         self.encoder = nn.ModuleDict({"layer": layers})
         if config.pooling == "pooler":
@@ -499,7 +500,7 @@ class TextEncoder(nn.Module):
 
     @property
     def max_tokens(self):
-        """The longest caption this tower can read, in tokens."""
+        """The longest caption this tower can read, in tokens; less in a RoBERTa."""
         return self.config.max_positions
 
     def default_positions(self, input_ids):
@@ -575,7 +576,7 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
 
     query, key, value  (B, H, T, W/H)
     mask               (B, 1, 1, T) bool: True where a key may be seen; None: everywhere
-                       or (B or 1, H, T, T) float: added to the scores, hugely negative on padding
+                       (in section 9 also float, (B or 1, H, T, T): is added to the scores)
     dropout            share of the weights dropped
     returns            the mixed values (B, H, T, W/H), and the weights after dropout (B, H, T, T)
                        or None; both are undefined for captions that are all padding
@@ -587,7 +588,7 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
         return F.scaled_dot_product_attention(query, key, value, mask, dropout), None
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
     if mask is not None and mask.dtype == torch.bool:
-        # Not -inf, which would make nan of a caption that is all padding.
+        # Not -inf: a caption that is all padding would give nan.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask
@@ -640,17 +641,18 @@ class VisionConfig:
 
     def __post_init__(self):
         fixed = "fixed: a tower sees RGB, has no classes and reads no file"
-        instead = dict.fromkeys(("in_chans", "num_classes", "checkpoint_path"), fixed)
-        instead |= {"img_size": "image_size", "global_pool": "pooling"}
-        for name in instead.keys() & self.args:
-            raise ValueError(f"vision args hold {name}; here that is {instead[name]}")
+        not_here = dict.fromkeys(("in_chans", "num_classes", "checkpoint_path"), fixed)
+        not_here |= {"img_size": "image_size", "global_pool": "pooling"}
+        for name in not_here.keys() & self.args:
+            raise ValueError(f"vision args hold {name}; here that is {not_here[name]}")
 
 
 class VisionEncoder(nn.Module):
     """Any timm model without its classifier.
 
     config           VisionConfig
-    pretrained_from  what timm loads weights from; position tables are resampled to image_size
+    pretrained_from  the name, with its tag or folder, whose weights timm loads; None for random
+                     ones. Position tables are resampled to image_size
     raises           ValueError for a name timm does not know (with near ones), and for sizes and
                      arguments that the model does not take
     """
@@ -669,7 +671,7 @@ class VisionEncoder(nn.Module):
         check_choice("timm model", config.name.split(".")[0], timm.list_models())
         name = pretrained_from or config.name
         with blamed_on(f"{name} with {config.args}", "timm cannot build"):
-            arguments = {  # timm takes its own default for None
+            arguments = {  # timm leaves out what is None: not every model takes all of these
                 "img_size": config.image_size if self.has_fixed_size() else None,
                 "global_pool": config.pooling,
                 "patch_drop_rate": config.patch_dropout or None,
@@ -684,9 +686,7 @@ class VisionEncoder(nn.Module):
         return pretrained_cfg.fixed_input_size and not self.config.args.get("dynamic_img_size")
 
     def forward(self, pixel_values, output_hidden_states=False, output_attentions=False):
-        """Pixels to TowerOutput; pooler_output (B, W) is pooled as the model pools.
-
-        Hooks and switches of the model are changed on the way: threads must not share it.
+        """Pixels to TowerOutput; timm pools for pooler_output (B, W). Threads must not share it.
 
         pixel_values  (B, 3, S, S) from the processor
         raises        ValueError for another shape (convnets take any S), for hidden states of a
@@ -701,17 +701,17 @@ class VisionEncoder(nn.Module):
         pixel_values = pixel_values.to(next(self.parameters()).dtype)
         if pixel_values.is_cuda:  # the layout in which CUDA's convolutions are fast
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        with self.recording(output_hidden_states, output_attentions) as (hidden_states, attentions):
+        with recording(self.trunk, output_hidden_states, output_attentions) as (states, weights):
             features = self.trunk.forward_features(pixel_values)
         return TowerOutput(
             last_hidden_state=features,
             pooler_output=self.pool(features),
-            hidden_states=tuple(hidden_states) or None,
-            attentions=tuple(attentions) or None,
+            hidden_states=tuple(states) or None,
+            attentions=tuple(weights) or None,
         )
 
     def pool(self, features):
-        """(B, P, W) or a convnet's maps to (B, W): with num_classes=0 timm's head only pools."""
+        """(B, P, W) or a convnet's maps to (B, W): without classes timm's head only pools."""
         return self.trunk.forward_head(features)
 
     def image_transform(self, crop_pct=None):
@@ -728,40 +728,6 @@ class VisionEncoder(nn.Module):
             mean=tuple(data["mean"]),
             std=tuple(data["std"]),
         )
-
-    @contextmanager
-    def recording(self, want_states, want_weights):
-        """Inside, two lists fill with hidden states and attention weights, if they are wanted.
-
-        timm's attention uses torch's fused kernel while its fused_attn is True. Here that becomes
-        False where the kernel is slow, and to get at the weights: only then do they pass through
-        the module attn_drop, where a hook collects them.
-        """
-        blocks = getattr(self.trunk, "blocks", None) or getattr(self.trunk, "stages", None)
-        if want_states and not blocks:
-            raise ValueError(f"{self.config.name} has neither blocks nor stages to show")
-        states, weights = [], []
-
-        def keep_state(block, args, output):
-            # What the first block is given are the embeddings.
-            states.extend([output] if states else [args[0], output])
-
-        with ExitStack() as undo:  # a stack of with-blocks: at its end hooks go, switches are reset
-            if want_states:
-                for block in blocks:
-                    undo.enter_context(block.register_forward_hook(keep_state))
-            learning = next((w for w in self.parameters() if w.requires_grad), torch.empty(0))
-            unfused = want_weights or fused_kernel_is_slow(learning)
-            for layer in self.trunk.modules() if unfused else ():
-                if hasattr(layer, "fused_attn"):
-                    undo.callback(setattr, layer, "fused_attn", layer.fused_attn)
-                    layer.fused_attn = False
-                    if want_weights and hasattr(layer, "attn_drop"):
-                        hook = layer.attn_drop.register_forward_hook
-                        undo.enter_context(hook(lambda _, args, output: weights.append(output)))
-            yield states, weights
-        if want_weights and not weights:
-            raise ValueError(f"{self.config.name} computes no attention with weights to show")
 
 
 # ==== 5  Processor: images and captions to tensors ================================================
@@ -2549,6 +2515,41 @@ def autocast(device, precision):
     """The context in which towers run; "fp32" also switches an outer one off."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+@contextmanager
+def recording(trunk, want_states, want_weights):
+    """Inside, two lists fill with a timm model's hidden states and attention weights, if wanted.
+
+    timm's attention calls torch's fused kernel while its fused_attn is True. It becomes False where
+    that kernel is slow, and where weights are wanted: only without the kernel do they pass through
+    attn_drop, where a hook collects them. At the end all is as before: till then, one thread only.
+    """
+    kind, states, weights = type(trunk).__name__, [], []
+    blocks = getattr(trunk, "blocks", None) or getattr(trunk, "stages", None)
+    if want_states and not blocks:
+        raise ValueError(f"{kind} has neither blocks nor stages to show")
+
+    def keep_state(block, args, output):
+        if not states:
+            states.append(args[0])  # what the first block is given
+        states.append(output)
+
+    with ExitStack() as undo:  # at its end it calls what was given to callback
+        for block in blocks if want_states else ():
+            undo.callback(block.register_forward_hook(keep_state).remove)
+        parameter = next((p for p in trunk.parameters() if p.requires_grad), torch.empty(0))
+        unfused = want_weights or fused_kernel_is_slow(parameter)
+        for layer in trunk.modules() if unfused else ():
+            if hasattr(layer, "fused_attn"):
+                undo.callback(setattr, layer, "fused_attn", layer.fused_attn)
+                layer.fused_attn = False
+                if want_weights and hasattr(layer, "attn_drop"):
+                    register = layer.attn_drop.register_forward_hook
+                    undo.callback(register(lambda _, args, output: weights.append(output)).remove)
+        yield states, weights
+    if want_weights and not weights:
+        raise ValueError(f"{kind} has no attention whose weights can be shown")
 
 
 def fused_kernel_is_slow(tensor):

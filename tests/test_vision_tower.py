@@ -55,8 +55,8 @@ def test_the_tower_is_the_timm_model_without_its_classifier(family):
 def test_hidden_states_are_the_first_blocks_input_and_each_ones_output(family):
     tower, pixel_values = make_tower(family)
     if family == "resnet":
-        for option, what in (("hidden_states", "has neither"), ("attentions", "computes no att")):
-            with pytest.raises(ValueError, match=f"test_resnet {what}"):
+        for option, what in (("hidden_states", "has neither"), ("attentions", "has no att")):
+            with pytest.raises(ValueError, match=f"ResNet {what}"):
                 tower(pixel_values, **{f"output_{option}": True})
         return
     blocks, right = getattr(tower.trunk, "blocks", None) or tower.trunk.stages, []
