@@ -1136,8 +1136,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def __init__(self, images, transform, augment=None):
         self.images, self.transform, self.augment = images, transform, augment
         if isinstance(images, Lazy) and images.function is open_image and transform.resize:
-            opener = functools.partial(open_image, size=transform.resize)
-            self.images = Lazy(images.items, opener)
+            self.images = Lazy(images.items, functools.partial(open_image, size=transform.resize))
 
     def __getitem__(self, key):
         (epoch, wanted), n, error = key, len(self.images), ""
@@ -1466,8 +1465,7 @@ def list_images(folder):
             if name[0] != "." and suffix != ".txt":
                 (images if suffix in IMAGE_SUFFIXES else others).append(path)
     if others:
-        what = f"left out below {folder}, as no images: {len(others)}, such as {others[0]}"
-        notice(f"left out below {folder}", what)
+        notice(folder, f"left out: {len(others)} files that are no images, such as {others[0]}")
     return images
 
 

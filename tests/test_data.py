@@ -361,7 +361,10 @@ def test_class_folders_become_captions_through_templates(tmp_path, capsys):
     assert pairs.classes == ["big dog", "cat"] and pairs.labels == [0, 0, 1, 1, 1]
     assert pairs.names == found and pairs.captions[0] == ["a big dog.", "one big dog"]
     notes = capsys.readouterr().out
-    assert "as no images: 1," in notes and "top.png is left out: it lies in no folder" in notes
+    assert (
+        "left out: 1 files that are no images, such as" in notes
+        and "top.png is left out: it lies in no folder" in notes
+    )
     new = dualenc.load_pairs(tmp_path, "all", class_names={"cat": "tom_cat"}, templates=("a {}",))
     assert new.classes == ["big dog", "tom cat"] and new.captions[-1] == ["a tom cat"]
     with pytest.raises(ValueError, match="unknown class to rename 'cats'; expected cat"):
