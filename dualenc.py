@@ -45,7 +45,7 @@ import sys
 import tarfile
 import textwrap
 import typing
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -1718,15 +1718,19 @@ def load_dual_encoder(cls, folder_or_hub_id):
         check_choice(what, values.get("model_type"), (MODEL_TYPE, PUBLISHED_TYPE))
         model = cls(DualEncoderConfig.from_dict(values) if own else read_dual_config(values))
     weights = read_weights(folder) if own else read_published_weights(folder)
-    fill(model, weights if own else own_weights(model, weights, folder), folder)
+    fill(model, weights, folder, () if own else published_pieces(model))
     add_processor(model, read_image_transform(folder), folder)
     return model.eval()
 
 
-def fill(module, weights, source):
-    """Give a module on the meta device exactly the weights {name: tensor}, as float32."""
+def fill(module, weights, source, pieces=()):
+    """Give a module on the meta device exactly the weights {name: tensor}, as float32.
+
+    pieces  how tensors of transformers are cut, joined and renamed: see published_pieces
+    """
     with blamed_on(source, f"weights do not fit the {CONFIG_FILE} of"):
-        module.load_state_dict(weights, assign=True)  # the file's tensors become the parameters
+        # With assign the file's tensors become the parameters.
+        module.load_state_dict(regroup(weights, pieces), assign=True)
     # Buffers that are in no file get memory, and timm computes them again.
     module.float()._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
     for part in module.modules():
@@ -1987,8 +1991,6 @@ class GatherRows(torch.autograd.Function):
 #
 # Files of transformers are read and written by the same tables. A family's `names` are
 # substitutions that turn our tensors' names into those of its files, one after the other.
-# {a,b,c} means that these tensors of a file, laid end to end along their first dimension, are one
-# of ours: timm's attn.qkv.weight is query.weight, key.weight and value.weight.
 
 
 class RobertaEncoder(TextEncoder):
@@ -2122,6 +2124,8 @@ class Published(typing.NamedTuple):
     defaults: dict = {}  # vision: of config.json, whose keys it lists; text: of TextConfig
 
 
+# CLIP's tables have fewer dimensions in the files; timm's begin with ones.
+FLAT = (".class_embedding", ".position_embedding.weight")
 # Keys of a published config.json in timm's words; **{...} only keeps related entries on a line.
 TIMM_NAMES = {
     **{"hidden_size": "embed_dim", "num_hidden_layers": "depth"},
@@ -2139,9 +2143,9 @@ _VIT_NAMES = {
     "^rel_pos_bias": "encoder.relative_position_bias",
     **{"^blocks": "encoder.layer", "norm1": "layernorm_before", "norm2": "layernorm_after"},
     "attn.proj": "attention.output.dense",
-    "attn.qkv": "attention.attention.{query,key,value}",
-    "attn.q_bias": "attention.attention.query.bias",
-    "attn.v_bias": "attention.attention.value.bias",
+    "attn.q[._]": "attention.attention.query.",  # BEiT's biases are attn.q_bias and attn.v_bias
+    "attn.k[._]": "attention.attention.key.",
+    "attn.v[._]": "attention.attention.value.",
     "attn.relative": "attention.attention.relative_position_bias.relative",
     **{"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense", "gamma_": "lambda_"},
     "^norm": "layernorm",
@@ -2155,10 +2159,10 @@ _CLIP_NAMES = {
     "^patch_embed.proj": "embeddings.patch_embedding",
     "^norm_pre": "pre_layrnorm",  # the spelling is theirs
     **{r"^blocks(.*)\.norm": r"encoder.layers\1.layer_norm", "^blocks": "encoder.layers"},
-    **{"attn.qkv": "self_attn.{q_proj,k_proj,v_proj}", "attn.proj": "self_attn.out_proj"},
+    **{"attn.(q|k|v)[.]": r"self_attn.\1_proj.", "attn.proj": "self_attn.out_proj"},
     "^(norm|fc_norm)": "post_layernorm",  # SigLIP's is before pooling, CLIP's after it
     "attn_pool.latent": "head.probe",
-    "attn_pool.(q|kv).": "head.attention.in_proj_",  # two tensors of ours are one of theirs
+    "attn_pool.(q|k|v)[.]": "head.attention.in_proj_",
     **{"attn_pool.proj": "head.attention.out_proj", "attn_pool.norm": "head.layernorm"},
     "attn_pool": "head",
 }
@@ -2232,52 +2236,39 @@ def published_row(config):
     return HF_TEXT[config.family] if isinstance(config, TextConfig) else HF_VISION.get(config.name)
 
 
-def published_names(module):
-    """{names in a published file: our names} whose tensors, laid end to end, are the same.
+def published_pieces(module):
+    """[(name in a published file, our name)] of a tower or DualEncoder, a pair for each piece.
 
-    Such as {("a.query.weight", "a.key.weight", "a.value.weight"): ["trunk.a.attn.qkv.weight"]}.
+    Most tensors are one piece. timm's attn.qkv is three, with names of their own in the files.
     """
-    towers, names = {"": module}, {}
+    towers, pieces = {"": module}, []
     if isinstance(module, DualEncoder):
         towers = {"vision_model.": module.vision_model, "text_model.": module.text_model}
     for side, tower in towers.items():
         for ours in tower.state_dict():
             name = ours.removeprefix("trunk.")
+            joint = re.search(r"\.(qkv|kv)\.", name)
+            parts = [name.replace(joint[1], letter) for letter in joint[1]] if joint else [name]
             for pattern, replacement in published_row(tower.config).names.items():
-                name = re.sub(pattern, replacement, name)
-            start, parts, end = re.fullmatch(r"([^{]*)(?:{(.*)}(.*))?", name).groups("")
-            theirs = tuple(side + start + part + end for part in parts.split(","))
-            names.setdefault(theirs, []).append(side + ours)
-    return names
+                parts = [re.sub(pattern, replacement, part) for part in parts]
+            pieces += [(side + theirs, side + ours) for theirs in parts]
+    return pieces
 
 
-def own_weights(module, weights, source):
-    """A published file's weights {name: tensor} cut, joined and named as in our module."""
-    left, own, shaped = dict(weights), {}, module.state_dict()
-    for theirs, ours in published_names(module).items():
-        if left.keys() >= {*theirs}:
-            with blamed_on(source, f"cannot cut or join {', '.join(theirs)} of"):
-                # torch.cat would copy a tensor that is one there already.
-                whole = torch.cat([*map(left.pop, theirs)]) if theirs[1:] else left.pop(*theirs)
-                whole = whole[(None,) * (shaped[ours[0]].ndim - whole.ndim)]  # ours begin with ones
-                lengths = [len(shaped[name]) for name in ours]
-                own |= zip(ours, whole.split(lengths) if len(ours) > 1 else [whole])
-    return own | left
+def regroup(tensors, pieces):
+    """{name: tensor} cut, joined and renamed; tensors of other names stay as they are.
 
-
-def published_weights(model):
-    """{name in a published file: tensor} of a DualEncoder."""
-    tensors = model.state_dict()
-    nests = published_row(model.config.vision).prefix == "vision_model."  # CLIP and SigLIP
-    for theirs, ours in published_names(model).items():
-        whole = torch.cat([tensors.pop(name) for name in ours])
-        for name, part in zip(theirs, whole.chunk(len(theirs))):
-            if nests and name.startswith("vision_model."):  # old versions read no other name
-                name = "vision_model." + name
-            # Two tables of CLIP's have fewer dimensions in the files: ours begin with ones.
-            is_table = name.endswith((".class_embedding", ".position_embedding.weight"))
-            tensors[name] = part.squeeze() if is_table else part
-    return tensors
+    pieces  [(name, new name)]; a name in three pairs is cut in three along its first dimension, a
+            new name in three pairs is joined from three
+    """
+    pieces = [(name, new) for name, new in pieces if name in tensors]
+    counts, joined = Counter(name for name, _ in pieces), {}
+    cut = {name: [*tensors[name].tensor_split(n)] for name, n in counts.items()}
+    for name, new in pieces:
+        joined.setdefault(new, []).append(cut[name].pop(0))
+    # torch.cat would copy a tensor that is one piece.
+    whole = {new: torch.cat(p) if len(p) > 1 else p[0] for new, p in joined.items()}
+    return {name: tensor for name, tensor in tensors.items() if name not in cut} | whole
 
 
 def read_published_weights(folder):
@@ -2289,7 +2280,7 @@ def read_published_weights(folder):
         # Some versions nest CLIP and SigLIP towers once more than others.
         name = re.sub(r"^vision_model\.vision_model\.", "vision_model.", name)
         if not name.endswith(left_out):
-            weights[name] = tensor
+            weights[name] = tensor[(None,) * (3 - tensor.ndim)] if name.endswith(FLAT) else tensor
     return weights
 
 
@@ -2350,7 +2341,7 @@ def load_tower(read_config, folder, source, overrides):
     # An unused pooler goes. BEiT (pooling None) keeps its own, the norm after its mean pooling.
     if tower.config.pooling not in (None, "pooler"):
         inside = {name: tensor for name, tensor in inside.items() if not name.startswith("pooler.")}
-    fill(tower, own_weights(tower, inside, folder), folder)
+    fill(tower, inside, folder, published_pieces(tower))
     return tower
 
 
@@ -2367,9 +2358,10 @@ def publish_dual_encoder(model):
     """(config.json, {name: tensor}) of a model as transformers writes it."""
     config, vision, text = model.config, model.config.vision, model.config.text
     plain = config.projection_head == "linear" and config.logit_bias_init is None
-    published = published_row(vision) and published_row(text).prefix
-    readable = published and text.family != "distilbert"  # which has no pooler there
-    if not (plain and readable and vision.pooling != "token" and text.pooling == "pooler"):
+    published = published_row(vision)
+    readable = published_row(text).prefix and text.family != "distilbert"  # without a pooler there
+    pooled = vision.pooling != "token" and text.pooling == "pooler"
+    if not (plain and published and readable and pooled):
         raise ValueError(
             f"transformers' dual encoder cannot hold {vision.name} pooling by {vision.pooling!r} "
             f"and {text.family} by {text.pooling!r} with {config.projection_head} heads and "
@@ -2386,7 +2378,13 @@ def publish_dual_encoder(model):
         "vision_config": {"model_type": vision.name, **vision.args, **sizes},
         "text_config": {"model_type": text.family, **text_config},
     }
-    return values, published_weights(model)
+    weights, nests = {}, published.prefix == "vision_model."  # CLIP and SigLIP
+    pieces = [(ours, theirs) for theirs, ours in published_pieces(model)]
+    for name, tensor in regroup(model.state_dict(), pieces).items():
+        if nests and name.startswith("vision_model."):  # old versions read no other name
+            name = "vision_model." + name
+        weights[name] = tensor.squeeze() if name.endswith(FLAT) else tensor
+    return values, weights
 
 
 # ---- Image processors and tokenizers -------------------------------------------------------------

@@ -400,7 +400,8 @@ WORDS = "text_model.embeddings.word_embeddings.weight"
     "name, tensor, message",
     [
         (POOLER, None, f'Missing.*"{POOLER}"'),
-        (f"{LAYER}.attention.attention.query.weight", None, ".*attn.qkv.weight"),
+        (f"{LAYER}.attention.attention.query.weight", None, "size .*attn.qkv.weight"),
+        (f"{LAYER}.attention.attention.query.weight", torch.zeros(24, 9), "Sizes of tensors must"),
         ("stranger", torch.zeros(2), 'Unexpected.*"stranger"'),
         (WORDS, torch.zeros(79, 24), f"size mismatch for {WORDS}"),
     ],
@@ -410,7 +411,7 @@ def test_weights_that_do_not_fit_are_refused(name, tensor, message, copy):
         return {k: t for k, t in {**weights, name: tensor}.items() if t is not None}
 
     folder = copy("dual/vit-bert", change)
-    with pytest.raises(ValueError, match=f"{folder} does not fit .*{message}"):
+    with pytest.raises(ValueError, match=f"weights do not fit .*{folder}: .*{message}"):
         dualenc.DualEncoder.from_pretrained(folder)
 
 
