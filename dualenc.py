@@ -45,7 +45,7 @@ import sys
 import tarfile
 import textwrap
 import typing
-from collections import Counter, OrderedDict
+from collections import Counter
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -2018,7 +2018,13 @@ def positions_after_pad(input_ids, pad_token_id):
 
 
 class MPNetEncoder(RobertaEncoder):
-    """RoBERTa with a learned bias on every layer's scores, by the distance of query and key."""
+    """RoBERTa with a learned bias on every layer's scores, by the distance of query and key.
+
+    The bias table has 16 rows for keys up to the query and 16 for keys on its right. Distances
+    below 8 have a row each, those from 8 to 128 share 8 rows by their logarithm.
+
+    source  Raffel et al. 2020 (T5), section 2.1
+    """
 
     def __init__(self, config):
         super().__init__(config)
@@ -2026,24 +2032,15 @@ class MPNetEncoder(RobertaEncoder):
         self._init_weights(self.encoder["relative_attention_bias"])
 
     def score_mask(self, attention_mask, hidden):
-        buckets = relative_buckets(hidden.shape[1]).to(hidden.device)
-        bias = self.encoder["relative_attention_bias"](buckets).permute(2, 0, 1)[None]
+        position = torch.arange(hidden.shape[1])
+        to_right = position[None, :] - position[:, None]  # (T, T), from query to key
+        distance = to_right.abs()
+        far = (distance.clamp(min=1) / 8).log() / math.log(128 / 8)  # 8 to 128 becomes 0 to 1
+        far = (8 + (far * 8).long()).clamp(max=15)
+        row = torch.where(distance < 8, distance, far) + 16 * (to_right > 0)
+        bias = self.encoder["relative_attention_bias"](row.to(hidden.device)).permute(2, 0, 1)[None]
         is_real = super().score_mask(attention_mask, hidden)
         return bias if is_real is None else bias.masked_fill(~is_real, torch.finfo(bias.dtype).min)
-
-
-def relative_buckets(T):
-    """(T, T) rows of MPNet's bias table: 16 for keys up to the query, 16 for keys on its right.
-
-    Distances below 8 have a row each, those from 8 to 128 share 8 rows by their logarithm.
-
-    source  Raffel et al. 2020 (T5), section 2.1
-    """
-    distance = torch.arange(T)[None, :] - torch.arange(T)[:, None]
-    far = (distance.abs().clamp(min=1) / 8).log() / math.log(128 / 8)
-    far = (8 + (far * 8).long()).clamp(max=15)
-    row = torch.where(distance.abs() < 8, distance.abs(), far)
-    return row + 16 * (distance > 0)
 
 
 class PublishedVisionEncoder(VisionEncoder):
@@ -2053,15 +2050,15 @@ class PublishedVisionEncoder(VisionEncoder):
 
     def build_trunk(self, pretrained_from):
         name, pooling = self.config.name, self.config.pooling
-        values = {**self.config.args}  # what is left in it at the end goes to timm
-        if "hidden_size" not in values:
-            raise ValueError(f"{name!r} is a family: name a folder, hub id or timm model")
+        values = HF_VISION[name].defaults | self.config.args  # what is left at the end goes to timm
         width, act = values["hidden_size"], values.pop("hidden_act")
         pooler_act = values.pop("pooler_act", None)
+        check_min(f"image_size of {name}", self.config.image_size or 0, 1)
+        check_choice("activation", act, ACTIVATIONS)
         check_choice(f"{name} pooling", pooling, ("pooler", "token") if pooler_act else (None,))
         if pooling == "pooler":
-            layers = {"dense": nn.Linear(width, width), "activation": ACTIVATIONS[pooler_act]()}
-            self.pooler = nn.Sequential(OrderedDict(layers))
+            layers = {"dense": nn.Linear(width, width), "act": ACTIVATIONS[pooler_act]()}
+            self.pooler = nn.ModuleDict(layers)
         if name == "beit":
             values["global_pool"] = "avg" if values.pop("use_mean_pooling") else "token"
         if "intermediate_size" in values:  # timm rounds width * ratio down
@@ -2084,7 +2081,9 @@ class PublishedVisionEncoder(VisionEncoder):
         if self.config.pooling is None:
             return super().pool(features)
         first = features[:, 0]  # timm would average DeiT's class and distillation tokens
-        return self.pooler(first) if self.config.pooling == "pooler" else first
+        if self.config.pooling == "token":
+            return first
+        return self.pooler["act"](self.pooler["dense"](first))
 
     def image_transform(self, crop_pct=None):
         """What the folder's own file says."""
@@ -2285,13 +2284,11 @@ def read_published_weights(folder):
 
 
 def read_dual_config(values):
-    """The DualEncoderConfig of a transformers VisionTextDualEncoder folder."""
-    return DualEncoderConfig(  # in a dual encoder transformers always has poolers
-        vision=read_vision_config(values.get("vision_config") or {}, "pooler", {}),
-        text=read_text_config(values.get("text_config") or {}, "pooler", {}),
-        projection_dim=values.get("projection_dim", DualEncoderConfig.projection_dim),
-        logit_scale_init=float(values.get("logit_scale_init_value", LOGIT_SCALE_INIT)),
-    )
+    """The DualEncoderConfig of transformers' VisionTextDualEncoder, whose towers have poolers."""
+    vision = read_vision_config(values["vision_config"], "pooler", {})
+    text = read_text_config(values["text_config"], "pooler", {})
+    scale = float(values["logit_scale_init_value"])
+    return DualEncoderConfig(vision, text, values["projection_dim"], logit_scale_init=scale)
 
 
 def read_vision_config(values, pooling, overrides):
@@ -2305,13 +2302,12 @@ def read_vision_config(values, pooling, overrides):
     check_choice("vision model_type (timm has more by name)", name, HF_VISION)
     if values.get("num_channels", 3) != 3 or (overrides.get("image_size") or size) != size:
         raise ValueError(f"it reads RGB of {size} pixels; timm has towers of any size by name")
-    args = dict(HF_VISION[name].defaults)
-    args |= {key: values[key] for key in args if values.get(key) is not None}
-    check_choice("activation", args["hidden_act"], ACTIVATIONS)
-    pooling = (pooling or "token") if "pooler_act" in args else None
-    found = {"name": name, "pooling": pooling, **overrides}
+    defaults = HF_VISION[name].defaults
+    args = {key: values[key] for key in defaults if values.get(key) is not None}
     args |= overrides.get("args", {})
-    return config_from_dict(VisionConfig, {**found, "image_size": size, "args": args})
+    pooling = (pooling or "token") if "pooler_act" in defaults else None
+    found = {"name": name, "pooling": pooling, **overrides, "image_size": size, "args": args}
+    return config_from_dict(VisionConfig, found)
 
 
 def read_text_config(values, pooling, overrides):
@@ -2330,7 +2326,11 @@ def read_text_config(values, pooling, overrides):
 def load_tower(read_config, folder, source, overrides):
     """A tower of transformers, without a task head or a pooler that it does not use."""
     values, weights = read_json(folder / CONFIG_FILE), read_published_weights(folder)
-    pooling = overrides.get("pooling") or sentence_pooling(folder)
+    # In sentence-transformers' file pooling_mode is "mean" or pooling_mode_mean_tokens is true.
+    sentence = read_json(folder / "1_Pooling" / CONFIG_FILE, {})
+    flags = [key for key, on in sentence.items() if on and key.startswith("pooling_mode_")]
+    modes = [key.removeprefix("pooling_mode_").split("_token")[0] for key in flags]
+    pooling = overrides.get("pooling") or "+".join(modes) or sentence.get("pooling_mode")
     if not pooling and any(name.endswith("pooler.dense.weight") for name in weights):
         pooling = "pooler"
     with blamed_on(folder / CONFIG_FILE, "cannot build the model of"), torch.device("meta"):
@@ -2343,15 +2343,6 @@ def load_tower(read_config, folder, source, overrides):
         inside = {name: tensor for name, tensor in inside.items() if not name.startswith("pooler.")}
     fill(tower, inside, folder, published_pieces(tower))
     return tower
-
-
-def sentence_pooling(folder):
-    """How a sentence-transformers folder pools, or None for other folders."""
-    values = read_json(folder / "1_Pooling" / CONFIG_FILE, {"pooling_mode": None})
-    # Either pooling_mode is "mean", or pooling_mode_mean_tokens is true.
-    flags = [key for key, on in values.items() if on and key.startswith("pooling_mode_")]
-    modes = [key.removeprefix("pooling_mode_").split("_token")[0] for key in flags]
-    return "+".join(modes) or values.get("pooling_mode", "mean")
 
 
 def publish_dual_encoder(model):
