@@ -2401,13 +2401,12 @@ def read_image_transform(folder):
 
 
 # Special tokens of transformers' tokenizer classes (names without "Tokenizer") unless files say.
-_WORDS = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-_BERT_WORDS = dict(zip(_WORDS, ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")))
-_ROBERTA_WORDS = dict(zip(_WORDS, ("<pad>", "<unk>", "<s>", "</s>", "<mask>")))
-TOKENIZERS = dict.fromkeys(("bert", "electra", "pretrained", "tokenizersbackend"), _BERT_WORDS)
+_SQUARE = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+_ANGLED = {"pad_token": "<pad>", "cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
+TOKENIZERS = dict.fromkeys(("bert", "electra", "pretrained", "tokenizersbackend"), _SQUARE)
 TOKEN_TYPES = tuple(TOKENIZERS)  # these give their captions token_type_ids
-TOKENIZERS |= dict.fromkeys(("roberta", "xlmroberta", "camembert"), _ROBERTA_WORDS)
-TOKENIZERS |= {"distilbert": _BERT_WORDS, "mpnet": {**_ROBERTA_WORDS, "unk_token": "[UNK]"}}
+TOKENIZERS |= dict.fromkeys(("roberta", "xlmroberta", "camembert", "mpnet"), _ANGLED)
+TOKENIZERS["distilbert"] = _SQUARE
 
 
 def read_tokenizer(folder):
@@ -2418,30 +2417,26 @@ def read_tokenizer(folder):
         return None, False
     settings = read_json(folder / "special_tokens_map.json", {})
     settings |= read_json(folder / "tokenizer_config.json", {})
-    model = read_json(folder / CONFIG_FILE, {})
-    classes = {**(model.get("text_config") or model), **settings}
-    name = str(classes.get("tokenizer_class") or classes.get("model_type", "PreTrainedTokenizer"))
-    kind = re.sub("tokenizer(fast)?$", "", name.lower().replace("-", ""))
     with blamed_on(path):
         if path.name == TOKENIZER_FILE and not settings:  # ours: the file says how to pad and cut
             return tokenizers.Tokenizer.from_file(str(path)), False
-        if kind not in TOKENIZERS:
-            raise ValueError(f"tokenizer class {name}, which may split words in its own way")
-        words = {n: settings.get(n) or word for n, word in TOKENIZERS[kind].items()}
-        words = {n: w["content"] if isinstance(w, dict) else w for n, w in words.items()}
-        tokenizer = tokenizer_from_files(path, settings, words)
-        pad_id = tokenizer.token_to_id(words["pad_token"])
-        if pad_id is None:
-            raise ValueError(f"no pad_token {words['pad_token']!r} in the vocabulary")
-    # transformers ignores what tokenizer.json says of padding and truncation.
+        # Old files leave it to the model's config.json which tokenizer they are for.
+        config = read_json(folder / CONFIG_FILE, {}) | settings
+        name = config.get("tokenizer_class") or config.get("model_type", "PreTrainedTokenizer")
+        kind = re.sub("tokenizer(fast)?$", "", name.lower().replace("-", ""))
+        check_choice("tokenizer class", kind, TOKENIZERS)
+        words = {name: settings.get(name) or word for name, word in TOKENIZERS[kind].items()}
+        words = {name: w["content"] if isinstance(w, dict) else w for name, w in words.items()}
+        tokenizer, pad = tokenizer_from_files(path, settings, words), words["pad_token"]
+        if tokenizer.token_to_id(pad) is None:
+            raise ValueError(f"no pad_token {pad!r} in the vocabulary")
+    # transformers ignores what tokenizer.json says of padding and cutting.
     side = settings.get("padding_side", "right")
-    tokenizer.enable_padding(direction=side, pad_id=pad_id, pad_token=words["pad_token"])
-    tokenizer.no_truncation()
+    tokenizer.enable_padding(direction=side, pad_id=tokenizer.token_to_id(pad), pad_token=pad)
     sentence = read_json(folder / "sentence_bert_config.json", {})
-    longest = sentence.get("max_seq_length") or settings.get("model_max_length")
-    if longest and longest < 1e9:  # 1e30 stands for no limit
-        side = settings.get("truncation_side", "right")
-        tokenizer.enable_truncation(int(longest), direction=side)
+    longest = sentence.get("max_seq_length") or settings.get("model_max_length") or math.inf
+    side = settings.get("truncation_side", "right")
+    tokenizer.enable_truncation(int(min(longest, 1e9)), direction=side)  # 1e30 stands for no limit
     inputs = settings.get("model_input_names")
     return tokenizer, ("token_type_ids" in inputs if inputs else kind in TOKEN_TYPES)
 
@@ -2464,18 +2459,16 @@ def tokenizer_from_files(path, settings, words):
     ends = ((w, tokenizer.token_to_id(w)) for w in (words["sep_token"], words["cls_token"]))
     tokenizer.post_processor = tokenizers.processors.RobertaProcessing(*ends)
     mask = tokenizers.AddedToken(words.pop("mask_token"), lstrip=True)
-    tokenizer.add_special_tokens([*words.values(), mask])
+    tokenizer.add_special_tokens([*words.values(), "<unk>", mask])
     return tokenizer
 
 
 def tokenizer_config(processor):
     """What tokenizer.json does not say, as transformers reads it."""
-    padding, vocabulary = processor.tokenizer.padding, processor.tokenizer.get_vocab()
-    words = _ROBERTA_WORDS if padding["pad_token"] == "<pad>" else _BERT_WORDS
+    padding = processor.tokenizer.padding
     types = ["token_type_ids"] if processor.token_types else []
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{name: word for name, word in words.items() if word in vocabulary},
         "pad_token": padding["pad_token"],
         "padding_side": padding["direction"],
         "truncation_side": processor.truncation_side,
