@@ -45,7 +45,7 @@ import sys
 import tarfile
 import textwrap
 import typing
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -1681,15 +1681,19 @@ def load_dual_encoder(cls, folder_or_hub_id):
         check_choice(what, values.get("model_type"), (MODEL_TYPE, PUBLISHED_TYPE))
         model = cls(DualEncoderConfig.from_dict(values) if own else read_dual_config(values))
     weights = read_weights(folder) if own else read_published_weights(folder)
-    fill(model, weights if own else own_weights(model, weights, folder), folder)
+    fill(model, weights, folder, () if own else published_pieces(model))
     add_processor(model, read_image_transform(folder), folder)
     return model.eval()
 
 
-def fill(module, weights, source):
-    """Give a module on the meta device exactly the weights {name: tensor}, as float32."""
+def fill(module, weights, source, pieces=()):
+    """Give a module on the meta device exactly the weights {name: tensor}, as float32.
+
+    pieces  how tensors of transformers are cut, joined and renamed: see published_pieces
+    """
     with blamed_on(source, f"weights do not fit the {CONFIG_FILE} of"):
-        module.load_state_dict(weights, assign=True)  # the file's tensors become the parameters
+        # With assign the file's tensors become the parameters.
+        module.load_state_dict(regroup(weights, pieces), assign=True)
     # Buffers that are in no file get memory, and timm computes them again.
     module.float()._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
     for part in module.modules():
@@ -1947,11 +1951,6 @@ class GatherRows(torch.autograd.Function):
 
 
 # ==== 9  Published checkpoints ====================================================================
-#
-# Files of transformers are read and written by the same tables. A family's `names` are
-# substitutions that turn our tensors' names into those of its files, one after the other.
-# {a,b,c} means that these tensors of a file, laid end to end along their first dimension, are one
-# of ours: timm's attn.qkv.weight is query.weight, key.weight and value.weight.
 
 
 class RobertaEncoder(TextEncoder):
@@ -1979,7 +1978,13 @@ def positions_after_pad(input_ids, pad_token_id):
 
 
 class MPNetEncoder(RobertaEncoder):
-    """RoBERTa with a learned bias on every layer's scores, by the distance of query and key."""
+    """RoBERTa with a learned bias on every layer's scores, by the distance of query and key.
+
+    The bias table has 16 rows for keys up to the query and 16 for keys on its right. Distances
+    below 8 have a row each, those from 8 to 128 share 8 rows by their logarithm.
+
+    source  Raffel et al. 2020 (T5), section 2.1
+    """
 
     def __init__(self, config):
         super().__init__(config)
@@ -1987,24 +1992,15 @@ class MPNetEncoder(RobertaEncoder):
         self._init_weights(self.encoder["relative_attention_bias"])
 
     def score_mask(self, attention_mask, hidden):
-        buckets = relative_buckets(hidden.shape[1]).to(hidden.device)
-        bias = self.encoder["relative_attention_bias"](buckets).permute(2, 0, 1)[None]
+        position = torch.arange(hidden.shape[1])
+        to_right = position[None, :] - position[:, None]  # (T, T), from query to key
+        distance = to_right.abs()
+        far = (distance.clamp(min=1) / 8).log() / math.log(128 / 8)  # 8 to 128 becomes 0 to 1
+        far = (8 + (far * 8).long()).clamp(max=15)
+        row = torch.where(distance < 8, distance, far) + 16 * (to_right > 0)
+        bias = self.encoder["relative_attention_bias"](row.to(hidden.device)).permute(2, 0, 1)[None]
         is_real = super().score_mask(attention_mask, hidden)
         return bias if is_real is None else bias.masked_fill(~is_real, torch.finfo(bias.dtype).min)
-
-
-def relative_buckets(T):
-    """(T, T) rows of MPNet's bias table: 16 for keys up to the query, 16 for keys on its right.
-
-    Distances below 8 have a row each, those from 8 to 128 share 8 rows by their logarithm.
-
-    source  Raffel et al. 2020 (T5), section 2.1
-    """
-    distance = torch.arange(T)[None, :] - torch.arange(T)[:, None]
-    far = (distance.abs().clamp(min=1) / 8).log() / math.log(128 / 8)
-    far = (8 + (far * 8).long()).clamp(max=15)
-    row = torch.where(distance.abs() < 8, distance.abs(), far)
-    return row + 16 * (distance > 0)
 
 
 class PublishedVisionEncoder(VisionEncoder):
@@ -2014,38 +2010,29 @@ class PublishedVisionEncoder(VisionEncoder):
 
     def build_trunk(self, pretrained_from):
         name, pooling = self.config.name, self.config.pooling
-        values = {**self.config.args}  # what is left in it at the end goes to timm
-        if "hidden_size" not in values:
-            raise ValueError(f"{name!r} is a family: name a folder, hub id or timm model")
-        width, act = values["hidden_size"], values.pop("hidden_act")
-        pooler_act = values.pop("pooler_act", None)
+        args = HF_VISION[name].defaults | self.config.args  # what is left in it goes to timm
+        act, pooler_act = args.pop("hidden_act", "gelu"), args.pop("pooler_act", None)
+        check_min(f"image_size of {name}", self.config.image_size or 0, 1)
+        check_choice("activation", act, ACTIVATIONS)
         check_choice(f"{name} pooling", pooling, ("pooler", "token") if pooler_act else (None,))
-        if pooling == "pooler":
-            layers = {"dense": nn.Linear(width, width), "activation": ACTIVATIONS[pooler_act]()}
-            self.pooler = nn.Sequential(OrderedDict(layers))
-        if name == "beit":
-            values["global_pool"] = "avg" if values.pop("use_mean_pooling") else "token"
-        if "intermediate_size" in values:  # timm rounds width * ratio down
-            values["mlp_ratio"] = (values.pop("intermediate_size") + 0.5) / width
+        if "intermediate_size" in args:  # timm rounds width * ratio down
+            args["mlp_ratio"] = (args.pop("intermediate_size") + 0.5) / args.get("hidden_size", 768)
         if self.config.patch_dropout:
-            values["patch_drop_rate"] = self.config.patch_dropout
-        values["proj_drop_rate"] = values.get("hidden_dropout_prob", 0.0)
-        values["norm_layer"] = functools.partial(nn.LayerNorm, eps=values.pop("layer_norm_eps"))
-        arguments = {TIMM_NAMES.get(key, key): value for key, value in values.items()}
-        trunk = HF_VISION[name].make(img_size=self.config.image_size, num_classes=0, **arguments)
+            args["patch_drop_rate"] = self.config.patch_dropout
+        args["proj_drop_rate"] = args.get("hidden_dropout_prob", 0.0)
+        args["norm_layer"] = functools.partial(nn.LayerNorm, eps=args.pop("layer_norm_eps", 1e-6))
+        args = {VISION_KEYS.get(key, key): value for key, value in args.items()}
+        trunk = HF_VISION[name].make(img_size=self.config.image_size, num_classes=0, **args)
         for module in trunk.modules():
             if isinstance(module, timm.layers.Mlp):
                 module.act = ACTIVATIONS[act]()
+        if pooling == "pooler":  # where timm has a classifier: on the first token after the norm
+            dense = nn.Linear(trunk.embed_dim, trunk.embed_dim)
+            trunk.head = nn.Sequential(OrderedDict(dense=dense, act=ACTIVATIONS[pooler_act]()))
         return trunk
 
     def has_fixed_size(self):
         return self.config.name != "dinov2"
-
-    def pool(self, features):
-        if self.config.pooling is None:
-            return super().pool(features)
-        first = features[:, 0]  # timm would average DeiT's class and distillation tokens
-        return self.pooler(first) if self.config.pooling == "pooler" else first
 
     def image_transform(self, crop_pct=None):
         """What the folder's own file says."""
@@ -2059,9 +2046,8 @@ class DinoTransformer(timm.models.VisionTransformer):
 
     def _pos_embed(self, x):
         """(B, h, w, W) patches to (B, 1 + h * w, W) tokens."""
-        positions = timm.layers.resample_abs_pos_embed(
-            self.pos_embed, x.shape[1:3], self.patch_embed.grid_size, antialias=False
-        )
+        resample, grid = timm.layers.resample_abs_pos_embed, self.patch_embed.grid_size
+        positions = resample(self.pos_embed, x.shape[1:3], grid, antialias=False)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], dim=1)
         return self.pos_drop(x + positions)
 
@@ -2073,83 +2059,75 @@ def build_tower(config):
     return (PublishedVisionEncoder if config.name in HF_VISION else VisionEncoder)(config)
 
 
-# ---- Tables --------------------------------------------------------------------------------------
-
-
 class Published(typing.NamedTuple):
     """A family of towers, and how transformers writes it."""
 
     make: typing.Callable  # text: class of the tower; vision: what makes the timm model
     prefix: str = ""  # of tensor names where a task head is on top; "" is a family never published
     names: dict = {}  # {pattern in our tensor names: what is there in theirs}
-    defaults: dict = {}  # vision: of config.json, whose keys it lists; text: of TextConfig
+    defaults: dict = {}  # where a config.json is silent: see _VIT; text: fields of TextConfig
 
 
-# Keys of a published config.json in timm's words; **{...} only keeps related entries on a line.
-TIMM_NAMES = {
-    **{"hidden_size": "embed_dim", "num_hidden_layers": "depth"},
-    **{"num_attention_heads": "num_heads", "hidden_dropout_prob": "pos_drop_rate"},
-    **{"attention_probs_dropout_prob": "attn_drop_rate", "attention_dropout": "attn_drop_rate"},
-    **{"layer_scale_init_value": "init_values", "layerscale_value": "init_values"},
-    "use_relative_position_bias": "use_rel_pos_bias",
-    "use_shared_relative_position_bias": "use_shared_rel_pos_bias",
-    "use_absolute_position_embeddings": "use_abs_pos_emb",
-}
+# Keys of a vision tower's config.json, and what timm calls them; build_trunk handles four.
+VISION_KEYS = {name: name for name in ("patch_size", "qkv_bias", "mlp_ratio", "drop_path_rate")}
+VISION_KEYS |= {n: n for n in ("intermediate_size", "hidden_act", "pooler_act", "layer_norm_eps")}
+VISION_KEYS |= {"hidden_size": "embed_dim", "attention_dropout": "attn_drop_rate"}
+VISION_KEYS |= {"num_hidden_layers": "depth", "num_attention_heads": "num_heads"}
+VISION_KEYS |= {"hidden_dropout_prob": "pos_drop_rate", "layerscale_value": "init_values"}
+VISION_KEYS |= {"attention_probs_dropout_prob": "attn_drop_rate"}
+VISION_KEYS |= {"layer_scale_init_value": "init_values"}
+VISION_KEYS |= {"use_relative_position_bias": "use_rel_pos_bias"}
+VISION_KEYS |= {"use_shared_relative_position_bias": "use_shared_rel_pos_bias"}
+VISION_KEYS |= {"use_absolute_position_embeddings": "use_abs_pos_emb"}
+# Substitutions that turn timm's names of tensors into those of published files, one after the
+# other; reading and writing both go by them. **{...} only keeps related ones on a line.
 _VIT_NAMES = {
-    **{"^cls_token": "embeddings.cls_token", "^dist_token": "embeddings.distillation_token"},
+    **{"^cls_token": "embeddings.cls_token", "^reg_token": "embeddings.distillation_token"},
     "^pos_embed": "embeddings.position_embeddings",
     "^patch_embed.proj": "embeddings.patch_embeddings.projection",
     "^rel_pos_bias": "encoder.relative_position_bias",
     **{"^blocks": "encoder.layer", "norm1": "layernorm_before", "norm2": "layernorm_after"},
     "attn.proj": "attention.output.dense",
-    "attn.qkv": "attention.attention.{query,key,value}",
-    "attn.q_bias": "attention.attention.query.bias",
-    "attn.v_bias": "attention.attention.value.bias",
+    "attn.q[._]": "attention.attention.query.",  # BEiT's biases are attn.q_bias and attn.v_bias
+    "attn.k[._]": "attention.attention.key.",
+    "attn.v[._]": "attention.attention.value.",
     "attn.relative": "attention.attention.relative_position_bias.relative",
-    **{"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense", "gamma_": "lambda_"},
-    "^norm": "layernorm",
-    "^fc_norm": "pooler.layernorm",  # BEiT's files call the norm after its mean pooling a pooler
+    **{"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"},
+    **{"gamma_": "lambda_", "ls(1|2).gamma": r"layer_scale\1.lambda1"},  # BEiT's, DINOv2's
+    **{"^norm": "layernorm", "^head": "pooler", "^fc_norm": "pooler.layernorm"},  # fc_norm: BEiT
 }
 _DINO_NAMES = _VIT_NAMES | {name: name for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")}
-_DINO_NAMES["ls([12]).gamma"] = r"layer_scale\1.lambda1"
 _CLIP_NAMES = {
     "^cls_token": "embeddings.class_embedding",
     "^pos_embed": "embeddings.position_embedding.weight",
     "^patch_embed.proj": "embeddings.patch_embedding",
     "^norm_pre": "pre_layrnorm",  # the spelling is theirs
     **{r"^blocks(.*)\.norm": r"encoder.layers\1.layer_norm", "^blocks": "encoder.layers"},
-    **{"attn.qkv": "self_attn.{q_proj,k_proj,v_proj}", "attn.proj": "self_attn.out_proj"},
+    **{"attn.(q|k|v)[.]": r"self_attn.\1_proj.", "attn.proj": "self_attn.out_proj"},
     "^(norm|fc_norm)": "post_layernorm",  # SigLIP's is before pooling, CLIP's after it
-    "attn_pool.latent": "head.probe",
-    "attn_pool.(q|kv).": "head.attention.in_proj_",  # two tensors of ours are one of theirs
+    **{"attn_pool.latent": "head.probe", "attn_pool.(q|k|v)[.]": "head.attention.in_proj_"},
     **{"attn_pool.proj": "head.attention.out_proj", "attn_pool.norm": "head.layernorm"},
     "attn_pool": "head",
 }
+FLAT = (".class_embedding", ".position_embedding.weight")  # timm's begin with dimensions of one
 
-_SIZES = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
-_SIZES |= {"patch_size": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
-_NO_DROPOUT = _SIZES | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-_VIT = _NO_DROPOUT | {"intermediate_size": 3072, "qkv_bias": True, "pooler_act": "tanh"}
-_DINO = _NO_DROPOUT | {"qkv_bias": True, "mlp_ratio": 4, "layerscale_value": 1.0}
-_DINO |= {"drop_path_rate": 0.0, "layer_norm_eps": 1e-6, "patch_size": 14}
-_BEIT = _NO_DROPOUT | {"intermediate_size": 3072, "layer_scale_init_value": 0.1}
-_BEIT |= {key: False for key in TIMM_NAMES if key.startswith("use_")}
-_BEIT |= {"use_mean_pooling": True, "drop_path_rate": 0.1}
-_SIGLIP = _SIZES | {"intermediate_size": 3072, "attention_dropout": 0.0}
-_SIGLIP |= {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
-_CLIP = _SIGLIP | {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-
-_TIMM, _TIMM_DEIT = timm.models.VisionTransformer, timm.models.deit.VisionTransformerDistilled
-_TIMM_CLIP = functools.partial(_TIMM, pre_norm=True, fc_norm=True)
-_TIMM_SIGLIP = functools.partial(_TIMM, class_token=False, global_pool="map")
-_TIMM_DINO = functools.partial(DinoTransformer, dynamic_img_size=True)
+# Where timm's defaults are not transformers', as keys of config.json or arguments of timm's class.
+_VIT = {"layer_norm_eps": 1e-12, "pooler_act": "tanh"}
+_DEIT = _VIT | {"reg_tokens": 1}  # timm's name for the distillation token
+_BEIT = {"layer_norm_eps": 1e-12, "layer_scale_init_value": 0.1, "drop_path_rate": 0.1}
+_BEIT |= {"use_absolute_position_embeddings": False}
+_CLIP = {"layer_norm_eps": 1e-5, "hidden_act": "quick_gelu", "patch_size": 32}
+_CLIP |= {"pre_norm": True, "fc_norm": True}
+_SIGLIP = {"hidden_act": "gelu_pytorch_tanh", "class_token": False, "global_pool": "map"}
+_DINO = {"layerscale_value": 1.0, "patch_size": 14, "dynamic_img_size": True}
+_TIMM = timm.models.VisionTransformer
 HF_VISION = {
     "vit": Published(_TIMM, "vit.", _VIT_NAMES, _VIT),
-    "deit": Published(_TIMM_DEIT, "deit.", _VIT_NAMES, _VIT),
+    "deit": Published(_TIMM, "deit.", _VIT_NAMES, _DEIT),
     "beit": Published(timm.models.Beit, "beit.", _VIT_NAMES, _BEIT),
-    "clip_vision_model": Published(_TIMM_CLIP, "vision_model.", _CLIP_NAMES, _CLIP),
-    "siglip_vision_model": Published(_TIMM_SIGLIP, "vision_model.", _CLIP_NAMES, _SIGLIP),
-    "dinov2": Published(_TIMM_DINO, "dinov2.", _DINO_NAMES, _DINO),
+    "clip_vision_model": Published(_TIMM, "vision_model.", _CLIP_NAMES, _CLIP),
+    "siglip_vision_model": Published(_TIMM, "vision_model.", _CLIP_NAMES, _SIGLIP),
+    "dinov2": Published(DinoTransformer, "dinov2.", _DINO_NAMES, _DINO),
 }
 
 # Keys of config.json in BERT and those like it, and in DistilBERT: fields of TextConfig.
@@ -2159,13 +2137,9 @@ BERT_KEYS |= {"intermediate_size": "mlp_width", "max_position_embeddings": "max_
 BERT_KEYS |= {"hidden_act": "activation", "hidden_dropout_prob": "dropout"}
 BERT_KEYS |= {"attention_probs_dropout_prob": "attention_dropout"}
 DISTILBERT_KEYS = {name: name for name in ("activation", "dropout", "attention_dropout")}
-DISTILBERT_KEYS |= {"dim": "width", "n_layers": "depth", "n_heads": "heads"}
-DISTILBERT_KEYS["hidden_dim"] = "mlp_width"
-_BERT = {"dropout": 0.1, "attention_dropout": 0.1, "mlp_width": 3072}  # the rest is TextConfig's
-_DISTILBERT = _BERT | {"depth": 6, "type_vocab_size": 0}
-_XLMR = _BERT | {"pad_token_id": 1}
-_ROBERTA = _XLMR | {"vocab_size": 50265}
-_MPNET = _XLMR | {"vocab_size": 30527, "type_vocab_size": 0}
+DISTILBERT_KEYS |= dict(dim="width", n_layers="depth", n_heads="heads", hidden_dim="mlp_width")
+_MPNET = {"pad_token_id": 1, "vocab_size": 30527, "type_vocab_size": 0}
+_DISTILBERT = {"depth": 6, "type_vocab_size": 0}
 _MPNET_NAMES = {
     "self.(q|k|v)[a-z]+": r"attn.\1",
     "attention.output.dense": "attention.attn.o",
@@ -2179,10 +2153,10 @@ _DISTILBERT_NAMES = {
     "output.LayerNorm": "output_layer_norm",
 }
 HF_TEXT = {
-    "bert": Published(TextEncoder, "bert.", {}, _BERT),
-    "roberta": Published(RobertaEncoder, "roberta.", {}, _ROBERTA),
-    "xlm-roberta": Published(RobertaEncoder, "roberta.", {}, _XLMR),
-    "camembert": Published(RobertaEncoder, "roberta.", {}, _XLMR),
+    "bert": Published(TextEncoder, "bert."),
+    "roberta": Published(RobertaEncoder, "roberta.", {}, {"pad_token_id": 1, "vocab_size": 50265}),
+    "xlm-roberta": Published(RobertaEncoder, "roberta.", {}, {"pad_token_id": 1}),
+    "camembert": Published(RobertaEncoder, "roberta.", {}, {"pad_token_id": 1}),
     "mpnet": Published(MPNetEncoder, "mpnet.", _MPNET_NAMES, _MPNET),
     "distilbert": Published(TextEncoder, "distilbert.", _DISTILBERT_NAMES, _DISTILBERT),
 }
@@ -2195,52 +2169,39 @@ def published_row(config):
     return HF_TEXT[config.family] if isinstance(config, TextConfig) else HF_VISION.get(config.name)
 
 
-def published_names(module):
-    """{names in a published file: our names} whose tensors, laid end to end, are the same.
+def published_pieces(module):
+    """[(name in a published file, our name)] of a tower or DualEncoder, a pair for each piece.
 
-    Such as {("a.query.weight", "a.key.weight", "a.value.weight"): ["trunk.a.attn.qkv.weight"]}.
+    Most tensors are one piece. timm's attn.qkv is three, with names of their own in the files.
     """
-    towers, names = {"": module}, {}
+    towers, pieces = {"": module}, []
     if isinstance(module, DualEncoder):
         towers = {"vision_model.": module.vision_model, "text_model.": module.text_model}
     for side, tower in towers.items():
         for ours in tower.state_dict():
             name = ours.removeprefix("trunk.")
+            joint = re.search(r"\.(qkv|kv)\.", name)
+            parts = [name.replace(joint[1], letter) for letter in joint[1]] if joint else [name]
             for pattern, replacement in published_row(tower.config).names.items():
-                name = re.sub(pattern, replacement, name)
-            start, parts, end = re.fullmatch(r"([^{]*)(?:{(.*)}(.*))?", name).groups("")
-            theirs = tuple(side + start + part + end for part in parts.split(","))
-            names.setdefault(theirs, []).append(side + ours)
-    return names
+                parts = [re.sub(pattern, replacement, part) for part in parts]
+            pieces += [(side + theirs, side + ours) for theirs in parts]
+    return pieces
 
 
-def own_weights(module, weights, source):
-    """A published file's weights {name: tensor} cut, joined and named as in our module."""
-    left, own, shaped = dict(weights), {}, module.state_dict()
-    for theirs, ours in published_names(module).items():
-        if left.keys() >= {*theirs}:
-            with blamed_on(source, f"cannot cut or join {', '.join(theirs)} of"):
-                # torch.cat would copy a tensor that is one there already.
-                whole = torch.cat([*map(left.pop, theirs)]) if theirs[1:] else left.pop(*theirs)
-                whole = whole[(None,) * (shaped[ours[0]].ndim - whole.ndim)]  # ours begin with ones
-                lengths = [len(shaped[name]) for name in ours]
-                own |= zip(ours, whole.split(lengths) if len(ours) > 1 else [whole])
-    return own | left
+def regroup(tensors, pieces):
+    """{name: tensor} cut, joined and renamed; tensors of other names stay as they are.
 
-
-def published_weights(model):
-    """{name in a published file: tensor} of a DualEncoder."""
-    tensors = model.state_dict()
-    nests = published_row(model.config.vision).prefix == "vision_model."  # CLIP and SigLIP
-    for theirs, ours in published_names(model).items():
-        whole = torch.cat([tensors.pop(name) for name in ours])
-        for name, part in zip(theirs, whole.chunk(len(theirs))):
-            if nests and name.startswith("vision_model."):  # old versions read no other name
-                name = "vision_model." + name
-            # Two tables of CLIP's have fewer dimensions in the files: ours begin with ones.
-            is_table = name.endswith((".class_embedding", ".position_embedding.weight"))
-            tensors[name] = part.squeeze() if is_table else part
-    return tensors
+    pieces  [(name, new name)]; a name in three pairs is cut in three along its first dimension, a
+            new name in three pairs is joined from three
+    """
+    pieces = [(name, new) for name, new in pieces if name in tensors]
+    counts, joined = Counter(name for name, _ in pieces), {}
+    cut = {name: [*tensors[name].tensor_split(n)] for name, n in counts.items()}
+    for name, new in pieces:
+        joined.setdefault(new, []).append(cut[name].pop(0))
+    # torch.cat would copy a tensor that is one piece.
+    whole = {new: torch.cat(p) if len(p) > 1 else p[0] for new, p in joined.items()}
+    return {name: tensor for name, tensor in tensors.items() if name not in cut} | whole
 
 
 def read_published_weights(folder):
@@ -2249,41 +2210,34 @@ def read_published_weights(folder):
     weights = {}
     for name, tensor in read_weights(folder).items():
         name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))  # old names
-        # Some versions nest CLIP and SigLIP towers once more than others.
-        name = re.sub(r"^vision_model\.vision_model\.", "vision_model.", name)
+        name = name.replace("vision_model.vision_model.", "vision_model.")  # CLIP, old versions
         if not name.endswith(left_out):
-            weights[name] = tensor
+            weights[name] = tensor[(None,) * (3 - tensor.ndim)] if name.endswith(FLAT) else tensor
     return weights
 
 
 def read_dual_config(values):
-    """The DualEncoderConfig of a transformers VisionTextDualEncoder folder."""
-    return DualEncoderConfig(  # in a dual encoder transformers always has poolers
-        vision=read_vision_config(values.get("vision_config") or {}, "pooler", {}),
-        text=read_text_config(values.get("text_config") or {}, "pooler", {}),
-        projection_dim=values.get("projection_dim", DualEncoderConfig.projection_dim),
-        logit_scale_init=float(values.get("logit_scale_init_value", LOGIT_SCALE_INIT)),
-    )
+    """The DualEncoderConfig of transformers' VisionTextDualEncoder, whose towers have poolers."""
+    vision = read_vision_config(values["vision_config"], "pooler", {})
+    text = read_text_config(values["text_config"], "pooler", {})
+    scale = float(values["logit_scale_init_value"])
+    return DualEncoderConfig(vision, text, values["projection_dim"], logit_scale_init=scale)
 
 
 def read_vision_config(values, pooling, overrides):
-    """A VisionConfig from the config.json of a vision tower, or of a CLIP or SigLIP that has one.
-
-    pooling  of a ViT or DeiT, whose config.json does not say whether it has a pooler
-    """
+    """A VisionConfig from the config.json of a vision tower, or of a whole CLIP or SigLIP."""
     if values.get("model_type") in ("clip", "siglip"):
         values = {**values["vision_config"], "model_type": values["model_type"] + "_vision_model"}
     name, size = values.get("model_type"), values.get("image_size") or 224
     check_choice("vision model_type (timm has more by name)", name, HF_VISION)
     if values.get("num_channels", 3) != 3 or (overrides.get("image_size") or size) != size:
         raise ValueError(f"it reads RGB of {size} pixels; timm has towers of any size by name")
-    args = dict(HF_VISION[name].defaults)
-    args |= {key: values[key] for key in args if values.get(key) is not None}
-    check_choice("activation", args["hidden_act"], ACTIVATIONS)
-    pooling = (pooling or "token") if "pooler_act" in args else None
-    found = {"name": name, "pooling": pooling, **overrides}
+    args = {key: values[key] for key in VISION_KEYS if values.get(key) is not None}
     args |= overrides.get("args", {})
-    return config_from_dict(VisionConfig, {**found, "image_size": size, "args": args})
+    # config.json does not say whether a ViT or DeiT has a pooler, but the names of weights do.
+    pooling = (pooling or "token") if name in ("vit", "deit") else None
+    found = {"name": name, "pooling": pooling, **overrides, "image_size": size, "args": args}
+    return config_from_dict(VisionConfig, found)
 
 
 def read_text_config(values, pooling, overrides):
@@ -2291,18 +2245,21 @@ def read_text_config(values, pooling, overrides):
     family, keys = values.get("model_type"), BERT_KEYS | DISTILBERT_KEYS
     check_choice("text model_type", family, [name for name, row in HF_TEXT.items() if row.prefix])
     check_choice("text family for this folder", overrides.get("family", family), [family])
-    for key, accepted in (("position_embedding_type", "absolute"), ("is_decoder", False)):
-        if values.get(key) not in (accepted, None):
-            raise ValueError(f"{family} with {key} = {values[key]!r}: only {accepted!r} is read")
-    given = {keys[key]: values[key] for key in keys if values.get(key) is not None}
-    found = {"family": family, "pooling": pooling or "cls", **HF_TEXT[family].defaults, **given}
-    return config_from_dict(TextConfig, {**found, **overrides})
+    check_choice("is_decoder of a text tower", values.get("is_decoder") or False, [False])
+    found = {"family": family, "pooling": pooling or "cls", "mlp_width": 3072}
+    found |= {"dropout": 0.1, "attention_dropout": 0.1, **HF_TEXT[family].defaults}
+    found |= {keys[key]: values[key] for key in keys if values.get(key) is not None}
+    return config_from_dict(TextConfig, found | overrides)
 
 
 def load_tower(read_config, folder, source, overrides):
     """A tower of transformers, without a task head or a pooler that it does not use."""
     values, weights = read_json(folder / CONFIG_FILE), read_published_weights(folder)
-    pooling = overrides.get("pooling") or sentence_pooling(folder)
+    # In sentence-transformers' file pooling_mode is "mean" or pooling_mode_mean_tokens is true.
+    sentence = read_json(folder / "1_Pooling" / CONFIG_FILE, {})
+    flags = [key for key, on in sentence.items() if on and key.startswith("pooling_mode_")]
+    modes = [key.removeprefix("pooling_mode_").split("_token")[0] for key in flags]
+    pooling = overrides.get("pooling") or "+".join(modes) or sentence.get("pooling_mode")
     if not pooling and any(name.endswith("pooler.dense.weight") for name in weights):
         pooling = "pooler"
     with blamed_on(folder / CONFIG_FILE, "cannot build the model of"), torch.device("meta"):
@@ -2310,46 +2267,41 @@ def load_tower(read_config, folder, source, overrides):
     tower.weights_from, prefix = str(source), published_row(tower.config).prefix
     inside = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
     inside = inside or weights  # a file without a task head has no prefix
-    # An unused pooler goes. BEiT (pooling None) keeps its own, the norm after its mean pooling.
-    if tower.config.pooling not in (None, "pooler"):
-        inside = {name: tensor for name, tensor in inside.items() if not name.startswith("pooler.")}
-    fill(tower, own_weights(tower, inside, folder), folder)
+    if tower.config.pooling != "pooler":  # then an unused pooler goes
+        inside = {n: t for n, t in inside.items() if not n.startswith("pooler.dense.")}
+    fill(tower, inside, folder, published_pieces(tower))
     return tower
-
-
-def sentence_pooling(folder):
-    """How a sentence-transformers folder pools, or None for other folders."""
-    values = read_json(folder / "1_Pooling" / CONFIG_FILE, {"pooling_mode": None})
-    # Either pooling_mode is "mean", or pooling_mode_mean_tokens is true.
-    flags = [key for key, on in values.items() if on and key.startswith("pooling_mode_")]
-    modes = [key.removeprefix("pooling_mode_").split("_token")[0] for key in flags]
-    return "+".join(modes) or values.get("pooling_mode", "mean")
 
 
 def publish_dual_encoder(model):
     """(config.json, {name: tensor}) of a model as transformers writes it."""
     config, vision, text = model.config, model.config.vision, model.config.text
-    plain = config.projection_head == "linear" and config.logit_bias_init is None
-    published = published_row(vision) and published_row(text).prefix
-    readable = published and text.family != "distilbert"  # which has no pooler there
-    if not (plain and readable and vision.pooling != "token" and text.pooling == "pooler"):
+    family, plain = published_row(vision), config.projection_head == "linear"
+    readable = family and published_row(text).prefix and text.family != "distilbert"  # no pooler
+    pooled = vision.pooling != "token" and text.pooling == "pooler"
+    if not (readable and pooled and plain and config.logit_bias_init is None):
         raise ValueError(
             f"transformers' dual encoder cannot hold {vision.name} pooling by {vision.pooling!r} "
             f"and {text.family} by {text.pooling!r} with {config.projection_head} heads and "
             f"logit_bias {config.logit_bias_init}; start from towers that end in a pooler, such as "
             f"google/vit-base-patch16-224-in21k and bert-base-uncased, and train plain clip_loss"
         )
-    sizes = {"image_size": vision.image_size, "num_channels": 3, "use_mask_token": False}
-    text_config = {key: getattr(text, name) for key, name in BERT_KEYS.items()}
+    sizes = {"image_size": vision.image_size, "use_mask_token": False}
+    text_sizes = {key: getattr(text, name) for key, name in BERT_KEYS.items()}
     values = {
         "model_type": PUBLISHED_TYPE,
         "architectures": ["VisionTextDualEncoderModel"],
         "projection_dim": config.projection_dim,
         "logit_scale_init_value": config.logit_scale_init,
         "vision_config": {"model_type": vision.name, **vision.args, **sizes},
-        "text_config": {"model_type": text.family, **text_config},
+        "text_config": {"model_type": text.family, **text_sizes},
     }
-    return values, published_weights(model)
+    # Newer versions write CLIP and SigLIP without the second prefix, older ones need it to read.
+    nested = "vision_model." + (family.prefix if family.prefix == "vision_model." else "")
+    pieces = [(ours, theirs) for theirs, ours in published_pieces(model)]
+    weights = regroup(model.state_dict(), pieces)
+    weights = {re.sub(r"^vision_model\.", nested, name): t for name, t in weights.items()}
+    return values, weights | {n: t.squeeze() for n, t in weights.items() if n.endswith(FLAT)}
 
 
 # ---- Image processors and tokenizers -------------------------------------------------------------
@@ -2375,13 +2327,12 @@ def read_image_transform(folder):
 
 
 # Special tokens of transformers' tokenizer classes (names without "Tokenizer") unless files say.
-_WORDS = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-_BERT_WORDS = dict(zip(_WORDS, ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")))
-_ROBERTA_WORDS = dict(zip(_WORDS, ("<pad>", "<unk>", "<s>", "</s>", "<mask>")))
-TOKENIZERS = dict.fromkeys(("bert", "electra", "pretrained", "tokenizersbackend"), _BERT_WORDS)
+_SQUARE = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+_ANGLED = {"pad_token": "<pad>", "cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
+TOKENIZERS = dict.fromkeys(("bert", "electra", "pretrained", "tokenizersbackend"), _SQUARE)
 TOKEN_TYPES = tuple(TOKENIZERS)  # these give their captions token_type_ids
-TOKENIZERS |= dict.fromkeys(("roberta", "xlmroberta", "camembert"), _ROBERTA_WORDS)
-TOKENIZERS |= {"distilbert": _BERT_WORDS, "mpnet": {**_ROBERTA_WORDS, "unk_token": "[UNK]"}}
+TOKENIZERS |= dict.fromkeys(("roberta", "xlmroberta", "camembert", "mpnet"), _ANGLED)
+TOKENIZERS["distilbert"] = _SQUARE
 
 
 def read_tokenizer(folder):
@@ -2392,30 +2343,27 @@ def read_tokenizer(folder):
         return None, False
     settings = read_json(folder / "special_tokens_map.json", {})
     settings |= read_json(folder / "tokenizer_config.json", {})
-    model = read_json(folder / CONFIG_FILE, {})
-    classes = {**(model.get("text_config") or model), **settings}
-    name = str(classes.get("tokenizer_class") or classes.get("model_type", "PreTrainedTokenizer"))
-    kind = re.sub("tokenizer(fast)?$", "", name.lower().replace("-", ""))
     with blamed_on(path):
         if path.name == TOKENIZER_FILE and not settings:  # ours: the file says how to pad and cut
             return tokenizers.Tokenizer.from_file(str(path)), False
-        if kind not in TOKENIZERS:
-            raise ValueError(f"tokenizer class {name}, which may split words in its own way")
-        words = {n: settings.get(n) or word for n, word in TOKENIZERS[kind].items()}
-        words = {n: w["content"] if isinstance(w, dict) else w for n, w in words.items()}
-        tokenizer = tokenizer_from_files(path, settings, words)
-        pad_id = tokenizer.token_to_id(words["pad_token"])
-        if pad_id is None:
-            raise ValueError(f"no pad_token {words['pad_token']!r} in the vocabulary")
-    # transformers ignores what tokenizer.json says of padding and truncation.
-    side = settings.get("padding_side", "right")
-    tokenizer.enable_padding(direction=side, pad_id=pad_id, pad_token=words["pad_token"])
-    tokenizer.no_truncation()
+        # Old files leave it to the model's config.json which tokenizer they are for.
+        model = read_json(folder / CONFIG_FILE, {})
+        config = model.get("text_config", model) | settings
+        name = config.get("tokenizer_class") or config.get("model_type", "PreTrainedTokenizer")
+        kind = re.sub("tokenizer(fast)?$", "", name.lower().replace("-", ""))
+        check_choice("tokenizer class", kind, TOKENIZERS)
+        words = {name: settings.get(name) or word for name, word in TOKENIZERS[kind].items()}
+        words = {name: w["content"] if isinstance(w, dict) else w for name, w in words.items()}
+        tokenizer, pad = tokenizer_from_files(path, settings, words), words["pad_token"]
+        padding = {"pad_token": pad, "pad_id": tokenizer.token_to_id(pad)}
+        if padding["pad_id"] is None:
+            raise ValueError(f"no pad_token {pad!r} in the vocabulary")
+    # transformers ignores what tokenizer.json says of padding and cutting.
+    tokenizer.enable_padding(direction=settings.get("padding_side", "right"), **padding)
     sentence = read_json(folder / "sentence_bert_config.json", {})
-    longest = sentence.get("max_seq_length") or settings.get("model_max_length")
-    if longest and longest < 1e9:  # 1e30 stands for no limit
-        side = settings.get("truncation_side", "right")
-        tokenizer.enable_truncation(int(longest), direction=side)
+    longest = sentence.get("max_seq_length") or settings.get("model_max_length") or math.inf
+    side = settings.get("truncation_side", "right")
+    tokenizer.enable_truncation(int(min(longest, 1e9)), direction=side)  # 1e30 stands for no limit
     inputs = settings.get("model_input_names")
     return tokenizer, ("token_type_ids" in inputs if inputs else kind in TOKEN_TYPES)
 
@@ -2438,18 +2386,16 @@ def tokenizer_from_files(path, settings, words):
     ends = ((w, tokenizer.token_to_id(w)) for w in (words["sep_token"], words["cls_token"]))
     tokenizer.post_processor = tokenizers.processors.RobertaProcessing(*ends)
     mask = tokenizers.AddedToken(words.pop("mask_token"), lstrip=True)
-    tokenizer.add_special_tokens([*words.values(), mask])
+    tokenizer.add_special_tokens([*words.values(), "<unk>", mask])
     return tokenizer
 
 
 def tokenizer_config(processor):
     """What tokenizer.json does not say, as transformers reads it."""
-    padding, vocabulary = processor.tokenizer.padding, processor.tokenizer.get_vocab()
-    words = _ROBERTA_WORDS if padding["pad_token"] == "<pad>" else _BERT_WORDS
+    padding = processor.tokenizer.padding
     types = ["token_type_ids"] if processor.token_types else []
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{name: word for name, word in words.items() if word in vocabulary},
         "pad_token": padding["pad_token"],
         "padding_side": padding["direction"],
         "truncation_side": processor.truncation_side,

@@ -245,7 +245,7 @@ IMAGES, TOKENS = "preprocessor_config.json", "tokenizer.json"
     [
         ("config.json", {"text__vocab_size": 10**10}, "do not fit"),
         ("config.json", {"vision__args__embed_dim": 90_000}, "do not fit"),
-        ("config.json", {"vision__name": "vit"}, "'vit' is a family"),
+        ("config.json", {"vision__name": "vit"}, "unknown vit pooling None; expected pooler"),
         ("config.json", {"text__colour": 5}, "unknown field of TextConfig 'colour'"),
         ("config.json", {"vision__args__colour": 5}, "cannot build.*colour"),
         ("config.json", {"model_type": "gpt9"}, "unknown model_type .* 'gpt9'; expected dualenc"),
