@@ -694,10 +694,8 @@ class VisionEncoder(nn.Module):
         """
         shape, S = tuple(pixel_values.shape), self.image_size
         if len(shape) != 4 or shape[1] != 3 or (self.has_fixed_size() and shape[2:] != (S, S)):
-            raise ValueError(
-                f"pixel_values has shape {shape}, expected (B, 3, {S}, {S}); "
-                f"the model's processor makes such pixels"
-            )
+            expected = f"(B, 3, {S}, {S}), as the model's processor makes them"
+            raise ValueError(f"pixel_values has shape {shape}, expected {expected}")
         pixel_values = pixel_values.to(next(self.parameters()).dtype)
         if pixel_values.is_cuda:  # the layout in which CUDA's convolutions are fast
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
@@ -1805,8 +1803,7 @@ class MicroBatches(nn.Module):
             if images.ndim == 2:
                 image_embeds = model.project_image(images)
             else:
-                pixel_values = model.processor.image_transform.normalize(images)
-                image_embeds = model.encode_image(pixel_values)
+                image_embeds = model.encode_image(model.processor.image_transform.normalize(images))
             if "features" in captions:
                 text_embeds = model.project_text(captions["features"])
             else:
@@ -2071,12 +2068,11 @@ class Published(typing.NamedTuple):
 # Keys of a vision tower's config.json, and what timm calls them; build_trunk handles four.
 VISION_KEYS = {name: name for name in ("patch_size", "qkv_bias", "mlp_ratio", "drop_path_rate")}
 VISION_KEYS |= {n: n for n in ("intermediate_size", "hidden_act", "pooler_act", "layer_norm_eps")}
-VISION_KEYS |= {"hidden_size": "embed_dim", "attention_dropout": "attn_drop_rate"}
 VISION_KEYS |= {"num_hidden_layers": "depth", "num_attention_heads": "num_heads"}
 VISION_KEYS |= {"hidden_dropout_prob": "pos_drop_rate", "layerscale_value": "init_values"}
+VISION_KEYS |= {"attention_dropout": "attn_drop_rate", "layer_scale_init_value": "init_values"}
 VISION_KEYS |= {"attention_probs_dropout_prob": "attn_drop_rate"}
-VISION_KEYS |= {"layer_scale_init_value": "init_values"}
-VISION_KEYS |= {"use_relative_position_bias": "use_rel_pos_bias"}
+VISION_KEYS |= {"hidden_size": "embed_dim", "use_relative_position_bias": "use_rel_pos_bias"}
 VISION_KEYS |= {"use_shared_relative_position_bias": "use_shared_rel_pos_bias"}
 VISION_KEYS |= {"use_absolute_position_embeddings": "use_abs_pos_emb"}
 # Substitutions that turn timm's names of tensors into those of published files, one after the
