@@ -46,13 +46,6 @@ EVAL_BATCH = 256
 # ---- 1  Embeddings, computed once ----------------------------------------------------------------
 
 
-def finite(embeds):
-    """The same rows; ValueError if some are nan or infinite, as their ranks would mean nothing."""
-    if not embeds.isfinite().all():
-        raise ValueError("embeddings are not finite: the weights or the pixel values are broken")
-    return embeds
-
-
 @contextmanager
 def measuring(model):
     """Inside: evaluation mode, no gradients, full float32 products. The model is left as it was."""
@@ -72,9 +65,25 @@ def progress(items, what):
     return tqdm(items, desc=what, disable=dualenc.rank() > 0 or None, leave=False)
 
 
-def chunks(items, size):
-    """A sequence in pieces of this size; the last one may be shorter."""
-    return [items[start : start + size] for start in range(0, len(items), size)]
+def batches_of(items, size):
+    """A sequence in batches; of several processes each has its share of them."""
+    batches = [items[start : start + size] for start in range(0, len(items), size)]
+    return batches[dualenc.share(len(batches))]
+
+
+def embed_batches(model, batches, embed, precision):
+    """The rows that embed makes of the batches of all processes, float32 on the CPU of each.
+
+    raises  ValueError if some are nan or infinite, as their ranks would mean nothing
+    """
+    rows = []
+    with measuring(model), dualenc.autocast(model.logit_scale.device, precision):
+        for batch in progress(batches, "batches"):
+            rows.append(embed(batch).float().cpu())
+    rows = torch.cat(sum(dualenc.from_all_ranks(rows), []))
+    if not rows.isfinite().all():
+        raise ValueError("embeddings are not finite: the weights or the pixel values are broken")
+    return rows
 
 
 def embed_images(model, images, precision="fp32", batch_size=EVAL_BATCH, workers=0, pooled=False):
@@ -85,25 +94,21 @@ def embed_images(model, images, precision="fp32", batch_size=EVAL_BATCH, workers
     returns  (I, E) unit-norm rows, or (I, W) pooled ones, float32 on the CPU of every process;
              {index: reason} of the images that cannot be read, whose rows are 0
     """
-    device, transform = model.logit_scale.device, model.processor.image_transform
-    batches = chunks(range(len(images)), batch_size)
-    mine = batches[dualenc.share(len(batches))]
-    keys = [[(0, i) for i in batch] for batch in mine]
+    device, transform, errors = model.logit_scale.device, model.processor.image_transform, []
+    keys = batches_of([(0, i) for i in range(len(images))], batch_size)
     dataset = dualenc.ImageDataset(images, transform)
+
+    def embed(batch):
+        errors.extend(batch[2])
+        x = transform.normalize(batch[0].to(device, non_blocking=True))
+        return model.vision_model(x).pooler_output if pooled else model.encode_image(x)
+
     loader = dualenc.image_loader(dataset, keys, workers, device)
-    rows, unreadable = [], {}
-    with measuring(model):
-        for batch, (pixels, _, errors) in zip(mine, progress(loader, "images")):
-            with dualenc.autocast(device, precision):
-                x = transform.normalize(pixels.to(device, non_blocking=True))
-                found = model.vision_model(x).pooler_output if pooled else model.encode_image(x)
-            rows.append(found.float().cpu())
-            unreadable |= {i: error for i, error in zip(batch, errors) if error}
-    parts = dualenc.from_all_ranks((rows, unreadable))
-    rows = torch.cat([batch for part, _ in parts for batch in part])
-    unreadable = {i: error for _, part in parts for i, error in part.items()}
+    rows = embed_batches(model, loader, embed, precision)
+    errors = sum(dualenc.from_all_ranks(errors), [])
+    unreadable = {i: error for i, error in enumerate(errors) if error}
     rows[list(unreadable)] = 0
-    return finite(rows), unreadable
+    return rows, unreadable
 
 
 def embed_captions(model, captions, precision="fp32", batch_size=EVAL_BATCH, pooled=False):
@@ -116,21 +121,19 @@ def embed_captions(model, captions, precision="fp32", batch_size=EVAL_BATCH, poo
     pooled    stop at the text tower's pooled features, before the projection
     returns   (N, E) unit-norm rows, or (N, W) pooled ones, float32 on the CPU of every process
     """
-    device, processor, lengths, rows = model.logit_scale.device, model.processor, {}, []
-    for batch in chunks(list(dict.fromkeys(captions)), batch_size):
-        lengths.update(zip(batch, processor(text=batch)["attention_mask"].sum(dim=1).tolist()))
-    distinct = sorted(lengths, key=lengths.get)
-    batches = chunks(distinct, batch_size)
-    mine = batches[dualenc.share(len(batches))]
-    with measuring(model):
-        for batch in progress(mine, "captions"):
-            x = {name: ids.to(device) for name, ids in processor(text=batch).items()}
-            with dualenc.autocast(device, precision):
-                found = model.text_model(**x).pooler_output if pooled else model.encode_text(**x)
-            rows.append(found.float().cpu())
-    rows = torch.cat([batch for part in dualenc.from_all_ranks(rows) for batch in part])
+    processor, distinct, lengths = model.processor, list(dict.fromkeys(captions)), []
+    for batch in batches_of(distinct, batch_size):
+        lengths += processor(text=batch)["attention_mask"].sum(dim=1).tolist()
+    length_of = dict(zip(distinct, sum(dualenc.from_all_ranks(lengths), [])))
+    distinct.sort(key=length_of.get)
+
+    def embed(batch):
+        x = {name: ids.to(model.logit_scale.device) for name, ids in processor(text=batch).items()}
+        return model.text_model(**x).pooler_output if pooled else model.encode_text(**x)
+
+    rows = embed_batches(model, batches_of(distinct, batch_size), embed, precision)
     row_of = {caption: row for row, caption in enumerate(distinct)}
-    return finite(rows)[torch.tensor([row_of[caption] for caption in captions])]
+    return rows[[row_of[caption] for caption in captions]]
 
 
 @dataclass
@@ -179,11 +182,9 @@ class EvalContext:
         if self.tasks == ["search"]:
             return
         self.pairs, self.image_features = self.read(self.pairs, self.image_features)
-        device, rows = self.model.logit_scale.device, []
-        for features in self.image_features.split(self.batch_size):
-            with measuring(self.model), dualenc.autocast(device, self.precision):
-                rows.append(self.model.project_image(features.to(device)).float().cpu())
-        self.image_embeds = finite(torch.cat(rows))
+        features = self.image_features.to(self.model.logit_scale.device)
+        batches, project = batches_of(features, self.batch_size), self.model.project_image
+        self.image_embeds = embed_batches(self.model, batches, project, self.precision)
         self.captions, self.right = self.pairs.caption_table()
         self.text_embeds = embed_captions(self.model, self.captions, *self.options)
         if self.pairs.classes:
