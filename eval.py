@@ -167,13 +167,10 @@ class EvalContext:
     def __post_init__(self):
         if self.model.processor is None:
             raise ValueError("the model has no processor to prepare images and captions with")
-        # TASKS and PARTS, section 7: a row says what it needs, and whether "auto" includes it.
+        # TASKS, section 7: a row says what it needs, and whether "auto" and "all" include it.
         allowed = [name for name, task in TASKS.items() if getattr(self.pairs, task.needs, None)]
-        for name in allowed:
-            dualenc.check_choice(f"part_of of {name}", TASKS[name].part_of, PARTS)
-        if self.tasks in PARTS:
-            wanted = PARTS[: PARTS.index(self.tasks) + 1]
-            self.tasks = [name for name in allowed if TASKS[name].part_of in wanted]
+        if self.tasks in ("auto", "all"):
+            self.tasks = [name for name in allowed if getattr(TASKS[name], self.tasks)]
         for name in self.tasks:
             dualenc.check_choice("task", name, TASKS)
             if name not in allowed:
@@ -388,16 +385,13 @@ def retrieval_blocks(context, metrics, size=8):
     best = text_ranks.argsort(stable=True).tolist()
     worst = [query for query in best[::-1] if text_ranks[query] > 1]
     for title, query in [("Best", q) for q in best[:3]] + [("Worst", q) for q in worst[:3]]:
-        is_right = torch.zeros(len(pairs), dtype=torch.bool)
-        is_right[right[right[:, 1] == query, 0]] = True
+        own = right[right[:, 1] == query, 0].tolist()
         scores = context.image_embeds @ context.text_embeds[query]
         found = scores.topk(min(5, len(scores))).indices.tolist()
-        if not is_right[found].any():
-            found.append(scores.masked_fill(~is_right, -torch.inf).argmax().item())
-        words = [f"{scores[i]:.3f} {pairs.names[i]}" for i in found]
-        items = zip([pairs.images[i] for i in found], words, is_right[found].tolist())
+        if not set(own).intersection(found):
+            found.append(max(own, key=scores.tolist().__getitem__))
         title = f"{title}: “{captions[query]}”, right at rank {text_ranks[query]}"
-        blocks.append(cards(title, items))
+        blocks.append(cards(title, pairs, {i: scores[i] for i in found}, own))
     return blocks
 
 
@@ -659,17 +653,11 @@ def search_task(context):
     }
 
 
-def found_images(context, metrics):
-    """The images that search_task found, the best first."""
-    names, images = context.pairs.names, context.pairs.images
-    return [images[names.index(name)] for name in metrics["found"]]
-
-
 def search_blocks(context, metrics):
     """For the page: the images found."""
-    words = [f"{cosine:.3f} {name}" for name, cosine in metrics["found"].items()]
-    found = zip(found_images(context, metrics), words, [False] * len(words))
-    return [cards(f"Found for “{metrics['query']}”", found)]
+    names = context.pairs.names
+    found = {names.index(name): cosine for name, cosine in metrics["found"].items()}
+    return [cards(f"Found for “{metrics['query']}”", context.pairs, found)]
 
 
 def image_grid(images, columns=5, side=160):
@@ -737,13 +725,14 @@ def metric_tables(title, metrics):
     return [Table(title, "   ".join(notes), columns, rows), *tables]
 
 
-def cards(title, items):
-    """HTML of images with words below, from a list of (PIL image, words, whether framed)."""
-    figures = "".join(
-        f'<figure class="{"right" if framed else ""}">{image_tag(image, 160, words)}'
-        f"<figcaption>{html.escape(words)}</figcaption></figure>"
-        for image, words, framed in items
-    )
+def cards(title, pairs, found, right=()):
+    """HTML of the images of {index: cosine}, with cosine and name below; right ones are framed."""
+    figures = ""
+    for i, cosine in found.items():
+        words = f"{cosine:.3f} {pairs.names[i]}"
+        figures += f'<figure class="{"right" if i in right else ""}">'
+        figures += image_tag(pairs.images[i], 160, words)
+        figures += f"<figcaption>{html.escape(words)}</figcaption></figure>"
     return f'<h3>{html.escape(title)}</h3><div class="cards">{figures}</div>'
 
 
@@ -785,14 +774,13 @@ def write_report(folder, context, results, facts):
 
 # ---- 7  Tasks, flags, main -----------------------------------------------------------------------
 
-PARTS = ("auto", "all", "named")
-
 
 class Task(NamedTuple):
     """A row of TASKS."""
 
     title: str  # heading on the page
-    part_of: str  # of PARTS the smallest that includes it; "named" is measured only if asked for
+    auto: bool  # whether --task auto includes it
+    all: bool  # whether --task all includes it; if not, it is measured only by name
     needs: str  # an attribute of Pairs that must not be empty
     measure: object  # an EvalContext to metrics by name
     blocks: object = lambda context, metrics: []  # to Tables and HTML that only the page shows
@@ -800,12 +788,12 @@ class Task(NamedTuple):
 
 # A new task is a row here and its function: --task, evaluate, printout and page go by this table.
 TASKS = {
-    "retrieval": Task("Retrieval", "auto", "captions", retrieval_task, retrieval_blocks),
-    "zeroshot": Task("Zero-shot", "auto", "classes", zeroshot_task, zeroshot_blocks),
-    "probe": Task("Linear probe", "all", "classes", probe_task),
-    "knn": Task("k nearest neighbours", "all", "classes", knn_task),
-    "binding": Task("Binding", "all", "hard_negatives", binding_task),
-    "search": Task("Search", "named", "captions", search_task, search_blocks),
+    "retrieval": Task("Retrieval", True, True, "captions", retrieval_task, retrieval_blocks),
+    "zeroshot": Task("Zero-shot", True, True, "classes", zeroshot_task, zeroshot_blocks),
+    "probe": Task("Linear probe", False, True, "classes", probe_task),
+    "knn": Task("k nearest neighbours", False, True, "classes", knn_task),
+    "binding": Task("Binding", False, True, "hard_negatives", binding_task),
+    "search": Task("Search", False, False, "captions", search_task, search_blocks),
 }
 
 
@@ -979,7 +967,7 @@ def main(argv=None):
     facts = [f"model       {checkpoint}   {precision} on {device}", f"data        {line}"]
     print("\n".join(facts), flush=True)
 
-    tasks = config.task if config.task in PARTS else [config.task]
+    tasks = config.task if config.task in ("auto", "all") else [config.task]
     how = {name: getattr(config, name) for name in ("batch_size", "workers", "query", "top")}
     context = EvalContext(model, tasks=tasks, precision=precision, **data, **how)
     results = measure(context, leave_out=config.task == "all")
@@ -989,7 +977,9 @@ def main(argv=None):
     if config.json:
         dualenc.write_file(Path(config.json), json.dumps(results, indent=2) + "\n")
     if config.out:
-        image_grid(found_images(context, results["search"])).save(config.out)
+        names, images = context.pairs.names, context.pairs.images
+        found = [images[names.index(name)] for name in results["search"]["found"]]
+        image_grid(found).save(config.out)
     if config.report:
         write_report(config.report, context, results, facts)
     for file in filter(None, (config.json, config.out, config.report)):
