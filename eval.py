@@ -263,25 +263,23 @@ def stored_rows(folder, stamps, embed):
     returns  (I, W) float32 rows, those of unreadable images 0; {index: why unreadable}; how many
              rows are new. Unreadable images are tried again the next time
     """
-    file, known, rows, unreadable = Path(folder) / "rows.safetensors", [], None, {}
+    file, before, known = Path(folder) / "rows.safetensors", [], {}
     file.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{file}.lock") if dualenc.rank() == 0 else nullcontext():
         dualenc.from_all_ranks("locked")  # the others wait for the lock, too
         if file.is_file():
             with dualenc.blamed_on(file, "cannot read"):
                 stored = safetensors.torch.load_file(file)
-                known, rows = json.loads(stored["stamps"].numpy().tobytes()), stored["rows"]
-        row_of = {stamp: row for row, stamp in enumerate(known) if stamp}
-        new = [i for i, stamp in enumerate(stamps) if stamp not in row_of]
-        if new:
-            fresh, reasons = embed(new)
-            unreadable = {new[place]: reason for place, reason in reasons.items()}
-            rows = fresh if rows is None else torch.cat([rows, fresh])
-            row_of |= {stamps[i]: len(known) + place for place, i in enumerate(new)}
-        rows = rows[[row_of[stamp] for stamp in stamps]]
+                before = json.loads(stored["stamps"].numpy().tobytes())
+                known = dict(zip(before, stored["rows"]))
+        new = [i for i, stamp in enumerate(stamps) if stamp not in known]
+        fresh, reasons = embed(new) if new else ([], {})
+        known |= {stamps[i]: row for i, row in zip(new, fresh)}
+        rows = torch.stack([known[stamp] for stamp in stamps])
+        unreadable = {new[place]: reason for place, reason in reasons.items()}
         # Unreadable rows are kept under "", which no stamp equals: they are tried again.
         saved = ["" if i in unreadable else stamp for i, stamp in enumerate(stamps)]
-        if dualenc.rank() == 0 and saved != known:
+        if dualenc.rank() == 0 and saved != before:
             # safetensors holds nothing but tensors.
             text = torch.frombuffer(bytearray(json.dumps(saved).encode()), dtype=torch.uint8)
             dualenc.write_file(file, safetensors.torch.save({"rows": rows, "stamps": text}))
@@ -660,9 +658,10 @@ def search_blocks(context, metrics):
     return [cards(f"Found for “{metrics['query']}”", context.pairs, found)]
 
 
-def image_grid(images, columns=5, side=160):
-    """One PIL image of many, row by row, each scaled into a square."""
-    squares = [ImageOps.pad(image.convert("RGB"), (side, side), color="white") for image in images]
+def image_grid(pairs, names, columns=5, side=160):
+    """One PIL image of those by these names, row by row, each scaled into a square."""
+    images = [pairs.images[pairs.names.index(name)] for name in names]
+    squares = [ImageOps.pad(image, (side, side), color="white") for image in images]
     return to_pil_image(make_grid([pil_to_tensor(s) for s in squares], columns, 8, pad_value=255))
 
 
@@ -977,9 +976,7 @@ def main(argv=None):
     if config.json:
         dualenc.write_file(Path(config.json), json.dumps(results, indent=2) + "\n")
     if config.out:
-        names, images = context.pairs.names, context.pairs.images
-        found = [images[names.index(name)] for name in results["search"]["found"]]
-        image_grid(found).save(config.out)
+        image_grid(context.pairs, results["search"]["found"]).save(config.out)
     if config.report:
         write_report(config.report, context, results, facts)
     for file in filter(None, (config.json, config.out, config.report)):
