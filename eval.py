@@ -215,6 +215,19 @@ class EvalContext:
             raise ValueError("probe and k-NN need the same classes in training and test data")
         return features, torch.tensor(pairs.labels)
 
+    def measure(self, leave_out=False):
+        """{task: its metrics}; leave_out skips a task that raises, if another one has succeeded."""
+        results = {}
+        with measuring(self.model):
+            for name in self.tasks:
+                try:
+                    results[name] = TASKS[name].measure(self)
+                except ValueError as error:
+                    if not (leave_out and results):
+                        raise
+                    print(f"left out    {name}: {error}", flush=True)
+        return results
+
 
 # ---- 2  Rows kept on disk ------------------------------------------------------------------------
 
@@ -445,8 +458,7 @@ def zeroshot_metrics(image_embeds, class_rows, labels, classes):
 def minimise(loss, start):
     """Where a smooth function of one tensor is smallest, by L-BFGS from start."""
     found = start.clone().requires_grad_()
-    options = {"tolerance_change": 1e-9, "line_search_fn": "strong_wolfe"}
-    optimizer = torch.optim.LBFGS([found], max_iter=200, **options)
+    optimizer = torch.optim.LBFGS([found], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
@@ -744,7 +756,9 @@ def image_tag(image, side, words=""):
     return f'<img src="data:image/png;base64,{encoded}" alt="{html.escape(words)}">'
 
 
-STYLE = """
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>dualenc evaluation</title><style>
 body { font: 16px/1.5 sans-serif; color: #222; margin: 0 auto; max-width: 64rem; padding: 1rem }
 h2 { border-top: 2px solid #ddd; padding-top: 1rem } h3 { margin-bottom: 0 } figure { margin: 0 }
 p, figcaption { margin: 0; color: #555; overflow-wrap: anywhere } .wide { overflow-x: auto }
@@ -752,23 +766,18 @@ table { border-collapse: collapse } thead th { vertical-align: bottom } figure {
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd }
 tbody th { text-align: left; font-weight: normal } .cards { display: flex; flex-wrap: wrap }
 .cards { gap: 1rem } figure img { width: 100% } .right img { outline: 4px solid #2b6cb0 }
-"""
+</style></head><body><h1>dualenc evaluation</h1>"""
 
 
 def write_report(folder, context, results, facts):
     """Write folder/index.html, below lines of facts: one page, no script, nothing to fetch."""
-    parts = ["<h1>dualenc evaluation</h1>", *(f"<p>{html.escape(fact)}</p>" for fact in facts)]
+    page = PAGE + "".join(f"<p>{html.escape(fact)}</p>" for fact in facts)
     for name, metrics in results.items():
-        parts.append(f"<h2>{html.escape(TASKS[name].title)}</h2>")
+        page += f"<h2>{html.escape(TASKS[name].title)}</h2>"
         for block in metric_tables(name, metrics) + TASKS[name].blocks(context, metrics):
-            parts.append(block.html() if isinstance(block, Table) else block)
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>dualenc evaluation'
-        '</title><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
+            page += block.html() if isinstance(block, Table) else block
     Path(folder).mkdir(parents=True, exist_ok=True)
-    dualenc.write_file(Path(folder) / "index.html", page)
+    dualenc.write_file(Path(folder) / "index.html", page + "</body></html>\n")
 
 
 # ---- 7  Tasks, flags, main -----------------------------------------------------------------------
@@ -796,30 +805,12 @@ TASKS = {
 }
 
 
-def measure(context, leave_out=False):
-    """{task: its metrics}; leave_out skips a task that raises, if another one has succeeded."""
-    results = {}
-    with measuring(context.model):
-        for name in context.tasks:
-            try:
-                results[name] = TASKS[name].measure(context)
-            except ValueError as error:
-                if not (leave_out and results):
-                    raise
-                print(f"left out    {name}: {error}", flush=True)
-    return results
-
-
-def evaluate(model, pairs, tasks=None, **more):
-    """{task: {metric: value}} of held-out pairs; more are further fields of EvalContext.
-
-    tasks  names in TASKS; retrieval, and zero-shot where there are classes, unless given
-    """
-    return measure(EvalContext(model, pairs, tasks or "auto", **more))
+def evaluate(model, pairs, tasks="auto", **more):
+    """{task: {metric: value}} of held-out pairs; tasks and more are fields of EvalContext."""
+    return EvalContext(model, pairs, tasks, **more).measure()
 
 
 SPLIT_HELP = "auto: what the run held out of its own data; of other data the test part, or all"
-CLASSES_HELP = "other classes: a,b,c or a file, one a line; folder<TAB>name lines rename classes"
 TASK_HELP = "auto: retrieval, and zero-shot where there are classes; all: what the data allows"
 
 
@@ -829,7 +820,7 @@ class EvalConfig:
     split: str = flag("auto", SPLIT_HELP, "data", ("auto", "train", "val", "test", "all"))
     data_root: str = flag("", "where torchvision's data sets lie", "data")
     images: str = flag("", "image folder of a caption file, if not its own", "data")
-    classes: str = flag("", CLASSES_HELP, "data")
+    classes: str = flag("", "a,b,c or a file, one a line; folder<TAB>name lines rename", "data")
     templates: str = flag("", "plain, clip7 or a file, one a line, {} for the class", "data")
     task: str = flag("auto", TASK_HELP, "tasks", ("auto", "all", *TASKS))
     query: str = flag("", "search: words, or an image file", "tasks")
@@ -843,18 +834,19 @@ class EvalConfig:
     report: str = flag("", "folder to write a self-contained web page to", "output")
 
 
-def read_lines(path):
-    """The non-empty lines of a text file, of which there must be one."""
-    lines = tuple(line.strip() for line in dualenc.text_lines(path) if line.strip())
-    if not lines:
-        raise ValueError(f"{path} is empty")
+def read_list(source):
+    """The non-empty lines of a text file; if there is none, what stands between commas."""
+    lines = dualenc.text_lines(source) if os.path.isfile(source) else source.split(",")
+    lines = tuple(line.strip() for line in lines if line.strip())
+    if source and not lines:
+        raise ValueError(f"{source} is empty")
     return lines
 
 
 def read_templates(source):
     """The templates of a set by name (TEMPLATE_SETS) or of a file; dualenc.TEMPLATES for ""."""
     if os.path.isfile(source):
-        return read_lines(source)
+        return read_list(source)
     dualenc.check_choice("file or set of templates", source or "plain", TEMPLATE_SETS)
     return TEMPLATE_SETS[source] if source else dualenc.TEMPLATES
 
@@ -864,31 +856,25 @@ def read_class_names(source):
 
     source  names with commas between, or a file with one name a line or folder<TAB>name lines
     """
-    listed = not source or ("," in source and not os.path.isfile(source))
-    lines = [line for line in (source.split(",") if listed else read_lines(source)) if line.strip()]
-    cells = [line.rpartition("\t") for line in lines]
+    cells = [line.rpartition("\t") for line in read_list(source)]
     names = [dualenc.readable_name(name) for _, _, name in cells]
     if len(set(names)) < len(names):
         raise ValueError(f"--classes {source} has a name twice: give each class its own")
     return {folder.strip() or name: name for (folder, _, _), name in zip(cells, names)}
 
 
-def read_run(checkpoint):
-    """({}, {""}) without a run, else (train_config.json, names of the training images)."""
-    record = dualenc.read_json(checkpoint.parent / dualenc.RUN_CONFIG, {})
-    path = checkpoint.parent / "trained_on.txt"
-    names = path.read_text(encoding="utf-8", errors="surrogateescape") if record else ""
-    return record, set(names.split("\n"))
-
-
-def with_classes(pairs, classes):
-    """Pairs with these classes, in this order; ValueError if some of their own are not there."""
-    lacking = ", ".join(set(pairs.classes or ["classes"]).difference(classes))
-    if lacking:
-        hint = "add them, or rename them by a file of folder<TAB>name lines"
-        raise ValueError(f"--classes lacks some of the data's: {lacking[:200]}; {hint}")
-    pairs.labels = [classes.index(pairs.classes[label]) for label in pairs.labels]
-    pairs.classes = classes
+def load_part(spec, split, classes, **how):
+    """Pairs of a split, not empty; classes, if any, replace the data's, which are among them."""
+    pairs = dualenc.load_pairs(spec, split, **how)
+    if not len(pairs):
+        raise ValueError(f"the {split} part of {spec} has no images: name another by --split")
+    if classes:
+        lacking = ", ".join(set(pairs.classes or ["classes"]).difference(classes))
+        if lacking:
+            hint = "add them, or rename them by a file of folder<TAB>name lines"
+            raise ValueError(f"--classes lacks some of the data's: {lacking[:200]}; {hint}")
+        pairs.labels = [classes.index(pairs.classes[label]) for label in pairs.labels]
+        pairs.classes = classes
     return pairs
 
 
@@ -899,8 +885,8 @@ def open_data(config, checkpoint):
     templates and classes hold, and --split auto is what it held out. Of other data auto is the test
     part or, without one, all of it.
     """
-    record, trained_on = read_run(checkpoint)
-    flags, given = record.get("flags", {}), {k: v for k, v in asdict(config).items() if v}
+    record = dualenc.read_json(checkpoint.parent / dualenc.RUN_CONFIG, {})
+    flags = record.get("flags", {})
     if not (config.data or flags):
         raise ValueError(f"{checkpoint} does not belong to a run with data of its own: give --data")
     spec, search = config.data or flags["data"], config.task == "search"
@@ -911,36 +897,42 @@ def open_data(config, checkpoint):
         line = f"{spec}   {len(pairs):,} images"
         return {"pairs": pairs, "folder": store_folder(spec, "index")}, line
     # given: this command's flags; own: the run's, if these are its data; settings: own, then given
+    given = {name: value for name, value in asdict(config).items() if value}
     own = flags if spec == flags.get("data") else {}
-    places = {name: {**own, **given}.get(name) for name in ("data_root", "images")}
-    how = {"seed": flags.get("seed", 0), **{name: place for name, place in places.items() if place}}
+    settings = {"data_root": "data", "images": "", **own, **given}
+    how = {"seed": flags.get("seed", 0), **{k: settings[k] for k in ("data_root", "images")}}
     # The names of all images come first: they tell whether the run's settings hold.
     names = dualenc.load_pairs(spec, "all", **how).names
     if record.get("data_names") == data_checksum(names):
         own = flags
-    settings = {**own, **given}
-    how["templates"] = templates = read_templates(settings.get("templates", ""))
-    class_names = read_class_names(settings.get("classes", ""))
+    settings = {"templates": "", "classes": "", **own, **given}
+    templates = read_templates(settings["templates"])
+    class_names = read_class_names(settings["classes"])
     renames = list(class_names) != list(class_names.values())  # it has folder<TAB>name lines
-    how["class_names"] = class_names if renames else {}
-    # Of other data without a test part a share of 1 is the test part: all of it.
-    how["val_fraction"] = own.get("val_fraction", 1.0 if config.split == "auto" else 0.1)
+    load = partial(
+        load_part,
+        spec,
+        classes=[] if renames else list(class_names),
+        class_names=class_names if renames else {},
+        templates=templates,
+        # Of other data without a test part a share of 1 is the test part: all of it.
+        val_fraction=own.get("val_fraction", 1.0 if config.split == "auto" else 0.1),
+        **how,
+    )
     part = config.split if config.split != "auto" else "all" if search else "test"
-
-    def load(split):
-        pairs = dualenc.load_pairs(spec, split, **how)
-        if not len(pairs):
-            raise ValueError(f"the {split} part of {spec} has no images: name another by --split")
-        return with_classes(pairs, list(class_names)) if class_names and not renames else pairs
-
     pairs = load(part)
-    seen = sum(name in trained_on for name in pairs.names)
     line = f"{spec}   {part}, {len(pairs):,} of {len(names):,} images"
     line += "   the run's own data" if own else ""
-    line += f"   the run trained on {seen:,} of them" if seen else ""
-    index = store_folder(spec, f"{part}.index", how.get("data_root", "data"))
-    load_train = partial(load, "train") if part in ("val", "test") else None
-    return {"pairs": pairs, "load_train": load_train, "templates": templates, "folder": index}, line
+    path = checkpoint.parent / "trained_on.txt"
+    trained_on = path.read_text(encoding="utf-8", errors="surrogateescape") if record else ""
+    if seen := len(set(pairs.names).intersection(trained_on.split("\n"))):
+        line += f"   the run trained on {seen:,} of them"
+    return {
+        "pairs": pairs,
+        "load_train": partial(load, "train") if part in ("val", "test") else None,
+        "templates": templates,
+        "folder": store_folder(spec, f"{part}.index", how["data_root"]),
+    }, line
 
 
 def main(argv=None):
@@ -969,7 +961,7 @@ def main(argv=None):
     tasks = config.task if config.task in ("auto", "all") else [config.task]
     how = {name: getattr(config, name) for name in ("batch_size", "workers", "query", "top")}
     context = EvalContext(model, tasks=tasks, precision=precision, **data, **how)
-    results = measure(context, leave_out=config.task == "all")
+    results = context.measure(leave_out=config.task == "all")
     for name, metrics in results.items():
         for table in metric_tables(name, metrics):
             print("\n".join(table.lines()))
