@@ -863,12 +863,14 @@ def read_class_names(source):
     return {folder.strip() or name: name for (folder, _, _), name in zip(cells, names)}
 
 
-def load_part(spec, split, classes, **how):
-    """Pairs of a split, not empty; classes, if any, replace the data's, which are among them."""
-    pairs = dualenc.load_pairs(spec, split, **how)
+def load_part(spec, split, class_names, **how):
+    """Pairs of a split, not empty. Names alone replace the data's classes, which are among them."""
+    classes = list(class_names)
+    renames = classes != list(class_names.values())  # there are folder<TAB>name lines
+    pairs = dualenc.load_pairs(spec, split, class_names=class_names if renames else {}, **how)
     if not len(pairs):
         raise ValueError(f"the {split} part of {spec} has no images: name another by --split")
-    if classes:
+    if classes and not renames:
         lacking = ", ".join(set(pairs.classes or ["classes"]).difference(classes))
         if lacking:
             hint = "add them, or rename them by a file of folder<TAB>name lines"
@@ -896,31 +898,20 @@ def open_data(config, checkpoint):
         pairs = dualenc.Pairs(names, dualenc.Lazy(paths, dualenc.open_image), [[] for _ in paths])
         line = f"{spec}   {len(pairs):,} images"
         return {"pairs": pairs, "folder": store_folder(spec, "index")}, line
-    # given: this command's flags; own: the run's, if these are its data; settings: own, then given
-    given = {name: value for name, value in asdict(config).items() if value}
-    own = flags if spec == flags.get("data") else {}
-    settings = {"data_root": "data", "images": "", **own, **given}
-    how = {"seed": flags.get("seed", 0), **{k: settings[k] for k in ("data_root", "images")}}
+    own = flags if spec == flags.get("data") else {}  # the run's flags, if these are its data
+    root = config.data_root or own.get("data_root", "data")
+    how = {"data_root": root, "images": config.images or own.get("images")}
+    how["seed"] = flags.get("seed", 0)
     # The names of all images come first: they tell whether the run's settings hold.
     names = dualenc.load_pairs(spec, "all", **how).names
     if record.get("data_names") == data_checksum(names):
         own = flags
-    settings = {"templates": "", "classes": "", **own, **given}
-    templates = read_templates(settings["templates"])
-    class_names = read_class_names(settings["classes"])
-    renames = list(class_names) != list(class_names.values())  # it has folder<TAB>name lines
-    load = partial(
-        load_part,
-        spec,
-        classes=[] if renames else list(class_names),
-        class_names=class_names if renames else {},
-        templates=templates,
-        # Of other data without a test part a share of 1 is the test part: all of it.
-        val_fraction=own.get("val_fraction", 1.0 if config.split == "auto" else 0.1),
-        **how,
-    )
+    how["templates"] = read_templates(config.templates or own.get("templates", ""))
+    how["class_names"] = read_class_names(config.classes or own.get("classes", ""))
+    # Of other data without a test part a share of 1 is the test part: all of it.
+    how["val_fraction"] = own.get("val_fraction", 1.0 if config.split == "auto" else 0.1)
     part = config.split if config.split != "auto" else "all" if search else "test"
-    pairs = load(part)
+    pairs = load_part(spec, part, **how)
     line = f"{spec}   {part}, {len(pairs):,} of {len(names):,} images"
     line += "   the run's own data" if own else ""
     path = checkpoint.parent / "trained_on.txt"
@@ -929,9 +920,9 @@ def open_data(config, checkpoint):
         line += f"   the run trained on {seen:,} of them"
     return {
         "pairs": pairs,
-        "load_train": partial(load, "train") if part in ("val", "test") else None,
-        "templates": templates,
-        "folder": store_folder(spec, f"{part}.index", how["data_root"]),
+        "load_train": partial(load_part, spec, "train", **how) if part in ("val", "test") else None,
+        "templates": how["templates"],
+        "folder": store_folder(spec, f"{part}.index", root),
     }, line
 
 
