@@ -50,11 +50,10 @@ EVAL_BATCH = 256
 def measuring(model):
     """Inside: evaluation mode, no gradients, full float32 products. The model is left as it was."""
     was_training, products = model.training, torch.get_float32_matmul_precision()
-    model.eval()
-    torch.set_float32_matmul_precision("highest")
     try:
+        torch.set_float32_matmul_precision("highest")
         with torch.no_grad():
-            yield
+            yield model.eval()
     finally:
         torch.set_float32_matmul_precision(products)
         model.train(was_training)
@@ -229,6 +228,11 @@ class EvalContext:
         return results
 
 
+def evaluate(model, pairs, tasks="auto", **more):
+    """{task: {metric: value}} of held-out pairs; tasks and more are fields of EvalContext."""
+    return EvalContext(model, pairs, tasks, **more).measure()
+
+
 # ---- 2  Rows kept on disk ------------------------------------------------------------------------
 
 
@@ -258,10 +262,9 @@ def cache_key(model, precision, side):
         facts = [asdict(tower), processor.image_transform.to_dict(), config.projection_head]
     digest = hashlib.sha256(json.dumps([side, precision, *facts], sort_keys=True).encode())
     for name, tensor in model.state_dict().items():
-        wanted = name.startswith("text_model." if side == "text_features" else "vision_model.")
-        if side == "image_embeds":  # all but the captions' side
-            wanted = not name.startswith(("text_model.", "text_projection.", "logit_"))
-        if wanted:
+        in_tower = name.startswith("text_model." if side == "text_features" else "vision_model.")
+        in_head = side == "image_embeds" and not name.startswith(("text_", "logit_"))
+        if in_tower or in_head:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
@@ -396,13 +399,13 @@ def retrieval_blocks(context, metrics, size=8):
     best = text_ranks.argsort(stable=True).tolist()
     worst = [query for query in best[::-1] if text_ranks[query] > 1]
     for title, query in [("Best", q) for q in best[:3]] + [("Worst", q) for q in worst[:3]]:
-        own = right[right[:, 1] == query, 0].tolist()
+        images = right[right[:, 1] == query, 0]
         scores = context.image_embeds @ context.text_embeds[query]
-        found = scores.topk(min(5, len(scores))).indices.tolist()
-        if not set(own).intersection(found):
-            found.append(max(own, key=scores.tolist().__getitem__))
+        nearest = scores.topk(min(5, len(scores))).indices
+        # The best right one is shown whatever its rank.
+        found = {pairs.names[i]: scores[i] for i in [*nearest, images[scores[images].argmax()]]}
         title = f"{title}: “{captions[query]}”, right at rank {text_ranks[query]}"
-        blocks.append(cards(title, pairs, {i: scores[i] for i in found}, own))
+        blocks.append(cards(title, pairs, found, [pairs.names[i] for i in images]))
     return blocks
 
 
@@ -525,6 +528,7 @@ def zeroshot_blocks(context, metrics):
 SHOTS = (1, 2, 4, 8, 16)
 DRAWS = 5  # few-shot accuracy is the mean over so many random choices of the training images
 PENALTIES = tuple(10.0**-power for power in range(7))  # each fit starts from the one before
+BINDING_KINDS = ("replaced", "attributes", "relation", "order")  # see ShapesPairs.hard_negatives
 
 
 def fit_logistic(features, labels, penalty, start):
@@ -606,9 +610,6 @@ def knn_task(context):
     return few_shot(context, "knn", nearest_neighbours, train, context.image_features, pool)
 
 
-BINDING_KINDS = ("replaced", "attributes", "relation", "order")  # see ShapesPairs.hard_negatives
-
-
 def binding_task(context):
     """Is an image nearer to its caption than to the same words bound wrongly? Ties are wrong.
 
@@ -665,9 +666,7 @@ def search_task(context):
 
 def search_blocks(context, metrics):
     """For the page: the images found."""
-    names = context.pairs.names
-    found = {names.index(name): cosine for name, cosine in metrics["found"].items()}
-    return [cards(f"Found for “{metrics['query']}”", context.pairs, found)]
+    return [cards(f"Found for “{metrics['query']}”", context.pairs, metrics["found"])]
 
 
 def image_grid(pairs, names, columns=5, side=160):
@@ -737,23 +736,23 @@ def metric_tables(title, metrics):
 
 
 def cards(title, pairs, found, right=()):
-    """HTML of the images of {index: cosine}, with cosine and name below; right ones are framed."""
+    """HTML of the images of {name: cosine}, with both below; those named in right are framed."""
     figures = ""
-    for i, cosine in found.items():
-        words = f"{cosine:.3f} {pairs.names[i]}"
-        figures += f'<figure class="{"right" if i in right else ""}">'
-        figures += image_tag(pairs.images[i], 160, words)
-        figures += f"<figcaption>{html.escape(words)}</figcaption></figure>"
+    for name, cosine in found.items():
+        image = image_tag(pairs.images[pairs.names.index(name)], 160)
+        words = html.escape(f"{cosine:.3f} {name}")
+        figures += f'<figure class="{"right" if name in right else ""}">{image}'
+        figures += f"<figcaption>{words}</figcaption></figure>"
     return f'<h3>{html.escape(title)}</h3><div class="cards">{figures}</div>'
 
 
-def image_tag(image, side, words=""):
+def image_tag(image, side):
     """An <img> with the PIL image inside, scaled down to side pixels."""
     image, data = image.convert("RGB"), io.BytesIO()
     image.thumbnail((side, side))
     image.save(data, "PNG")
     encoded = base64.b64encode(data.getvalue()).decode()
-    return f'<img src="data:image/png;base64,{encoded}" alt="{html.escape(words)}">'
+    return f'<img src="data:image/png;base64,{encoded}" alt="">'
 
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
@@ -803,12 +802,6 @@ TASKS = {
     "binding": Task("Binding", False, True, "hard_negatives", binding_task),
     "search": Task("Search", False, False, "captions", search_task, search_blocks),
 }
-
-
-def evaluate(model, pairs, tasks="auto", **more):
-    """{task: {metric: value}} of held-out pairs; tasks and more are fields of EvalContext."""
-    return EvalContext(model, pairs, tasks, **more).measure()
-
 
 SPLIT_HELP = "auto: what the run held out of its own data; of other data the test part, or all"
 TASK_HELP = "auto: retrieval, and zero-shot where there are classes; all: what the data allows"
