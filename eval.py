@@ -15,8 +15,6 @@ Sections   1 Embeddings, computed once     2 Rows kept on disk     3 Retrieval
 Symbols    I images, N captions, K classes, E embedding size, W tower width.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import html
@@ -70,14 +68,14 @@ def batches_of(items, size):
     return batches[dualenc.share(len(batches))]
 
 
-def embed_batches(model, batches, embed, precision):
+def embed_batches(model, batches, embed, precision, what):
     """The rows that embed makes of the batches of all processes, float32 on the CPU of each.
 
     raises  ValueError if some are nan or infinite, as their ranks would mean nothing
     """
     rows = []
     with measuring(model), dualenc.autocast(model.logit_scale.device, precision):
-        for batch in progress(batches, "batches"):
+        for batch in progress(batches, what):
             rows.append(embed(batch).float().cpu())
     rows = torch.cat(sum(dualenc.from_all_ranks(rows), []))
     if not rows.isfinite().all():
@@ -103,7 +101,7 @@ def embed_images(model, images, precision="fp32", batch_size=EVAL_BATCH, workers
         return model.vision_model(x).pooler_output if pooled else model.encode_image(x)
 
     loader = dualenc.image_loader(dataset, keys, workers, device)
-    rows = embed_batches(model, loader, embed, precision)
+    rows = embed_batches(model, loader, embed, precision, "images")
     errors = sum(dualenc.from_all_ranks(errors), [])
     unreadable = {i: error for i, error in enumerate(errors) if error}
     rows[list(unreadable)] = 0
@@ -120,17 +118,15 @@ def embed_captions(model, captions, precision="fp32", batch_size=EVAL_BATCH, poo
     pooled    stop at the text tower's pooled features, before the projection
     returns   (N, E) unit-norm rows, or (N, W) pooled ones, float32 on the CPU of every process
     """
-    processor, distinct, lengths = model.processor, list(dict.fromkeys(captions)), []
-    for batch in batches_of(distinct, batch_size):
-        lengths += processor(text=batch)["attention_mask"].sum(dim=1).tolist()
-    length_of = dict(zip(distinct, sum(dualenc.from_all_ranks(lengths), [])))
-    distinct.sort(key=length_of.get)
+    device, processor = model.logit_scale.device, model.processor
+    encode = processor.tokenizer.encode
+    distinct = sorted(dict.fromkeys(captions), key=lambda caption: len(encode(caption)))
 
     def embed(batch):
-        x = {name: ids.to(model.logit_scale.device) for name, ids in processor(text=batch).items()}
+        x = {name: ids.to(device) for name, ids in processor(text=batch).items()}
         return model.text_model(**x).pooler_output if pooled else model.encode_text(**x)
 
-    rows = embed_batches(model, batches_of(distinct, batch_size), embed, precision)
+    rows = embed_batches(model, batches_of(distinct, batch_size), embed, precision, "captions")
     row_of = {caption: row for row, caption in enumerate(distinct)}
     return rows[[row_of[caption] for caption in captions]]
 
@@ -180,7 +176,7 @@ class EvalContext:
         self.pairs, self.image_features = self.read(self.pairs, self.image_features)
         features = self.image_features.to(self.model.logit_scale.device)
         batches, project = batches_of(features, self.batch_size), self.model.project_image
-        self.image_embeds = embed_batches(self.model, batches, project, self.precision)
+        self.image_embeds = embed_batches(self.model, batches, project, self.precision, "embeds")
         self.captions, self.right = self.pairs.caption_table()
         self.text_embeds = embed_captions(self.model, self.captions, *self.options)
         if self.pairs.classes:
@@ -747,10 +743,9 @@ def cards(title, pairs, found, right=()):
 
 
 def image_tag(image, side):
-    """An <img> with the PIL image inside, scaled down to side pixels."""
-    image, data = image.convert("RGB"), io.BytesIO()
-    image.thumbnail((side, side))
-    image.save(data, "PNG")
+    """An <img> with the PIL image inside, scaled to side pixels."""
+    data = io.BytesIO()
+    ImageOps.contain(image, (side, side)).save(data, "PNG")
     encoded = base64.b64encode(data.getvalue()).decode()
     return f'<img src="data:image/png;base64,{encoded}" alt="">'
 
@@ -864,8 +859,7 @@ def load_part(spec, split, class_names, **how):
     if not len(pairs):
         raise ValueError(f"the {split} part of {spec} has no images: name another by --split")
     if classes and not renames:
-        lacking = ", ".join(set(pairs.classes or ["classes"]).difference(classes))
-        if lacking:
+        if lacking := ", ".join(set(pairs.classes or ["classes"]).difference(classes)):
             hint = "add them, or rename them by a file of folder<TAB>name lines"
             raise ValueError(f"--classes lacks some of the data's: {lacking[:200]}; {hint}")
         pairs.labels = [classes.index(pairs.classes[label]) for label in pairs.labels]
