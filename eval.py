@@ -15,8 +15,6 @@ Sections   1 Embeddings, computed once     2 Rows kept on disk     3 Retrieval
 Symbols    I images, N captions, K classes, E embedding size, W tower width.
 """
 
-from __future__ import annotations
-
 import argparse
 import base64
 import hashlib
@@ -48,22 +46,14 @@ EVAL_BATCH = 256
 # ---- 1  Embeddings, computed once ----------------------------------------------------------------
 
 
-def finite(embeds):
-    """The same rows; ValueError if some are nan or infinite, as their ranks would mean nothing."""
-    if not embeds.isfinite().all():
-        raise ValueError("embeddings are not finite: the weights or the pixel values are broken")
-    return embeds
-
-
 @contextmanager
 def measuring(model):
     """Inside: evaluation mode, no gradients, full float32 products. The model is left as it was."""
     was_training, products = model.training, torch.get_float32_matmul_precision()
-    model.eval()
-    torch.set_float32_matmul_precision("highest")
     try:
+        torch.set_float32_matmul_precision("highest")
         with torch.no_grad():
-            yield
+            yield model.eval()
     finally:
         torch.set_float32_matmul_precision(products)
         model.train(was_training)
@@ -74,9 +64,25 @@ def progress(items, what):
     return tqdm(items, desc=what, disable=dualenc.rank() > 0 or None, leave=False)
 
 
-def chunks(items, size):
-    """A sequence in pieces of this size; the last one may be shorter."""
-    return [items[start : start + size] for start in range(0, len(items), size)]
+def batches_of(items, size):
+    """A sequence in batches; of several processes each has its share of them."""
+    batches = [items[start : start + size] for start in range(0, len(items), size)]
+    return batches[dualenc.share(len(batches))]
+
+
+def embed_batches(model, batches, embed, precision, what):
+    """The rows that embed makes of the batches of all processes, float32 on the CPU of each.
+
+    raises  ValueError if some are nan or infinite, as their ranks would mean nothing
+    """
+    rows = []
+    with measuring(model), dualenc.autocast(model.logit_scale.device, precision):
+        for batch in progress(batches, what):
+            rows.append(embed(batch).float().cpu())
+    rows = torch.cat(sum(dualenc.from_all_ranks(rows), []))
+    if not rows.isfinite().all():
+        raise ValueError("embeddings are not finite: the weights or the pixel values are broken")
+    return rows
 
 
 def embed_images(model, images, precision="fp32", batch_size=EVAL_BATCH, workers=0, pooled=False):
@@ -87,25 +93,21 @@ def embed_images(model, images, precision="fp32", batch_size=EVAL_BATCH, workers
     returns  (I, E) unit-norm rows, or (I, W) pooled ones, float32 on the CPU of every process;
              {index: reason} of the images that cannot be read, whose rows are 0
     """
-    device, transform = model.logit_scale.device, model.processor.image_transform
-    batches = chunks(range(len(images)), batch_size)
-    mine = batches[dualenc.share(len(batches))]
-    keys = [[(0, i) for i in batch] for batch in mine]
+    device, transform, errors = model.logit_scale.device, model.processor.image_transform, []
+    keys = batches_of([(0, i) for i in range(len(images))], batch_size)
     dataset = dualenc.ImageDataset(images, transform)
+
+    def embed(batch):
+        errors.extend(batch[2])
+        x = transform.normalize(batch[0].to(device, non_blocking=True))
+        return model.vision_model(x).pooler_output if pooled else model.encode_image(x)
+
     loader = dualenc.image_loader(dataset, keys, workers, device)
-    rows, unreadable = [], {}
-    with measuring(model):
-        for batch, (pixels, _, errors) in zip(mine, progress(loader, "images")):
-            with dualenc.autocast(device, precision):
-                x = transform.normalize(pixels.to(device, non_blocking=True))
-                found = model.vision_model(x).pooler_output if pooled else model.encode_image(x)
-            rows.append(found.float().cpu())
-            unreadable |= {i: error for i, error in zip(batch, errors) if error}
-    parts = dualenc.from_all_ranks((rows, unreadable))
-    rows = torch.cat([batch for part, _ in parts for batch in part])
-    unreadable = {i: error for _, part in parts for i, error in part.items()}
+    rows = embed_batches(model, loader, embed, precision, "images")
+    errors = sum(dualenc.from_all_ranks(errors), [])
+    unreadable = {i: error for i, error in enumerate(errors) if error}
     rows[list(unreadable)] = 0
-    return finite(rows), unreadable
+    return rows, unreadable
 
 
 def embed_captions(model, captions, precision="fp32", batch_size=EVAL_BATCH, pooled=False):
@@ -118,21 +120,17 @@ def embed_captions(model, captions, precision="fp32", batch_size=EVAL_BATCH, poo
     pooled    stop at the text tower's pooled features, before the projection
     returns   (N, E) unit-norm rows, or (N, W) pooled ones, float32 on the CPU of every process
     """
-    device, processor, lengths, rows = model.logit_scale.device, model.processor, {}, []
-    for batch in chunks(list(dict.fromkeys(captions)), batch_size):
-        lengths.update(zip(batch, processor(text=batch)["attention_mask"].sum(dim=1).tolist()))
-    distinct = sorted(lengths, key=lengths.get)
-    batches = chunks(distinct, batch_size)
-    mine = batches[dualenc.share(len(batches))]
-    with measuring(model):
-        for batch in progress(mine, "captions"):
-            x = {name: ids.to(device) for name, ids in processor(text=batch).items()}
-            with dualenc.autocast(device, precision):
-                found = model.text_model(**x).pooler_output if pooled else model.encode_text(**x)
-            rows.append(found.float().cpu())
-    rows = torch.cat([batch for part in dualenc.from_all_ranks(rows) for batch in part])
+    device, processor = model.logit_scale.device, model.processor
+    encode = processor.tokenizer.encode
+    distinct = sorted(dict.fromkeys(captions), key=lambda caption: len(encode(caption)))
+
+    def embed(batch):
+        x = {name: ids.to(device) for name, ids in processor(text=batch).items()}
+        return model.text_model(**x).pooler_output if pooled else model.encode_text(**x)
+
+    rows = embed_batches(model, batches_of(distinct, batch_size), embed, precision, "captions")
     row_of = {caption: row for row, caption in enumerate(distinct)}
-    return finite(rows)[torch.tensor([row_of[caption] for caption in captions])]
+    return rows[[row_of[caption] for caption in captions]]
 
 
 @dataclass
@@ -166,13 +164,10 @@ class EvalContext:
     def __post_init__(self):
         if self.model.processor is None:
             raise ValueError("the model has no processor to prepare images and captions with")
-        # TASKS and PARTS, section 7: a row says what it needs, and whether "auto" includes it.
+        # TASKS, section 8: a row says what it needs, and whether "auto" and "all" include it.
         allowed = [name for name, task in TASKS.items() if getattr(self.pairs, task.needs, None)]
-        for name in allowed:
-            dualenc.check_choice(f"part_of of {name}", TASKS[name].part_of, PARTS)
-        if self.tasks in PARTS:
-            wanted = PARTS[: PARTS.index(self.tasks) + 1]
-            self.tasks = [name for name in allowed if TASKS[name].part_of in wanted]
+        if self.tasks in ("auto", "all"):
+            self.tasks = [name for name in allowed if getattr(TASKS[name], self.tasks)]
         for name in self.tasks:
             dualenc.check_choice("task", name, TASKS)
             if name not in allowed:
@@ -181,11 +176,9 @@ class EvalContext:
         if self.tasks == ["search"]:
             return
         self.pairs, self.image_features = self.read(self.pairs, self.image_features)
-        device, rows = self.model.logit_scale.device, []
-        for features in self.image_features.split(self.batch_size):
-            with measuring(self.model), dualenc.autocast(device, self.precision):
-                rows.append(self.model.project_image(features.to(device)).float().cpu())
-        self.image_embeds = finite(torch.cat(rows))
+        features = self.image_features.to(self.model.logit_scale.device)
+        batches, project = batches_of(features, self.batch_size), self.model.project_image
+        self.image_embeds = embed_batches(self.model, batches, project, self.precision, "embeds")
         self.captions, self.right = self.pairs.caption_table()
         self.text_embeds = embed_captions(self.model, self.captions, *self.options)
         if self.pairs.classes:
@@ -219,6 +212,24 @@ class EvalContext:
             raise ValueError("probe and k-NN need the same classes in training and test data")
         return features, torch.tensor(pairs.labels)
 
+    def measure(self, leave_out=False):
+        """{task: its metrics}; leave_out skips a task that raises, if another one has succeeded."""
+        results = {}
+        with measuring(self.model):
+            for name in self.tasks:
+                try:
+                    results[name] = TASKS[name].measure(self)
+                except ValueError as error:
+                    if not (leave_out and results):
+                        raise
+                    print(f"left out    {name}: {error}", flush=True)
+        return results
+
+
+def evaluate(model, pairs, tasks="auto", **more):
+    """{task: {metric: value}} of held-out pairs; tasks and more are fields of EvalContext."""
+    return EvalContext(model, pairs, tasks, **more).measure()
+
 
 # ---- 2  Rows kept on disk ------------------------------------------------------------------------
 
@@ -249,10 +260,9 @@ def cache_key(model, precision, side):
         facts = [asdict(tower), processor.image_transform.to_dict(), config.projection_head]
     digest = hashlib.sha256(json.dumps([side, precision, *facts], sort_keys=True).encode())
     for name, tensor in model.state_dict().items():
-        wanted = name.startswith("text_model." if side == "text_features" else "vision_model.")
-        if side == "image_embeds":  # all but the captions' side
-            wanted = not name.startswith(("text_model.", "text_projection.", "logit_"))
-        if wanted:
+        in_tower = name.startswith("text_model." if side == "text_features" else "vision_model.")
+        in_head = side == "image_embeds" and not name.startswith(("text_", "logit_"))
+        if in_tower or in_head:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
@@ -267,25 +277,23 @@ def stored_rows(folder, stamps, embed):
     returns  (I, W) float32 rows, those of unreadable images 0; {index: why unreadable}; how many
              rows are new. Unreadable images are tried again the next time
     """
-    file, known, rows, unreadable = Path(folder) / "rows.safetensors", [], None, {}
+    file, before, known = Path(folder) / "rows.safetensors", [], {}
     file.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{file}.lock") if dualenc.rank() == 0 else nullcontext():
         dualenc.from_all_ranks("locked")  # the others wait for the lock, too
         if file.is_file():
             with dualenc.blamed_on(file, "cannot read"):
                 stored = safetensors.torch.load_file(file)
-                known, rows = json.loads(stored["stamps"].numpy().tobytes()), stored["rows"]
-        row_of = {stamp: row for row, stamp in enumerate(known) if stamp}
-        new = [i for i, stamp in enumerate(stamps) if stamp not in row_of]
-        if new:
-            fresh, reasons = embed(new)
-            unreadable = {new[place]: reason for place, reason in reasons.items()}
-            rows = fresh if rows is None else torch.cat([rows, fresh])
-            row_of |= {stamps[i]: len(known) + place for place, i in enumerate(new)}
-        rows = rows[[row_of[stamp] for stamp in stamps]]
+                before = json.loads(stored["stamps"].numpy().tobytes())
+                known = dict(zip(before, stored["rows"]))
+        new = [i for i, stamp in enumerate(stamps) if stamp not in known]
+        fresh, reasons = embed(new) if new else ([], {})
+        known |= {stamps[i]: row for i, row in zip(new, fresh)}
+        rows = torch.stack([known[stamp] for stamp in stamps])
+        unreadable = {new[place]: reason for place, reason in reasons.items()}
         # Unreadable rows are kept under "", which no stamp equals: they are tried again.
         saved = ["" if i in unreadable else stamp for i, stamp in enumerate(stamps)]
-        if dualenc.rank() == 0 and saved != known:
+        if dualenc.rank() == 0 and saved != before:
             # safetensors holds nothing but tensors.
             text = torch.frombuffer(bytearray(json.dumps(saved).encode()), dtype=torch.uint8)
             dualenc.write_file(file, safetensors.torch.save({"rows": rows, "stamps": text}))
@@ -389,16 +397,13 @@ def retrieval_blocks(context, metrics, size=8):
     best = text_ranks.argsort(stable=True).tolist()
     worst = [query for query in best[::-1] if text_ranks[query] > 1]
     for title, query in [("Best", q) for q in best[:3]] + [("Worst", q) for q in worst[:3]]:
-        is_right = torch.zeros(len(pairs), dtype=torch.bool)
-        is_right[right[right[:, 1] == query, 0]] = True
+        images = right[right[:, 1] == query, 0]
         scores = context.image_embeds @ context.text_embeds[query]
-        found = scores.topk(min(5, len(scores))).indices.tolist()
-        if not is_right[found].any():
-            found.append(scores.masked_fill(~is_right, -torch.inf).argmax().item())
-        words = [f"{scores[i]:.3f} {pairs.names[i]}" for i in found]
-        items = zip([pairs.images[i] for i in found], words, is_right[found].tolist())
+        nearest = scores.topk(min(5, len(scores))).indices
+        # The best right one is shown whatever its rank.
+        found = {pairs.names[i]: scores[i] for i in [*nearest, images[scores[images].argmax()]]}
         title = f"{title}: “{captions[query]}”, right at rank {text_ranks[query]}"
-        blocks.append(cards(title, items))
+        blocks.append(cards(title, pairs, found, [pairs.names[i] for i in images]))
     return blocks
 
 
@@ -454,8 +459,7 @@ def zeroshot_metrics(image_embeds, class_rows, labels, classes):
 def minimise(loss, start):
     """Where a smooth function of one tensor is smallest, by L-BFGS from start."""
     found = start.clone().requires_grad_()
-    options = {"tolerance_change": 1e-9, "line_search_fn": "strong_wolfe"}
-    optimizer = torch.optim.LBFGS([found], max_iter=200, **options)
+    optimizer = torch.optim.LBFGS([found], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
@@ -522,6 +526,7 @@ def zeroshot_blocks(context, metrics):
 SHOTS = (1, 2, 4, 8, 16)
 DRAWS = 5  # few-shot accuracy is the mean over so many random choices of the training images
 PENALTIES = tuple(10.0**-power for power in range(7))  # each fit starts from the one before
+BINDING_KINDS = ("replaced", "attributes", "relation", "order")  # see ShapesPairs.hard_negatives
 
 
 def fit_logistic(features, labels, penalty, start):
@@ -603,9 +608,6 @@ def knn_task(context):
     return few_shot(context, "knn", nearest_neighbours, train, context.image_features, pool)
 
 
-BINDING_KINDS = ("replaced", "attributes", "relation", "order")  # see ShapesPairs.hard_negatives
-
-
 def binding_task(context):
     """Is an image nearer to its caption than to the same words bound wrongly? Ties are wrong.
 
@@ -660,22 +662,15 @@ def search_task(context):
     }
 
 
-def found_images(context, metrics):
-    """The images that search_task found, the best first."""
-    names, images = context.pairs.names, context.pairs.images
-    return [images[names.index(name)] for name in metrics["found"]]
-
-
 def search_blocks(context, metrics):
     """For the page: the images found."""
-    words = [f"{cosine:.3f} {name}" for name, cosine in metrics["found"].items()]
-    found = zip(found_images(context, metrics), words, [False] * len(words))
-    return [cards(f"Found for “{metrics['query']}”", found)]
+    return [cards(f"Found for “{metrics['query']}”", context.pairs, metrics["found"])]
 
 
-def image_grid(images, columns=5, side=160):
-    """One PIL image of many, row by row, each scaled into a square."""
-    squares = [ImageOps.pad(image.convert("RGB"), (side, side), color="white") for image in images]
+def image_grid(pairs, names, columns=5, side=160):
+    """One PIL image of those by these names, row by row, each scaled into a square."""
+    images = [pairs.images[pairs.names.index(name)] for name in names]
+    squares = [ImageOps.pad(image, (side, side), color="white") for image in images]
     return to_pil_image(make_grid([pil_to_tensor(s) for s in squares], columns, 8, pad_value=255))
 
 
@@ -738,26 +733,27 @@ def metric_tables(title, metrics):
     return [Table(title, "   ".join(notes), columns, rows), *tables]
 
 
-def cards(title, items):
-    """HTML of images with words below, from a list of (PIL image, words, whether framed)."""
-    figures = "".join(
-        f'<figure class="{"right" if framed else ""}">{image_tag(image, 160, words)}'
-        f"<figcaption>{html.escape(words)}</figcaption></figure>"
-        for image, words, framed in items
-    )
+def cards(title, pairs, found, right=()):
+    """HTML of the images of {name: cosine}, with both below; those named in right are framed."""
+    figures = ""
+    for name, cosine in found.items():
+        image = image_tag(pairs.images[pairs.names.index(name)], 160)
+        figures += f'<figure class="{"right" if name in right else ""}">{image}'
+        figures += f"<figcaption>{cosine:.3f} {html.escape(name)}</figcaption></figure>"
     return f'<h3>{html.escape(title)}</h3><div class="cards">{figures}</div>'
 
 
-def image_tag(image, side, words=""):
-    """An <img> with the PIL image inside, scaled down to side pixels."""
-    image, data = image.convert("RGB"), io.BytesIO()
-    image.thumbnail((side, side))
-    image.save(data, "PNG")
+def image_tag(image, side):
+    """An <img> with the PIL image inside, scaled to side pixels."""
+    data = io.BytesIO()
+    ImageOps.contain(image, (side, side)).save(data, "PNG")
     encoded = base64.b64encode(data.getvalue()).decode()
-    return f'<img src="data:image/png;base64,{encoded}" alt="{html.escape(words)}">'
+    return f'<img src="data:image/png;base64,{encoded}" alt="">'
 
 
-STYLE = """
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>dualenc evaluation</title><style>
 body { font: 16px/1.5 sans-serif; color: #222; margin: 0 auto; max-width: 64rem; padding: 1rem }
 h2 { border-top: 2px solid #ddd; padding-top: 1rem } h3 { margin-bottom: 0 } figure { margin: 0 }
 p, figcaption { margin: 0; color: #555; overflow-wrap: anywhere } .wide { overflow-x: auto }
@@ -765,23 +761,18 @@ table { border-collapse: collapse } thead th { vertical-align: bottom } figure {
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd }
 tbody th { text-align: left; font-weight: normal } .cards { display: flex; flex-wrap: wrap }
 .cards { gap: 1rem } figure img { width: 100% } .right img { outline: 4px solid #2b6cb0 }
-"""
+</style></head><body><h1>dualenc evaluation</h1>"""
 
 
 def write_report(folder, context, results, facts):
     """Write folder/index.html, below lines of facts: one page, no script, nothing to fetch."""
-    parts = ["<h1>dualenc evaluation</h1>", *(f"<p>{html.escape(fact)}</p>" for fact in facts)]
+    page = PAGE + "".join(f"<p>{html.escape(fact)}</p>" for fact in facts)
     for name, metrics in results.items():
-        parts.append(f"<h2>{html.escape(TASKS[name].title)}</h2>")
+        page += f"<h2>{html.escape(TASKS[name].title)}</h2>"
         for block in metric_tables(name, metrics) + TASKS[name].blocks(context, metrics):
-            parts.append(block.html() if isinstance(block, Table) else block)
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>dualenc evaluation'
-        '</title><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
+            page += block.html() if isinstance(block, Table) else block
     Path(folder).mkdir(parents=True, exist_ok=True)
-    dualenc.write_file(Path(folder) / "index.html", page)
+    dualenc.write_file(Path(folder) / "index.html", page + "</body></html>\n")
 
 
 # ---- 7  Flags: of eval.py and train.py -----------------------------------------------------------
@@ -827,14 +818,13 @@ def run_script(main):
 
 # ---- 8  Tasks and main ---------------------------------------------------------------------------
 
-PARTS = ("auto", "all", "named")
-
 
 class Task(NamedTuple):
     """A row of TASKS."""
 
     title: str  # heading on the page
-    part_of: str  # of PARTS the smallest that includes it; "named" is measured only if asked for
+    auto: bool  # whether --task auto includes it
+    all: bool  # whether --task all includes it; if not, it is measured only by name
     needs: str  # an attribute of Pairs that must not be empty
     measure: object  # an EvalContext to metrics by name
     blocks: object = lambda context, metrics: []  # to Tables and HTML that only the page shows
@@ -842,39 +832,15 @@ class Task(NamedTuple):
 
 # A new task is a row here and its function: --task, evaluate, printout and page go by this table.
 TASKS = {
-    "retrieval": Task("Retrieval", "auto", "captions", retrieval_task, retrieval_blocks),
-    "zeroshot": Task("Zero-shot", "auto", "classes", zeroshot_task, zeroshot_blocks),
-    "probe": Task("Linear probe", "all", "classes", probe_task),
-    "knn": Task("k nearest neighbours", "all", "classes", knn_task),
-    "binding": Task("Binding", "all", "hard_negatives", binding_task),
-    "search": Task("Search", "named", "captions", search_task, search_blocks),
+    "retrieval": Task("Retrieval", True, True, "captions", retrieval_task, retrieval_blocks),
+    "zeroshot": Task("Zero-shot", True, True, "classes", zeroshot_task, zeroshot_blocks),
+    "probe": Task("Linear probe", False, True, "classes", probe_task),
+    "knn": Task("k nearest neighbours", False, True, "classes", knn_task),
+    "binding": Task("Binding", False, True, "hard_negatives", binding_task),
+    "search": Task("Search", False, False, "captions", search_task, search_blocks),
 }
 
-
-def measure(context, leave_out=False):
-    """{task: its metrics}; leave_out skips a task that raises, if another one has succeeded."""
-    results = {}
-    with measuring(context.model):
-        for name in context.tasks:
-            try:
-                results[name] = TASKS[name].measure(context)
-            except ValueError as error:
-                if not (leave_out and results):
-                    raise
-                print(f"left out    {name}: {error}", flush=True)
-    return results
-
-
-def evaluate(model, pairs, tasks=None, **more):
-    """{task: {metric: value}} of held-out pairs; more are further fields of EvalContext.
-
-    tasks  names in TASKS; retrieval, and zero-shot where there are classes, unless given
-    """
-    return measure(EvalContext(model, pairs, tasks or "auto", **more))
-
-
 SPLIT_HELP = "auto: what the run held out of its own data; of other data the test part, or all"
-CLASSES_HELP = "other classes: a,b,c or a file, one a line; folder<TAB>name lines rename classes"
 TASK_HELP = "auto: retrieval, and zero-shot where there are classes; all: what the data allows"
 
 
@@ -884,7 +850,7 @@ class EvalConfig:
     split: str = flag("auto", SPLIT_HELP, "data", ("auto", "train", "val", "test", "all"))
     data_root: str = flag("", "where torchvision's data sets lie", "data")
     images: str = flag("", "image folder of a caption file, if not its own", "data")
-    classes: str = flag("", CLASSES_HELP, "data")
+    classes: str = flag("", "a,b,c or a file, one a line; folder<TAB>name lines rename", "data")
     templates: str = flag("", "plain, clip7 or a file, one a line, {} for the class", "data")
     task: str = flag("auto", TASK_HELP, "tasks", ("auto", "all", *TASKS))
     query: str = flag("", "search: words, or an image file", "tasks")
@@ -898,18 +864,19 @@ class EvalConfig:
     report: str = flag("", "folder to write a self-contained web page to", "output")
 
 
-def read_lines(path):
-    """The non-empty lines of a text file, of which there must be one."""
-    lines = tuple(line.strip() for line in dualenc.text_lines(path) if line.strip())
-    if not lines:
-        raise ValueError(f"{path} is empty")
+def read_list(source):
+    """The non-empty lines of a text file; if there is none, what stands between commas."""
+    lines = dualenc.text_lines(source) if os.path.isfile(source) else source.split(",")
+    lines = tuple(line.strip() for line in lines if line.strip())
+    if source and not lines:
+        raise ValueError(f"{source} is empty")
     return lines
 
 
 def read_templates(source):
     """The templates of a set by name (TEMPLATE_SETS) or of a file; dualenc.TEMPLATES for ""."""
     if os.path.isfile(source):
-        return read_lines(source)
+        return read_list(source)
     dualenc.check_choice("file or set of templates", source or "plain", TEMPLATE_SETS)
     return TEMPLATE_SETS[source] if source else dualenc.TEMPLATES
 
@@ -919,31 +886,26 @@ def read_class_names(source):
 
     source  names with commas between, or a file with one name a line or folder<TAB>name lines
     """
-    listed = not source or ("," in source and not os.path.isfile(source))
-    lines = [line for line in (source.split(",") if listed else read_lines(source)) if line.strip()]
-    cells = [line.rpartition("\t") for line in lines]
+    cells = [line.rpartition("\t") for line in read_list(source)]
     names = [dualenc.readable_name(name) for _, _, name in cells]
     if len(set(names)) < len(names):
         raise ValueError(f"--classes {source} has a name twice: give each class its own")
     return {folder.strip() or name: name for (folder, _, _), name in zip(cells, names)}
 
 
-def read_run(checkpoint):
-    """({}, {""}) without a run, else (train_config.json, names of the training images)."""
-    record = dualenc.read_json(checkpoint.parent / dualenc.RUN_CONFIG, {})
-    path = checkpoint.parent / "trained_on.txt"
-    names = path.read_text(encoding="utf-8", errors="surrogateescape") if record else ""
-    return record, set(names.split("\n"))
-
-
-def with_classes(pairs, classes):
-    """Pairs with these classes, in this order; ValueError if some of their own are not there."""
-    lacking = ", ".join(set(pairs.classes or ["classes"]).difference(classes))
-    if lacking:
-        hint = "add them, or rename them by a file of folder<TAB>name lines"
-        raise ValueError(f"--classes lacks some of the data's: {lacking[:200]}; {hint}")
-    pairs.labels = [classes.index(pairs.classes[label]) for label in pairs.labels]
-    pairs.classes = classes
+def load_part(spec, split, class_names, **how):
+    """Pairs of a split, not empty. Names alone replace the data's classes, which are among them."""
+    classes = list(class_names)
+    renames = classes != list(class_names.values())  # there are folder<TAB>name lines
+    pairs = dualenc.load_pairs(spec, split, class_names=class_names if renames else {}, **how)
+    if not len(pairs):
+        raise ValueError(f"the {split} part of {spec} has no images: name another by --split")
+    if classes and not renames:
+        if lacking := ", ".join(set(pairs.classes or ["classes"]).difference(classes)):
+            hint = "add them, or rename them by a file of folder<TAB>name lines"
+            raise ValueError(f"--classes lacks some of the data's: {lacking[:200]}; {hint}")
+        pairs.labels = [classes.index(pairs.classes[label]) for label in pairs.labels]
+        pairs.classes = classes
     return pairs
 
 
@@ -954,8 +916,8 @@ def open_data(config, checkpoint):
     templates and classes hold, and --split auto is what it held out. Of other data auto is the test
     part or, without one, all of it.
     """
-    record, trained_on = read_run(checkpoint)
-    flags, given = record.get("flags", {}), {k: v for k, v in asdict(config).items() if v}
+    record = dualenc.read_json(checkpoint.parent / dualenc.RUN_CONFIG, {})
+    flags = record.get("flags", {})
     if not (config.data or flags):
         raise ValueError(f"{checkpoint} does not belong to a run with data of its own: give --data")
     spec, search = config.data or flags["data"], config.task == "search"
@@ -965,37 +927,32 @@ def open_data(config, checkpoint):
         pairs = dualenc.Pairs(names, dualenc.Lazy(paths, dualenc.open_image), [[] for _ in paths])
         line = f"{spec}   {len(pairs):,} images"
         return {"pairs": pairs, "folder": store_folder(spec, "index")}, line
-    # given: this command's flags; own: the run's, if these are its data; settings: own, then given
-    own = flags if spec == flags.get("data") else {}
-    places = {name: {**own, **given}.get(name) for name in ("data_root", "images")}
-    how = {"seed": flags.get("seed", 0), **{name: place for name, place in places.items() if place}}
+    own = flags if spec == flags.get("data") else {}  # the run's flags, if these are its data
+    root = config.data_root or own.get("data_root", "data")
+    how = {"data_root": root, "images": config.images or own.get("images")}
+    how["seed"] = flags.get("seed", 0)
     # The names of all images come first: they tell whether the run's settings hold.
     names = dualenc.load_pairs(spec, "all", **how).names
     if record.get("data_names") == data_checksum(names):
         own = flags
-    settings = {**own, **given}
-    how["templates"] = templates = read_templates(settings.get("templates", ""))
-    class_names = read_class_names(settings.get("classes", ""))
-    renames = list(class_names) != list(class_names.values())  # it has folder<TAB>name lines
-    how["class_names"] = class_names if renames else {}
+    how["templates"] = read_templates(config.templates or own.get("templates", ""))
+    how["class_names"] = read_class_names(config.classes or own.get("classes", ""))
     # Of other data without a test part a share of 1 is the test part: all of it.
     how["val_fraction"] = own.get("val_fraction", 1.0 if config.split == "auto" else 0.1)
     part = config.split if config.split != "auto" else "all" if search else "test"
-
-    def load(split):
-        pairs = dualenc.load_pairs(spec, split, **how)
-        if not len(pairs):
-            raise ValueError(f"the {split} part of {spec} has no images: name another by --split")
-        return with_classes(pairs, list(class_names)) if class_names and not renames else pairs
-
-    pairs = load(part)
-    seen = sum(name in trained_on for name in pairs.names)
+    pairs = load_part(spec, part, **how)
     line = f"{spec}   {part}, {len(pairs):,} of {len(names):,} images"
     line += "   the run's own data" if own else ""
-    line += f"   the run trained on {seen:,} of them" if seen else ""
-    index = store_folder(spec, f"{part}.index", how.get("data_root", "data"))
-    load_train = partial(load, "train") if part in ("val", "test") else None
-    return {"pairs": pairs, "load_train": load_train, "templates": templates, "folder": index}, line
+    path = checkpoint.parent / "trained_on.txt"
+    trained_on = path.read_text(encoding="utf-8", errors="surrogateescape") if record else ""
+    if seen := len(set(pairs.names).intersection(trained_on.split("\n"))):
+        line += f"   the run trained on {seen:,} of them"
+    return {
+        "pairs": pairs,
+        "load_train": partial(load_part, spec, "train", **how) if part in ("val", "test") else None,
+        "templates": how["templates"],
+        "folder": store_folder(spec, f"{part}.index", root),
+    }, line
 
 
 def main(argv=None):
@@ -1021,17 +978,17 @@ def main(argv=None):
     facts = [f"model       {checkpoint}   {precision} on {device}", f"data        {line}"]
     print("\n".join(facts), flush=True)
 
-    tasks = config.task if config.task in PARTS else [config.task]
+    tasks = config.task if config.task in ("auto", "all") else [config.task]
     how = {name: getattr(config, name) for name in ("batch_size", "workers", "query", "top")}
     context = EvalContext(model, tasks=tasks, precision=precision, **data, **how)
-    results = measure(context, leave_out=config.task == "all")
+    results = context.measure(leave_out=config.task == "all")
     for name, metrics in results.items():
         for table in metric_tables(name, metrics):
             print("\n".join(table.lines()))
     if config.json:
         dualenc.write_file(Path(config.json), json.dumps(results, indent=2) + "\n")
     if config.out:
-        image_grid(found_images(context, results["search"])).save(config.out)
+        image_grid(context.pairs, results["search"]["found"]).save(config.out)
     if config.report:
         write_report(config.report, context, results, facts)
     for file in filter(None, (config.json, config.out, config.report)):
