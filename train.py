@@ -55,9 +55,7 @@ class Loss:
     inputs: tuple  # names among "logit_scale", "logit_bias" and "group_ids"
     chance: Callable  # sizes -> nats of a model that guesses
     floor: Callable  # sizes -> nats of a perfect model, which cannot tell pairs of a group apart
-    tiled: Callable | None = (
-        None  # the same from one rank's rows, in less memory; for large batches
-    )
+    tiled: Callable | None  # the same from one rank's rows, in less memory; for large batches
     start: dict = dataclasses.field(default_factory=dict)  # configuration of a new model
 
 
@@ -84,6 +82,7 @@ LOSSES = {
         inputs=("logit_scale", "logit_bias"),
         chance=lambda sizes: siglip_guess(sum(sizes)),
         floor=lambda sizes: mean_over_groups(siglip_guess, sizes),
+        tiled=None,
         start={"logit_scale_init": math.log(10), "logit_bias_init": -10.0},  # SigLIP, section 3.2
     ),
     "multi-positive": Loss(
@@ -91,6 +90,7 @@ LOSSES = {
         inputs=("logit_scale", "group_ids"),
         chance=lambda sizes: math.log(sum(sizes)) - mean_over_groups(math.log, sizes),
         floor=lambda sizes: 0.0,
+        tiled=None,
     ),
 }
 

@@ -20,7 +20,7 @@ MODULES = {"dualenc": dualenc, "train": train, "eval": evaluation}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # What files may grow to. The design asks for 2,500 lines of dualenc.py: its number only goes down.
-CEILINGS = {"dualenc.py": 2675, "train.py": 750, "eval.py": 1000, "README.md": 200}
+CEILINGS = {"dualenc.py": 2500, "train.py": 750, "eval.py": 1000, "README.md": 200}
 CEILINGS |= {"notebooks/": 500, "tests/": 7500}
 
 TRAIN_FLAGS = """--data --data-root --download --images --classes --val-fraction --templates
