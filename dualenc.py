@@ -2168,7 +2168,8 @@ def published_row(config):
 def published_pieces(module):
     """[(name in a published file, our name)] of a tower or DualEncoder, a pair for each piece.
 
-    Most tensors are one piece. timm's attn.qkv is three, with names of their own in the files.
+    Most tensors are one piece. timm's attn.qkv is three end to end, in files one by one: its name
+    is in the pairs of query, key and value.
     """
     towers, pieces = {"": module}, []
     if isinstance(module, DualEncoder):
@@ -2176,7 +2177,7 @@ def published_pieces(module):
     for side, tower in towers.items():
         for ours in tower.state_dict():
             name = ours.removeprefix("trunk.")
-            joint = re.search(r"\.(qkv|kv)\.", name)
+            joint = re.search(r"\.(qkv|kv)\.", name)  # a letter for each piece
             parts = [name.replace(joint[1], letter) for letter in joint[1]] if joint else [name]
             for pattern, replacement in published_row(tower.config).names.items():
                 parts = [re.sub(pattern, replacement, part) for part in parts]
