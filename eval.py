@@ -8,9 +8,8 @@
 A run folder stands for its best checkpoint; a checkpoint folder or a hub id serves too. Images and
 captions go through the processor saved with the weights: they are measured as they were trained.
 
-Sections   1 Embeddings, computed once     2 Rows kept on disk     3 Retrieval
-           4 Zero-shot                     5 Other tasks           6 Tables and the report
-           7 Flags                         8 Tasks and main
+Sections   1 Embeddings, computed once   2 Rows kept on disk   3 Retrieval   4 Zero-shot
+           5 Other tasks   6 Tables and the report   7 Flags   8 Tasks and main
 
 Symbols    I images, N captions, K classes, E embedding size, W tower width.
 """
@@ -42,6 +41,7 @@ from tqdm import tqdm
 import dualenc
 
 EVAL_BATCH = 256
+ROUNDING = 1e-6  # cosines closer than this are equal: the order of a sum alone moves them by less
 
 # ---- 1  Embeddings, computed once ----------------------------------------------------------------
 
@@ -71,10 +71,7 @@ def batches_of(items, size):
 
 
 def embed_batches(model, batches, embed, precision, what):
-    """The rows that embed makes of the batches of all processes, float32 on the CPU of each.
-
-    raises  ValueError if some are nan or infinite, as their ranks would mean nothing
-    """
+    """Rows of embed, float32 on the CPU of every process; ValueError if some are not finite."""
     rows = []
     with measuring(model), dualenc.autocast(model.logit_scale.device, precision):
         for batch in progress(batches, what):
@@ -95,14 +92,13 @@ def embed_images(model, images, precision="fp32", batch_size=EVAL_BATCH, workers
     """
     device, transform, errors = model.logit_scale.device, model.processor.image_transform, []
     keys = batches_of([(0, i) for i in range(len(images))], batch_size)
-    dataset = dualenc.ImageDataset(images, transform)
 
     def embed(batch):
         errors.extend(batch[2])
         x = transform.normalize(batch[0].to(device, non_blocking=True))
         return model.vision_model(x).pooler_output if pooled else model.encode_image(x)
 
-    loader = dualenc.image_loader(dataset, keys, workers, device)
+    loader = dualenc.image_loader(dualenc.ImageDataset(images, transform), keys, workers, device)
     rows = embed_batches(model, loader, embed, precision, "images")
     errors = sum(dualenc.from_all_ranks(errors), [])
     unreadable = {i: error for i, error in enumerate(errors) if error}
@@ -120,12 +116,11 @@ def embed_captions(model, captions, precision="fp32", batch_size=EVAL_BATCH, poo
     pooled    stop at the text tower's pooled features, before the projection
     returns   (N, E) unit-norm rows, or (N, W) pooled ones, float32 on the CPU of every process
     """
-    device, processor = model.logit_scale.device, model.processor
-    encode = processor.tokenizer.encode
+    processor, encode = model.processor, model.processor.tokenizer.encode
     distinct = sorted(dict.fromkeys(captions), key=lambda caption: len(encode(caption)))
 
     def embed(batch):
-        x = {name: ids.to(device) for name, ids in processor(text=batch).items()}
+        x = {name: ids.to(model.logit_scale.device) for name, ids in processor(text=batch).items()}
         return model.text_model(**x).pooler_output if pooled else model.encode_text(**x)
 
     rows = embed_batches(model, batches_of(distinct, batch_size), embed, precision, "captions")
@@ -301,8 +296,6 @@ def stored_rows(folder, stamps, embed):
 
 
 # ---- 3  Retrieval --------------------------------------------------------------------------------
-
-ROUNDING = 1e-6  # cosines closer than this are equal: the order of a sum alone moves them by less
 
 
 def with_interval(name, values, per_image=None):
@@ -484,11 +477,9 @@ def calibration(image_embeds, class_rows, labels, logit_scale):
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     fit, rest = order[: len(labels) // 2], order[len(labels) // 2 :]
     logits = (logit_scale.exp() * image_embeds @ class_rows.T).double()
-
-    def loss(log_temperature):
-        return F.cross_entropy(logits[fit] / log_temperature.exp(), labels[fit])
-
-    temperature = minimise(loss, torch.zeros(1).double()).clamp(-5, 5).exp().item()
+    start = torch.zeros(1).double()  # the logarithm of a temperature of 1
+    fitted = minimise(lambda log: F.cross_entropy(logits[fit] / log.exp(), labels[fit]), start)
+    temperature = fitted.clamp(-5, 5).exp().item()
     metrics = {"zs_temperature": temperature}
     for suffix, divisor in (("", 1), ("_scaled", temperature)):
         confidence, guess = (logits[rest] / divisor).softmax(dim=1).max(dim=1)
@@ -744,9 +735,10 @@ def cards(title, pairs, found, right=()):
 
 
 def image_tag(image, side):
-    """An <img> with the PIL image inside, scaled to side pixels."""
-    data = io.BytesIO()
-    ImageOps.contain(image, (side, side)).save(data, "PNG")
+    """An <img> with the PIL image inside, scaled down to side pixels."""
+    image, data = image.convert("RGB"), io.BytesIO()
+    image.thumbnail((side, side))
+    image.save(data, "PNG")
     encoded = base64.b64encode(data.getvalue()).decode()
     return f'<img src="data:image/png;base64,{encoded}" alt="">'
 
@@ -820,7 +812,7 @@ def run_script(main):
 
 
 class Task(NamedTuple):
-    """A row of TASKS."""
+    """A row of TASKS, which --task, evaluate, printout and page go by. A new task is a new row."""
 
     title: str  # heading on the page
     auto: bool  # whether --task auto includes it
@@ -830,7 +822,6 @@ class Task(NamedTuple):
     blocks: object = lambda context, metrics: []  # to Tables and HTML that only the page shows
 
 
-# A new task is a row here and its function: --task, evaluate, printout and page go by this table.
 TASKS = {
     "retrieval": Task("Retrieval", True, True, "captions", retrieval_task, retrieval_blocks),
     "zeroshot": Task("Zero-shot", True, True, "classes", zeroshot_task, zeroshot_blocks),
@@ -841,6 +832,7 @@ TASKS = {
 }
 
 SPLIT_HELP = "auto: what the run held out of its own data; of other data the test part, or all"
+CLASSES_HELP = "other classes: a,b,c or a file, one a line; folder<TAB>name lines rename classes"
 TASK_HELP = "auto: retrieval, and zero-shot where there are classes; all: what the data allows"
 
 
@@ -850,7 +842,7 @@ class EvalConfig:
     split: str = flag("auto", SPLIT_HELP, "data", ("auto", "train", "val", "test", "all"))
     data_root: str = flag("", "where torchvision's data sets lie", "data")
     images: str = flag("", "image folder of a caption file, if not its own", "data")
-    classes: str = flag("", "a,b,c or a file, one a line; folder<TAB>name lines rename", "data")
+    classes: str = flag("", CLASSES_HELP, "data")
     templates: str = flag("", "plain, clip7 or a file, one a line, {} for the class", "data")
     task: str = flag("auto", TASK_HELP, "tasks", ("auto", "all", *TASKS))
     query: str = flag("", "search: words, or an image file", "tasks")
@@ -928,9 +920,8 @@ def open_data(config, checkpoint):
         line = f"{spec}   {len(pairs):,} images"
         return {"pairs": pairs, "folder": store_folder(spec, "index")}, line
     own = flags if spec == flags.get("data") else {}  # the run's flags, if these are its data
-    root = config.data_root or own.get("data_root", "data")
-    how = {"data_root": root, "images": config.images or own.get("images")}
-    how["seed"] = flags.get("seed", 0)
+    how = {"data_root": config.data_root or own.get("data_root", "data")}
+    how |= {"images": config.images or own.get("images"), "seed": flags.get("seed", 0)}
     # The names of all images come first: they tell whether the run's settings hold.
     names = dualenc.load_pairs(spec, "all", **how).names
     if record.get("data_names") == data_checksum(names):
@@ -947,12 +938,11 @@ def open_data(config, checkpoint):
     trained_on = path.read_text(encoding="utf-8", errors="surrogateescape") if record else ""
     if seen := len(set(pairs.names).intersection(trained_on.split("\n"))):
         line += f"   the run trained on {seen:,} of them"
-    return {
-        "pairs": pairs,
-        "load_train": partial(load_part, spec, "train", **how) if part in ("val", "test") else None,
-        "templates": how["templates"],
-        "folder": store_folder(spec, f"{part}.index", root),
-    }, line
+    data = {"pairs": pairs, "templates": how["templates"]}
+    data["folder"] = store_folder(spec, f"{part}.index", how["data_root"])
+    if part in ("val", "test"):
+        data["load_train"] = partial(load_part, spec, "train", **how)
+    return data, line
 
 
 def main(argv=None):
