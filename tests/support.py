@@ -30,6 +30,10 @@ TINY_TEXT = {"text_width": 32, "text_depth": 2, "text_heads": 4, "text_max_posit
 TINY_TEXT["text_pooling"] = "mean"
 TINY_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 4, "patch_size": 8}
 
+# What takes seconds is imported once and forked into every process.
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["torch", "timm", "dualenc", "train", "pytest"])
+
 
 def write_table(folder, pairs):
     """captions.csv of (image, captions), beside images 0.png, 1.png, ..."""
@@ -185,8 +189,6 @@ def fails_like(got, right, mistakes, what, tolerance=1e-5):
 
 def in_processes(count, function, *arguments):
     """Run function(rank, *arguments) in count gloo processes; their results in rank order."""
-    # Imported once, then forked into every process.
-    multiprocessing.set_forkserver_preload(["torch", "timm", "dualenc"])
     with tempfile.TemporaryDirectory() as folder:
         job = (count, Path(folder), function, arguments)
         try:

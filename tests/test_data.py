@@ -99,7 +99,7 @@ def test_an_unreadable_image_gives_its_place_to_the_next(folder):
     assert found[0][0].shape == (3, 4, 4), "a black image, for want of any"
 
 
-@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("context", ["fork", "forkserver"])
 @pytest.mark.parametrize("kind", ["shapes", "shards", "set"])
 def test_workers_read_what_one_process_reads(kind, context, tmp_path):
     state = torch.get_rng_state()

@@ -29,9 +29,6 @@ def right_cells(*captions_of):
     return torch.tensor([(i, n) for i, captions in enumerate(captions_of) for n in captions])
 
 
-# ---- Retrieval -----------------------------------------------------------------------------------
-
-
 def test_retrieval_metrics_equal_a_slow_recount():
     """30 images with 1 to 4 captions each, the last caption shared by two images."""
     captions_of = [[n for n in range(73) if n % 30 == i] for i in range(30)]
@@ -176,9 +173,6 @@ def test_processes_share_the_work_and_agree(make_model, images, tmp_path):
         assert rows[2][0].count_nonzero() == 0
         for k in (0, 1, 3):
             assert torch.allclose(rows[k], alone[k], atol=1e-6)
-
-
-# ---- Rows kept on disk ---------------------------------------------------------------------------
 
 
 def test_stored_rows_follow_the_stamps(tmp_path):

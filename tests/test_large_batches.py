@@ -54,9 +54,6 @@ def test_tiled_clip_loss_never_holds_the_matrix():
     assert seen[1].most_alive < seen[0].most_alive / 8
 
 
-# ---- Pieces --------------------------------------------------------------------------------------
-
-
 def make_towers(vision="vit_tiny_patch16_224", locked=(), **overrides):
     """A tiny model in float64: what differs beyond the last digits differs."""
     tokenizer = dualenc.train_tokenizer(CAPTIONS, vocab_size=200, max_length=32)

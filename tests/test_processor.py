@@ -2,9 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -274,15 +271,10 @@ def test_marks_that_make_words_are_kept(words):
         assert tokenizer.encode(one).ids == tokenizer.encode(other).ids
 
 
-def test_the_learned_vocabulary_is_the_same_in_every_process():
-    code = "import dualenc as d\ncaptions = [f'a {c} {s}' for c in d.COLOURS for s in d.SHAPES]\n"
-    code += "tokenizer = d.train_tokenizer(captions, 300)\nprint(tokenizer.to_str())"
-    exec(code, names := {})
-    here, environment = names["tokenizer"], {**os.environ, "PYTHONHASHSEED": "7"}
-    options = {"cwd": Path(dualenc.__file__).parent, "env": environment, "text": True}
-    assert subprocess.check_output([sys.executable, "-c", code], **options).strip() == here.to_str()
-    assert here.get_vocab_size() == 300
-    assert here.decode(here.encode("日本 zebra").ids) == " 日本 zebra", "no caption is unknown"
+def test_a_learned_vocabulary_is_as_large_as_asked_and_knows_every_word():
+    tokenizer = dualenc.train_tokenizer([*dualenc.COLOURS, *dualenc.SHAPES], 300)
+    assert tokenizer.get_vocab_size() == 300
+    assert tokenizer.decode(tokenizer.encode("日本 zebra").ids) == " 日本 zebra"
 
 
 def test_captions_of_unknown_tokens_are_noticed_once(capsys):

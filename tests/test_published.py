@@ -122,9 +122,6 @@ def test_published_towers_run_and_train_under_bf16_autocast():
     output.loss.backward()
 
 
-# ---- Every file layout ---------------------------------------------------------------------------
-
-
 def nest(weights):
     pattern = r"^vision_model\."
     return {re.sub(pattern, "vision_model.vision_model.", key): t for key, t in weights.items()}
@@ -160,9 +157,6 @@ def test_pickles_are_read_with_weights_only(kind, copy):
     path = folder / "pytorch_model.bin"
     torch.save(weights, path, _use_new_zipfile_serialization=kind == "bin")
     assert_reproduces(folder, "vit-bert")
-
-
-# ---- Round trips ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DUAL)

@@ -3,11 +3,13 @@
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -67,19 +69,33 @@ def run(*flags):
     return 0
 
 
-def script(*flags, processes=1):
-    """train.py in a process group of its own, by torchrun if there are several processes."""
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *start * (processes > 1), str(ROOT / "train.py"), *map(str, flags)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, start_new_session=True, **pipes)
+def forked(processes, *flags):
+    """(process, its printout) of train.py, forked from one that has imported what takes seconds."""
+    printed, end = support.FORKSERVER.Pipe(duplex=False)
+    arguments = (processes, end, [*map(str, flags)])
+    process = support.FORKSERVER.Process(target=train_forked, args=arguments)
+    process.start(), end.close()
+    return process, os.fdopen(os.dup(printed.fileno()))
 
 
-def finish(process, status=0):
-    """What a script printed that must end with this status."""
-    out, error = process.communicate(timeout=300)
-    assert process.returncode == status, f"status {process.returncode}\n{out}\n{error}"
-    return out
+def train_forked(processes, pipe, flags):
+    """Its ranks get the variables that torchrun would set."""
+    os.setsid()
+    os.dup2(pipe.fileno(), 1)
+    multiprocessing.set_start_method("fork", force=True)  # of workers, as in a script
+    port = socket.create_server(("localhost", 0)).getsockname()[1]
+    rank = next((rank for rank in range(1, processes) if not os.fork()), 0)
+    names = f"MASTER_ADDR=localhost MASTER_PORT={port} RANK={rank} WORLD_SIZE={processes}"
+    os.environ |= dict(name.split("=") for name in names.split())
+    if processes > 1:
+        torch.set_num_threads(1)
+    train.main(flags)
+
+
+def finish(process, printed):
+    said = printed.read()  # to its end: other ranks and workers have ended too
+    process.join()
+    assert process.exitcode == 0, said
 
 
 def state_of(out):
@@ -252,21 +268,21 @@ def test_a_broken_training_state_is_refused_by_name_and_nothing_in_it_runs(stopp
 )
 def test_kills_at_random_moments_leave_no_trace(variant, processes, kills, data, tmp_path):
     """SIGKILL to all processes of a run that writes a checkpoint each step."""
-    flags = [*data, *TINY, "--steps", "60", "--eval-every", "1", *VARIANTS[variant]]
-    finish(script(*flags, "--out", tmp_path / "whole", processes=processes))
+    flags = [*data, *TINY, "--steps", 20 + 2 * kills, "--eval-every", "1", *VARIANTS[variant]]
+    finish(*forked(processes, *flags, "--out", tmp_path / "whole"))
     rng, command, killed = random.Random(variant), [*flags, "--out", tmp_path / "cut"], 0
     for _ in range(kills):
-        process = script(*command, processes=processes)
+        process, printed = forked(processes, *command)
         for _ in range(rng.randint(7, 12)):  # lines of the printout, six before the first step
-            process.stdout.readline()
+            printed.readline()
         time.sleep(rng.uniform(0, 0.05))
-        killed += process.poll() is None
+        killed += process.is_alive()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate(timeout=60)
+        printed.read(), process.join()
         command = ["--resume", tmp_path / "cut"]
     assert killed >= kills // 2
-    finish(script(*command, processes=processes))
+    finish(*forked(processes, *command))
     assert_same(outcome(tmp_path / "cut"), outcome(tmp_path / "whole"))
 
 
@@ -275,14 +291,20 @@ def test_kills_at_random_moments_leave_no_trace(variant, processes, kills, data,
 def test_a_signal_to_the_script_saves_and_resuming_ends_the_same(processes, number, data, tmp_path):
     """Ctrl-C reaches the workers too; torchrun hands SIGTERM on, and fails by its own status."""
     flags = [*data, *TINY, *DROPOUT, "--steps", "60", "--eval-every", "60", "--workers", "1"]
-    finish(script(*flags, "--out", tmp_path / "whole", processes=processes))
-    process = script(*flags, "--out", tmp_path / "cut", processes=processes)
+    finish(*forked(processes, *flags, "--out", tmp_path / "whole"))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *torchrun * (processes > 1), ROOT / "train.py", *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command += ["--out", tmp_path / "cut"]
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
     while not process.stdout.readline().startswith("step"):
         assert process.poll() is None, process.stderr.read()
     send = os.killpg if processes == 1 else os.kill
     send(process.pid, number)
-    assert "is saved; go on with --resume" in finish(process, 130 if processes == 1 else 1)
-    finish(script("--resume", tmp_path / "cut", processes=processes))
+    said, error = process.communicate(timeout=300)
+    assert process.returncode == (130 if processes == 1 else 1), error
+    assert "is saved; go on with --resume" in said
+    finish(*forked(processes, "--resume", tmp_path / "cut"))
     assert_same(outcome(tmp_path / "cut"), outcome(tmp_path / "whole"))
 
 
@@ -342,25 +364,23 @@ def test_a_full_disk_keeps_the_last_checkpoint(make_model, tmp_path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["last"], "no rubbish stays"
 
 
-HOLD = """
-import sys, train
-with train.claim_run(train.TrainConfig(out=sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
+def hold(out, is_held):
+    with train.claim_run(train.TrainConfig(out=str(out))):
+        is_held.set()
+        time.sleep(999)
 
 
 def test_a_folder_is_for_one_run_at_a_time_and_overwritten_only_on_request(data, tmp_path):
     """The lock goes with the process that holds it, even if that is killed."""
-    out, pipes = tmp_path / "run", {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(out)], cwd=ROOT, **pipes)
-    assert holder.stdout.readline() == b"held\n"
+    out, is_held = tmp_path / "run", support.FORKSERVER.Event()
+    holder = support.FORKSERVER.Process(target=hold, args=(out, is_held), daemon=True)
+    holder.start()
+    assert is_held.wait(60)
     flags = [*data, *TINY, "--steps", "1", "--out", out]
     with pytest.raises(ValueError, match="another process trains into"):
         run(*flags)
     assert (out / train.LOCK_FILE).exists(), "a refused run removed another's folder"
-    holder.kill()
-    holder.communicate()
+    holder.kill(), holder.join()
     assert run(*flags) == 0
     before = outcome(out)
     with pytest.raises(ValueError, match="run holds a run: --resume .*, or --overwrite"):
@@ -368,9 +388,6 @@ def test_a_folder_is_for_one_run_at_a_time_and_overwritten_only_on_request(data,
     assert_same(outcome(out), before)
     assert run(*flags, "--seed", "1", "--overwrite") == 0
     assert support.log_of(out, "loss")[0] != before[0][0] and len(support.log_of(out)) == 2
-
-
-# ---- Bad images ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", ["plain", "cached"])

@@ -140,7 +140,8 @@ def peak_megabytes(way):
 
 def in_child(function, *args):
     """function(*args) in a process of its own: no memory freed by others to reuse."""
-    context, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
+    context, threads = multiprocessing.get_context("forkserver"), torch.get_num_threads()
+    context.set_forkserver_preload(["dualenc", "transformers.modeling_utils", "open_clip"])
     with ProcessPoolExecutor(1, context, torch.set_num_threads, (threads,)) as pool:
         return pool.submit(function, *args).result()
 

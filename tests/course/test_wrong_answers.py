@@ -63,7 +63,8 @@ def failures(number, answer, monkeypatch):
     monkeypatch.setattr(support, "in_processes", start)
     tests = ROOT / "tests" / "exercises" / f"test_exercise_{number}.py"
     monkeypatch.delitem(sys.modules, tests.stem, raising=False)  # for the other in_processes
-    plugins = (f"-pno:{name}" for name in ("terminal", "cacheprovider", "faulthandler"))
+    unused = ("terminal", "cacheprovider", "faulthandler", "unraisableexception")  # slow: gc
+    plugins = (f"-pno:{name}" for name in unused)
     failed = Failures()
     status = pytest.main(["--override-ini=addopts=", *plugins, str(tests)], [failed])
     assert status == (1 if failed else 0), "the tests did not run"
