@@ -20,8 +20,8 @@ Sections   1 Losses        2 DualEncoder       3 Text tower       4 Vision tower
            9 Published checkpoints             10 Checks and devices
 
 First time Sections 1 to 4, the first half of 6, and 8; train.py's loop; ranks and zero-shot in
-           eval.py. Sections 5, 7, 9 and 10 build, load, save or check: skip their names, such as
-           check_min, check_choice, blamed_on, find_folder, build_tower, autocast, recording.
+           eval.py. Sections 5, 7, 9 and 10 build, load, save or check: take their names on trust,
+           such as check_min, check_choice, blamed_on, find_folder, build_tower, recording.
 
 Sources    Radford et al. 2021 (CLIP, arXiv 2103.00020), Zhai et al. 2022 (LiT, 2111.07991), Zhai
            et al. 2023 (SigLIP, 2303.15343), Yang et al. 2022 (UniCL, 2204.03610), Devlin et al.
@@ -79,7 +79,7 @@ def clip_loss(image_embeds, text_embeds, logit_scale):
     image_embeds  (B, E)  unit-norm rows
     text_embeds   (B, E)  unit-norm rows; row i describes image i
     logit_scale   ()      natural log of the inverse temperature
-    returns       ()      mean loss in nats: about ln(B) at first, 0 if each pair stands far out
+    returns       ()      mean loss in nats: about ln(B) at first, 0 when pairs score far above all
     raises        ValueError if the two batches differ in shape
     source        Radford et al. 2021, Figure 3
     Exercise 1    easy, 20 minutes: the loss of both directions, run `pytest -k exercise_1`
@@ -126,9 +126,9 @@ def multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group_ids):
     check_same_shape(image_embeds, text_embeds)
     logits_per_image = logit_scale.exp() * (image_embeds @ text_embeds.T)
     same_group = (group_ids[:, None] == group_ids[None, :]).to(logits_per_image.dtype)
-    # 1 / (group size) for image i and caption j, and for j and i: it serves both directions.
+    # Symmetric, for the rows of a group have equal sums: it serves both directions.
     target = same_group / same_group.sum(dim=1, keepdim=True)
-    mean_entropy = same_group.sum(dim=1).log().mean()  # of a row: ln(group size)
+    mean_entropy = same_group.sum(dim=1).log().mean()  # a row's target has ln(group size)
     image_to_text = F.cross_entropy(logits_per_image, target)  # of probabilities
     text_to_image = F.cross_entropy(logits_per_image.T, target)
     return (image_to_text + text_to_image) / 2 - mean_entropy
@@ -151,7 +151,7 @@ class DualEncoderConfig:
     raises        ValueError for an unknown projection head or a projection_dim below 1
     """
 
-    vision: VisionConfig = field(default_factory=lambda: VisionConfig())  # defined only below
+    vision: VisionConfig = field(default_factory=lambda: VisionConfig())  # defined further down
     text: TextConfig = field(default_factory=lambda: TextConfig())
     projection_dim: int = 512
     projection_head: str = "linear"  # a key of PROJECTION_HEADS
@@ -168,7 +168,7 @@ class DualEncoderConfig:
 
     @classmethod
     def from_dict(cls, values):
-        """The inverse of to_dict; raises ValueError for unknown fields and wrong types."""
+        """The inverse of to_dict; raises ValueError for unknown fields."""
         values = {name: value for name, value in values.items() if name != "model_type"}
         vision = config_from_dict(VisionConfig, values.pop("vision", {}))
         text = config_from_dict(TextConfig, values.pop("text", {}))
@@ -192,7 +192,7 @@ class TowerOutput:
     """What a tower returns; P is T in a text tower, and a convnet has maps (B, W, h, w) instead.
 
     last_hidden_state  (B, P, W)              every position after the last layer
-    pooler_output      (B, W)                 one vector an image or caption
+    pooler_output      (B, W)                 one vector per image or caption
     hidden_states      depth + 1 of (B, P, W) if asked for: block 1's input, each block's output
     attentions         depth of (B, H, P, P)  if asked for: each layer's attention weights
     """
@@ -277,7 +277,7 @@ class DualEncoder(nn.Module):
             output.text_embeds = self.project_text(output.text_model_output.pooler_output)
         if both:
             images, texts = output.image_embeds, output.text_embeds
-            with autocast(self.logit_scale.device, "fp32"):  # in a caller's autocast, too
+            with autocast(self.logit_scale.device, "fp32"):  # off, even in a caller's autocast
                 output.logits_per_image = self.logit_scale.exp() * (images @ texts.T)
                 output.loss = clip_loss(images, texts, self.logit_scale) if return_loss else None
             output.logits_per_text = output.logits_per_image.T
@@ -315,7 +315,7 @@ class DualEncoder(nn.Module):
 
         Exercise 2  with forward
         """
-        # Under train.py's autocast features are bf16. Norms and cosines are not rounded once more.
+        # Under train.py's autocast features are bf16: norms and cosines must not be rounded again.
         return F.normalize(features.to(self.logit_scale.dtype), dim=-1)
 
     def lock(self, tower):
@@ -576,19 +576,19 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
 
     query, key, value  (B, H, T, W/H)
     mask               (B, 1, 1, T) bool: True where a key may be seen; None: everywhere
-                       (in section 9 also float, (B or 1, H, T, T): is added to the scores)
+                       (in section 9 also float, (B or 1, H, T, T): added to the scores)
     dropout            share of the weights dropped
     returns            the mixed values (B, H, T, W/H), and the weights after dropout (B, H, T, T)
                        or None; both are undefined for captions that are all padding
     source             Vaswani et al. 2017, equation 1
     Exercise 3         medium, 40 minutes: never look at padding, run `pytest -k exercise_3`
     """
-    # torch's fused kernel does it in one call, but returns no weights and is slow in some cases.
+    # torch's fused kernel returns no weights, and is slow when a CPU trains in bf16.
     if not return_weights and not fused_kernel_is_slow(query):
         return F.scaled_dot_product_attention(query, key, value, mask, dropout), None
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
     if mask is not None and mask.dtype == torch.bool:
-        # Not -inf: a caption that is all padding would give nan.
+        # Not -inf: a caption that is all padding would give nan, and spoil the batch.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask
@@ -641,10 +641,10 @@ class VisionConfig:
 
     def __post_init__(self):
         fixed = "fixed: a tower sees RGB, has no classes and reads no file"
-        not_here = dict.fromkeys(("in_chans", "num_classes", "checkpoint_path"), fixed)
-        not_here |= {"img_size": "image_size", "global_pool": "pooling"}
-        for name in not_here.keys() & self.args:
-            raise ValueError(f"vision args hold {name}; here that is {not_here[name]}")
+        reserved = dict.fromkeys(("in_chans", "num_classes", "checkpoint_path"), fixed)
+        reserved |= {"img_size": "image_size", "global_pool": "pooling"}
+        for name in reserved.keys() & self.args:
+            raise ValueError(f"vision args hold {name}; here that is {reserved[name]}")
 
 
 class VisionEncoder(nn.Module):
@@ -686,7 +686,7 @@ class VisionEncoder(nn.Module):
         return pretrained_cfg.fixed_input_size and not self.config.args.get("dynamic_img_size")
 
     def forward(self, pixel_values, output_hidden_states=False, output_attentions=False):
-        """Pixels to TowerOutput; timm pools for pooler_output (B, W). Threads must not share it.
+        """Pixels to TowerOutput; timm pools them for pooler_output (B, W). Not thread-safe.
 
         pixel_values  (B, 3, S, S) from the processor
         raises        ValueError for another shape (convnets take any S), for hidden states of a
@@ -730,10 +730,10 @@ class VisionEncoder(nn.Module):
 
 # ==== 5  Processor: images and captions to tensors ================================================
 
-NOTICED = set()  # the kinds of which notice has printed a message
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic")  # files hold Pillow's number of each
+NOTICED = set()  # kinds of message that notice has printed
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")  # files store Pillow's integer for each
 Image.init()  # loads what Pillow can open
-# Pillow would have Ghostscript run an EPS; files of the other formats are seldom images.
+# Pillow has Ghostscript execute an EPS; files of the other formats are seldom images.
 IMAGE_FORMATS = [f for f in Image.OPEN if f not in ("EPS", "HDF5", "GRIB", "BUFR", "MPEG", "WMF")]
 IMAGE_SUFFIXES = {suffix for suffix, name in Image.EXTENSION.items() if name in IMAGE_FORMATS}
 
@@ -858,7 +858,7 @@ def to_rgb(image, name="an image"):
 
 
 def notice(kind, message):
-    """Print the first message of a kind: one a run, from the first process."""
+    """Print only the first message of each kind, from the first process."""
     if kind not in NOTICED and rank() == 0 and torch.utils.data.get_worker_info() is None:
         NOTICED.add(kind)
         print(f"note: {message}")
@@ -902,7 +902,7 @@ def blamed_on(path, what="cannot read"):
     """Turn any exception raised inside into a ValueError that names the file."""
     try:
         yield
-    except BaseException as error:  # a panic in a library's Rust is no Exception
+    except BaseException as error:  # a Rust panic in a library does not derive from Exception
         named = isinstance(error, ValueError) and str(path) in str(error)
         if named or isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
             raise
@@ -968,7 +968,7 @@ class Processor:
         return inputs
 
     def cut_at(self, limit):
-        """From now on keep limit tokens of a caption."""
+        """Cut captions to limit tokens from now on."""
         if limit == math.inf:
             return self.tokenizer.no_truncation()
         check_min("max_length", limit, self.tokenizer.num_special_tokens_to_add(False))
@@ -1112,7 +1112,7 @@ def positive_groups(pair_ids):
     columns = [column.unique(return_inverse=True)[1] for column in pair_ids.T]
     while True:
         before = groups
-        for column in columns:  # every pair takes the lowest group of all with its id, in turns
+        for column in columns:  # each pair takes the lowest group among pairs with its id
             groups = groups.scatter_reduce(0, column, groups, "amin", include_self=False)[column]
         if torch.equal(groups, before):
             return groups
@@ -1153,7 +1153,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
 def image_loader(dataset, batches, workers, device):
     """An ImageDataset in batches of keys: pixels (B, 3, S, S), indices (B,), a tuple of errors."""
-    if workers < 0:  # to be picked: up to 8 beside a GPU, on a CPU 1 if there is a second core
+    if workers < 0:  # up to 8 with a GPU; on a CPU 1, if it has a second core
         workers = min(8 if device.type == "cuda" else 1, os.cpu_count() - 1)
     return torch.utils.data.DataLoader(
         dataset,
@@ -1323,7 +1323,7 @@ class Row:
     """What readers yield: a caption, or the class, of an image."""
 
     where: str  # names the row in messages, and an image that is no path: "captions.csv, line 7"
-    image: object  # a path below the data's folder, or what else open_image takes
+    image: object  # a path below the data's folder, or anything else that open_image accepts
     caption: str | None = None
     label: str | None = None  # the class name
     split: str | None = None  # as the data has it; __post_init__ makes it train, val or test
@@ -1380,7 +1380,7 @@ def load_pairs(
     pairs = pairs_from_rows(rows_of, templates, class_names or {})
     for i in range(0, len(pairs), len(pairs) // 8 + 1):
         with suppress(ValueError):
-            pairs.images[i]  # a look at eight, to note dark ones here: workers print no notes
+            pairs.images[i]  # open eight: workers cannot print the notice about dark images
     splits = [own[0].split for own in rows_of.values()]
     if {"val", "test"}.isdisjoint(splits):
         # A hash decides, so new images never move old ones across.
@@ -1422,7 +1422,7 @@ def pairs_from_rows(rows_of, templates, class_names):
         captions = [list(dict.fromkeys(row.caption for row in own)) for own in rows_of.values()]
         return Pairs(list(names), images, captions)
     known = sorted({*folders})
-    # More names than classes are fine, as of all of ImageNet, if all classes are among them.
+    # Extra names are fine, say all of ImageNet's, as long as every class has one.
     unknown = [name for name in class_names if name not in known]
     if unknown and {*known} - {*class_names}:
         check_choice("class to rename", unknown[0], known)
@@ -1529,8 +1529,8 @@ def record_rows(where, record):
     if None in (image, caption):
         expected = f"one of {', '.join(IMAGE_COLUMNS)}, and one of {', '.join(CAPTION_COLUMNS)}"
         raise ValueError(f"{where}: the columns are {', '.join(record)}; expected {expected}")
-    split = str(record["split"]) if "split" in record else None
-    group = None if record.get("group") is None else str(record["group"])
+    cells = record.get("split"), record.get("group")
+    split, group = (None if cell is None else str(cell) for cell in cells)
     captions = record[caption]
     for text in captions if captions and isinstance(captions, list) else [captions]:
         yield Row(where, str(record[image] or ""), text, None, split, group)
@@ -1575,7 +1575,7 @@ def read_shards(spec, **_):
             if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise ValueError(f"cut short or damaged at byte {tar.offset:,}")
         for key in images | captions:
-            for caption in captions.get(key, [""]):  # what is lacking is empty, which is refused
+            for caption in captions.get(key, [""]):  # a missing half becomes "", which is refused
                 yield Row(f"{Path(name).as_posix()}/{key}", images.get(key, ""), caption)
 
 
@@ -1673,7 +1673,7 @@ def load_dual_encoder(cls, folder_or_hub_id):
     folder = find_folder(folder_or_hub_id)
     values = read_json(folder / CONFIG_FILE)
     own = values.get("model_type") == MODEL_TYPE
-    # On the meta device tensors have shapes and no values: a config that lies takes no memory.
+    # On the meta device tensors have shapes and no values: absurd sizes cost no memory.
     with blamed_on(folder / CONFIG_FILE, "cannot build the model of"), torch.device("meta"):
         what = "model_type (other models lend towers to from_vision_text_pretrained)"
         check_choice(what, values.get("model_type"), (MODEL_TYPE, PUBLISHED_TYPE))
@@ -1692,7 +1692,7 @@ def fill(module, weights, source, pieces=()):
     with blamed_on(source, f"weights do not fit the {CONFIG_FILE} of"):
         # With assign the file's tensors become the parameters.
         module.load_state_dict(regroup(weights, pieces), assign=True)
-    # Buffers that are in no file get memory, and timm computes them again.
+    # Allocate the buffers that files leave out; timm computes them again.
     module.float()._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
     for part in module.modules():
         if hasattr(part, "init_non_persistent_buffers"):
@@ -1736,7 +1736,7 @@ def read_weights(folder):
     with blamed_on(path, "cannot read weights in one piece from"):
         if is_pickle:
             return torch.load(path, map_location="cpu", weights_only=True)
-        mapped = safetensors.torch.load_file(path)  # cloned, for it changes with the file
+        mapped = safetensors.torch.load_file(path)  # cloned, as it changes with the file
         return {name: tensor.clone() for name, tensor in mapped.items()}
 
 
@@ -1814,8 +1814,8 @@ class MicroBatches(nn.Module):
 def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=1024):
     """clip_loss, value and gradients, with a few tiles of the B x B matrix in memory at a time.
 
-    A row's cross-entropy is its log-sum-exp minus the score of the pair. Only the log-sum-exp needs
-    the other rows. So the loss is the mean over i of (lse of row i + lse of column i) / 2 - pair i.
+    A row's cross-entropy is its log-sum-exp minus the score of its pair. Only the log-sum-exp needs
+    other columns. The loss is the mean over i of (lse of row i + lse of column i) / 2 - score ii.
     Each rank computes the tiles of its own images. Averaged over ranks, value and gradients are
     those of clip_loss on all rows.
 
@@ -1829,7 +1829,7 @@ def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=1024):
     check_same_shape(image_embeds, text_embeds)
     scaled = logit_scale.exp() * image_embeds
     of_rows, of_columns = TiledLogSumExp.apply(scaled, gather_embeds(text_embeds), tile)
-    # of_columns (B,) has seen the images of this rank only; all ranks' together are complete.
+    # Complete over this rank's images only: a log-sum-exp over ranks joins them.
     of_columns = gather_embeds(of_columns[None]).logsumexp(dim=0)
     pair_scores = (scaled * text_embeds).sum(dim=1)
     return (of_rows / 2 - pair_scores).mean() + of_columns.mean() / 2
@@ -1862,7 +1862,7 @@ class TiledLogSumExp(torch.autograd.Function):
         images, texts, of_rows, of_columns = ctx.saved_tensors
         grad_images, grad_texts = torch.zeros_like(images), torch.zeros_like(texts)
         for rows, columns, scores in score_tiles(images, texts, ctx.tile):
-            # The softmax of a row is exp(score - log-sum-exp of the row); of a column likewise.
+            # A softmax is exp(score - log-sum-exp). The second one reuses the memory of scores.
             grad = (scores - of_rows[rows, None]).exp_().mul_(grad_rows[rows, None])
             grad += scores.sub_(of_columns[columns]).exp_().mul_(grad_columns[columns])
             grad_images[rows].addmm_(grad, texts[columns])
@@ -1903,7 +1903,7 @@ def from_all_ranks(value):
 
 @contextmanager
 def process_group():
-    """Inside, the processes that torchrun started know each other, and only rank 0 prints."""
+    """Inside, torchrun's processes can communicate, and only rank 0 prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or torch.distributed.is_initialized():
         yield
         return
@@ -1935,7 +1935,7 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows):
-        parts = [torch.empty_like(rows) for _ in range(world_size())]
+        parts = [rows.new_empty(rows.shape) for _ in range(world_size())]
         torch.distributed.all_gather(parts, rows.contiguous())
         return torch.cat(parts)
 
@@ -2464,7 +2464,7 @@ def recording(trunk, want_states, want_weights):
 
     timm's attention calls torch's fused kernel while its fused_attn is True. It becomes False where
     that kernel is slow, and where weights are wanted: only without the kernel do they pass through
-    attn_drop, where a hook collects them. At the end all is as before: till then, one thread only.
+    attn_drop, where a hook collects them. At the end all is restored; not thread-safe until then.
     """
     kind, states, weights = type(trunk).__name__, [], []
     blocks = getattr(trunk, "blocks", None) or getattr(trunk, "stages", None)
@@ -2479,8 +2479,8 @@ def recording(trunk, want_states, want_weights):
     with ExitStack() as undo:  # at its end it calls what was given to callback
         for block in blocks if want_states else ():
             undo.callback(block.register_forward_hook(keep_state).remove)
-        parameter = next((p for p in trunk.parameters() if p.requires_grad), torch.empty(0))
-        unfused = want_weights or fused_kernel_is_slow(parameter)
+        learning = next((p for p in trunk.parameters() if p.requires_grad), torch.empty(0))
+        unfused = want_weights or fused_kernel_is_slow(learning)
         for layer in trunk.modules() if unfused else ():
             if hasattr(layer, "fused_attn"):
                 undo.callback(setattr, layer, "fused_attn", layer.fused_attn)

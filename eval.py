@@ -162,6 +162,7 @@ class EvalContext:
         # TASKS, section 8: a row says what it needs, and whether "auto" and "all" include it.
         allowed = [name for name, task in TASKS.items() if getattr(self.pairs, task.needs, None)]
         if self.tasks in ("auto", "all"):
+            # The row's field "auto" or "all".
             self.tasks = [name for name in allowed if getattr(TASKS[name], self.tasks)]
         for name in self.tasks:
             dualenc.check_choice("task", name, TASKS)
@@ -272,25 +273,25 @@ def stored_rows(folder, stamps, embed):
     returns  (I, W) float32 rows, those of unreadable images 0; {index: why unreadable}; how many
              rows are new. Unreadable images are tried again the next time
     """
-    file, before, known = Path(folder) / "rows.safetensors", [], {}
+    file, old_stamps, known = Path(folder) / "rows.safetensors", [], {}
     file.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{file}.lock") if dualenc.rank() == 0 else nullcontext():
         dualenc.from_all_ranks("locked")  # the others wait for the lock, too
         if file.is_file():
             with dualenc.blamed_on(file, "cannot read"):
                 stored = safetensors.torch.load_file(file)
-                before = json.loads(stored["stamps"].numpy().tobytes())
-                known = dict(zip(before, stored["rows"]))
+                old_stamps = json.loads(stored["stamps"].numpy().tobytes())
+                known = dict(zip(old_stamps, stored["rows"]))
         new = [i for i, stamp in enumerate(stamps) if stamp not in known]
         fresh, reasons = embed(new) if new else ([], {})
         known |= {stamps[i]: row for i, row in zip(new, fresh)}
         rows = torch.stack([known[stamp] for stamp in stamps])
         unreadable = {new[place]: reason for place, reason in reasons.items()}
         # Unreadable rows are kept under "", which no stamp equals: they are tried again.
-        saved = ["" if i in unreadable else stamp for i, stamp in enumerate(stamps)]
-        if dualenc.rank() == 0 and saved != before:
+        new_stamps = ["" if i in unreadable else stamp for i, stamp in enumerate(stamps)]
+        if dualenc.rank() == 0 and new_stamps != old_stamps:
             # safetensors holds nothing but tensors.
-            text = torch.frombuffer(bytearray(json.dumps(saved).encode()), dtype=torch.uint8)
+            text = torch.frombuffer(bytearray(json.dumps(new_stamps).encode()), dtype=torch.uint8)
             dualenc.write_file(file, safetensors.torch.save({"rows": rows, "stamps": text}))
     return rows, unreadable, len(new) - len(unreadable)
 
@@ -326,7 +327,7 @@ def ranks(image_embeds, text_embeds, right, rows=512):
     """
     image, text = right.to(image_embeds.device).unique(dim=0).T
     n_images, n_texts = len(image_embeds), len(text_embeds)
-    # A rank is 1 + wrong answers - those below the best right one, which the loop subtracts.
+    # The worst rank is 1 + all wrong answers; the loop subtracts those below the best right one.
     image_ranks = 1 + n_texts - image.bincount(minlength=n_images)
     text_ranks = 1 + n_images - text.bincount(minlength=n_texts)
     if (image_ranks > n_texts).any():
@@ -436,7 +437,7 @@ def zeroshot_metrics(image_embeds, class_rows, labels, classes):
     rank, _ = ranks(image_embeds, class_rows, right)
     hits, sizes = (rank <= 1).double(), labels.bincount(minlength=len(classes)).double()
     by_class = hits.new_zeros(len(classes)).index_add(0, labels, hits) / sizes
-    # The mean over images of weights * hits is the mean over classes of their shares.
+    # Weighted so that the mean over images is the mean over classes.
     weights = len(labels) / ((sizes > 0).sum() * sizes[labels])
     return {
         "n_images": len(labels),

@@ -41,7 +41,7 @@ STATE_FILE, METRICS_FILE, LOCK_FILE = "training_state.pt", "metrics.jsonl", "run
 SHOWN = {"i2t_r1": "image->text R@1", "i2t_r5": "R@5", "t2i_r1": "text->image R@1"}
 SHOWN |= {"t2i_r5": "R@5", "chance_r1": "chance", "zs_top1": "zero-shot", "chance_top1": "chance"}
 BAD_SHARE = 0.01  # the share of unreadable images above which --on-bad-image skip stops, too
-TILED_FROM = 2048  # pairs over all ranks from which on the tiled losses are faster
+TILED_FROM = 2048  # batch size, over all ranks, above which tiled losses are faster
 
 
 # ---- What is minimised, and what can be set ------------------------------------------------------
@@ -113,7 +113,7 @@ class TrainConfig:
     """The flags. Their metadata:
 
     augment  function(uint8 pixels (3, h, w), value, rng) -> such pixels; not called for the default
-    sets     the flag goes to from_vision_text_pretrained, as this prefix and its name, unless empty
+    sets     a flag with a value goes to from_vision_text_pretrained as this prefix and its name
     """
 
     data: str = flag("shapes", "data spec (README.md lists them)", "data")
@@ -188,8 +188,8 @@ def train(config, run, model, optimizer, state):
     if dualenc.world_size() > 1:
         embed = nn.parallel.DistributedDataParallel(embed)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    scaler.load_state_dict(state.get("scaler", scaler.state_dict()))
-    sums, bad_images = Counter(state["sums"]), {}  # sums since the last line: its update() adds
+    scaler.load_state_dict(state.get("scaler") or scaler.state_dict())
+    sums, bad_images = Counter(state["sums"]), {}  # sums since the last line; update() adds
     first_step, ready = state["step"] + 1, 0.0  # ready: when the step before was done
 
     with stop_signals() as received:
@@ -218,7 +218,7 @@ def train(config, run, model, optimizer, state):
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
             mean_loss = dualenc.gather_embeds(loss.detach()[None]).mean().item()
-            skipped = not norm.isfinite().item()  # without fp16 the scale is 1, and none may be
+            skipped = not norm.isfinite().item()  # outside fp16 the scale is 1: no step may be
             broken = not math.isfinite(mean_loss) or (skipped and scaler.get_scale() <= 1)
             where = f"step {state['step'] + 1}: loss or gradient are not finite"
             refuse(broken, f"{where}: lower --lr ({config.lr:.1e}) or take --precision fp32")
@@ -269,7 +269,7 @@ def compute_loss(name, model, image_embeds, text_embeds, group_ids):
 
     image_embeds, text_embeds  (R, E)  unit-norm rows of this rank's pairs
     group_ids                  (B,)    of all ranks; equal for pairs that describe each other
-    returns                    ()      nats; the mean over ranks is the loss, also of gradients
+    returns                    ()      nats; loss and gradients are to be averaged over ranks
     """
     row, given = LOSSES[name], {"logit_scale": model.logit_scale, "group_ids": group_ids}
     given["logit_bias"] = getattr(model, "logit_bias", None)
@@ -429,6 +429,7 @@ def cache_features(config, run, model):
         folder = home / evaluation.cache_key(model, config.precision, side) / name
         stamps = items if side == "text_features" else items.stamps()
         rows, bad, new = evaluation.stored_rows(folder, stamps, partial(embed, items))
+        refuse(len(bad) == len(rows), f"no image of {config.data} can be read: {bad.get(0)}")
         run.features[name] = dict(zip(items, rows)) if name == "captions" else (rows, bad)
         print(f"cache    {folder}   {len(rows):,} rows, {new:,} of them new", flush=True)
 
@@ -463,7 +464,8 @@ def make_model(config, pairs):
     whole = None if model.vision_model.weights_from else 1.0
     transform = model.vision_model.image_transform(crop_pct=whole)
     if config.text == "scratch":
-        model.processor = dualenc.Processor(transform, tokenizer)
+        positions = model.text_model.max_tokens
+        model.processor = dualenc.Processor(transform, tokenizer, positions=positions)
     elif model.processor:
         model.processor.image_transform = transform
     return model
@@ -571,7 +573,7 @@ def claim_run(config):
 
 
 def open_run(out, config, run, argv, device, step):
-    """Clear a new run's folder and note what runs with what; a resumed run must find it again."""
+    """Clear a new run's folder and record its settings, which a resumed run must match."""
     record = {
         "flags": dataclasses.asdict(dataclasses.replace(config, resume="", overwrite=False)),
         "command": ["train.py", *(sys.argv[1:] if argv is None else argv)],
@@ -686,7 +688,7 @@ def introduce(config, run, model, optimizer, flags):
 
 def check_recipe(config, pairs, held_out):
     """Raise ValueError for a recipe that cannot learn."""
-    least = {"batch_size": 2, "crop_scale": 0.001, "log_every": 1}
+    least = {"batch_size": 2, "crop_scale": 0.001, "log_every": 1, "projection_dim": 1}
     for name, value in vars(config).items():
         if isinstance(value, (int, float)) and name != "workers":
             dualenc.check_min(flag_names([name]), value, least.get(name, 0))

@@ -237,7 +237,7 @@ def test_a_split_column_is_followed(folder):
     assert names_by_split(write(path, start + "dev"))["test"] == [b], "val stands in for test"
     assert names_by_split(write(path, start + "train"), val_fraction=1)["test"] == [a, b], "hashed"
     rows = [{"image": n, "caption": "x", "split": s} for n, s in ((a, "test"), (c, "train"))]
-    rows = "\n".join(map(json.dumps, [{"image": b, "caption": "x"}, *rows]))
+    rows = "\n".join(map(json.dumps, [{"image": b, "caption": "x", "split": None}, *rows]))
     assert names_by_split(write(folder / "c.jsonl", rows))["train"] == [b, c], "no word is train"
     alone = names_by_split(write(path, "image,caption,split\na.png,x,test"))
     assert alone == {"train": [], "val": [a], "test": [a], "all": [a]}
