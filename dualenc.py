@@ -79,7 +79,7 @@ def clip_loss(image_embeds, text_embeds, logit_scale):
     image_embeds  (B, E)  unit-norm rows
     text_embeds   (B, E)  unit-norm rows; row i describes image i
     logit_scale   ()      natural log of the inverse temperature
-    returns       ()      mean loss in nats: about ln(B) at first, 0 when pairs score far above all
+    returns       ()      mean loss in nats: about ln(B) at first, near 0 once pairs outscore others
     raises        ValueError if the two batches differ in shape
     source        Radford et al. 2021, Figure 3
     Exercise 1    easy, 20 minutes: the loss of both directions, run `pytest -k exercise_1`
@@ -686,7 +686,7 @@ class VisionEncoder(nn.Module):
         return pretrained_cfg.fixed_input_size and not self.config.args.get("dynamic_img_size")
 
     def forward(self, pixel_values, output_hidden_states=False, output_attentions=False):
-        """Pixels to TowerOutput; timm pools them for pooler_output (B, W). Not thread-safe.
+        """Pixels to TowerOutput, pooled by timm. Not thread-safe: see recording.
 
         pixel_values  (B, 3, S, S) from the processor
         raises        ValueError for another shape (convnets take any S), for hidden states of a
@@ -703,14 +703,10 @@ class VisionEncoder(nn.Module):
             features = self.trunk.forward_features(pixel_values)
         return TowerOutput(
             last_hidden_state=features,
-            pooler_output=self.pool(features),
+            pooler_output=self.trunk.forward_head(features),  # without classes it only pools
             hidden_states=tuple(states) or None,
             attentions=tuple(weights) or None,
         )
-
-    def pool(self, features):
-        """(B, P, W) or a convnet's maps to (B, W): without classes timm's head only pools."""
-        return self.trunk.forward_head(features)
 
     def image_transform(self, crop_pct=None):
         """The ImageTransform of timm's configuration: size, crop, mean and std.
