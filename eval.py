@@ -272,6 +272,7 @@ def stored_rows(folder, stamps, embed):
     embed    list of indices -> (their rows, {place in that list: why unreadable})
     returns  (I, W) float32 rows, those of unreadable images 0; {index: why unreadable}; how many
              rows are new. Unreadable images are tried again the next time
+    raises   ValueError if none of the images can be read
     """
     file, old_stamps, known = Path(folder) / "rows.safetensors", [], {}
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -287,6 +288,8 @@ def stored_rows(folder, stamps, embed):
         known |= {stamps[i]: row for i, row in zip(new, fresh)}
         rows = torch.stack([known[stamp] for stamp in stamps])
         unreadable = {new[place]: reason for place, reason in reasons.items()}
+        if len(unreadable) == len(stamps):
+            raise ValueError(f"none of the images can be read: {unreadable[0]}")
         # Unreadable rows are kept under "", which no stamp equals: they are tried again.
         new_stamps = ["" if i in unreadable else stamp for i, stamp in enumerate(stamps)]
         if dualenc.rank() == 0 and new_stamps != old_stamps:

@@ -198,10 +198,11 @@ def test_stored_rows_follow_the_stamps(tmp_path):
     broken.add("e")
     for _ in range(2):
         assert stored("aec") == (0, {1: "cannot read e"}) and asked[-1] == "e"
+    with pytest.raises(ValueError, match="none of the images can be read: cannot read e"):
+        stored("e")
     broken.clear()
     assert stored("aec") == (1, {}) and stored("aec") == (0, {})
-    (store,) = (tmp_path / "store").glob("*.safetensors")
-    store.write_bytes(b"torn")
+    next((tmp_path / "store").glob("*.safetensors")).write_bytes(b"torn")
     with pytest.raises(ValueError, match="cannot read .*rows.safetensors"):
         stored("aec")
 
