@@ -805,10 +805,10 @@ class ImageTransform:
         kind = values.get("image_processor_type") or values.get("feature_extractor_type") or "none"
         kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind).lower()
         check_choice("image processor", kind, IMAGE_PROCESSORS)
-        defaults = cls(**IMAGE_PROCESSORS[kind]).to_dict()
-        values = defaults | {name: value for name, value in values.items() if value is not None}
+        usual = cls(**IMAGE_PROCESSORS[kind]).to_dict()
+        values = usual | {name: value for name, value in values.items() if value is not None}
         size, crop = values["size"], values["crop_size"]  # old files have numbers for both
-        size = size if isinstance(size, dict) else dict.fromkeys(defaults["size"], size)
+        size = size if isinstance(size, dict) else dict.fromkeys(usual["size"], size)
         crop = crop if isinstance(crop, dict) else {"side": crop or 224}
         for sides in (size, crop):
             if len({*sides.values()}) != 1:
@@ -1245,7 +1245,7 @@ def draw_scenes(rng, count, held_out):
         first, relation, second = scene
         new_object = not HELD_OUT_OBJECTS.isdisjoint((first[1:], second[1:]))
         tenth = digest(f"{sorted([first, second])} {relation}")[0] < 26  # of 256, like its mirror's
-        if first == second or (new_object or tenth) != held_out:
+        if first == second or (new_object or tenth) != held_out:  # it belongs to the other part
             continue
         wants_new_object = len(scenes) < count // 2
         if held_out and (new_object != wants_new_object or scene in scenes):
@@ -1390,16 +1390,16 @@ def load_pairs(
 
 def rows_by_image(rows, root):
     """{(name, source for open_image): rows}, whatever the spelling of an image's path."""
-    rows_of, found = {}, {}  # found: an image as its row has it -> (name, source)
+    rows_of, key_of = {}, {}  # key_of: an image as its row has it -> (name, source)
     for row in rows:
-        if row.image not in found:
-            found[row.image] = row.where, row.image
-            if isinstance(row.image, str):
+        if row.image not in key_of:
+            key_of[row.image] = row.where, row.image
+            if isinstance(row.image, str):  # a path, which is a better name
                 path = os.path.normpath(os.path.join(root, row.image))
                 if not os.path.isfile(path):
                     raise ValueError(f"{row.where}: missing image {path}")
-                found[row.image] = Path(os.path.relpath(path, root or ".")).as_posix(), path
-        own = rows_of.setdefault(found[row.image], [])
+                key_of[row.image] = Path(os.path.relpath(path, root or ".")).as_posix(), path
+        own = rows_of.setdefault(key_of[row.image], [])
         own.append(row)
         if row.split != own[0].split:
             raise ValueError(f"{row.where}: split is {row.split}, but {own[0].split} above")
@@ -1611,7 +1611,7 @@ def build_from_towers(cls, vision, text, projection_dim, pretrained, overrides):
 
 def build_vision_tower(vision, pretrained, overrides):
     """A VisionEncoder from a timm name, or from a folder or hub id of timm's or transformers'."""
-    weights = vision  # what timm loads them from: a name with its tag
+    source = vision  # what timm loads weights from: a name with its tag, or a folder
     found, args = {"name": vision}, {}  # fields of VisionConfig
     if "/" in vision or Path(vision).is_dir():
         folder = find_folder(vision.removeprefix("hf-hub:"))
@@ -1621,15 +1621,15 @@ def build_vision_tower(vision, pretrained, overrides):
             tower.own_transform = read_image_transform(folder)
             return tower
         # A timm folder. What we save names its architecture and arguments, not where it lay.
-        found["name"], weights = values["architecture"], f"local-dir:{folder}"
+        found["name"], source = values["architecture"], f"local-dir:{folder}"
         args = {"img_size": None, "global_pool": None, **(values.get("model_args") or {})}
-        side, found["pooling"] = args.pop("img_size"), args.pop("global_pool")
-        found["image_size"] = side[0] if isinstance(side, list) else side
+        size, found["pooling"] = args.pop("img_size"), args.pop("global_pool")
+        found["image_size"] = size[0] if isinstance(size, list) else size
         args = {name: args[name] for name in args if name not in ("in_chans", "num_classes")}
-        pretrained = pretrained or not vision.startswith("hf-hub:")
+        pretrained = pretrained or not vision.startswith("hf-hub:")  # others always load
     args |= overrides.get("args", {})
     config = config_from_dict(VisionConfig, {**found, **overrides, "args": args})
-    tower = VisionEncoder(config, pretrained_from=weights if pretrained else None)
+    tower = VisionEncoder(config, pretrained_from=source if pretrained else None)
     tower.config = dataclasses.replace(config, image_size=tower.image_size)
     tower.weights_from = vision if pretrained else None
     return tower
@@ -1914,8 +1914,8 @@ def gather_embeds(embeds):
     """Every rank's rows, with gradients; the identity in one process.
 
     A row's gradients from the losses of all ranks come back, summed, to the rank that owns it. If
-    each rank computes the loss of all rows, the sum is world_size times the true gradient, and the
-    mean over ranks that DistributedDataParallel takes undoes this.
+    each rank computes the loss of all rows, the sum is world_size times the true gradient. The mean
+    over ranks, which DistributedDataParallel takes, makes it the true one.
 
     embeds   (R, ...)  this rank's rows of anything, as many as each other rank has
     returns  (B, ...)  the rows of all ranks, in order
@@ -2174,6 +2174,7 @@ def published_pieces(module):
         for ours in tower.state_dict():
             name = ours.removeprefix("trunk.")
             joint = re.search(r"\.(qkv|kv)\.", name)  # a letter for each piece
+            # "qkv" becomes q, k and v.
             parts = [name.replace(joint[1], letter) for letter in joint[1]] if joint else [name]
             for pattern, replacement in published_row(tower.config).names.items():
                 parts = [re.sub(pattern, replacement, part) for part in parts]
@@ -2252,6 +2253,7 @@ def load_tower(read_config, folder, source, overrides):
     sentence = read_json(folder / "1_Pooling" / CONFIG_FILE, {})
     flags = [key for key, on in sentence.items() if on and key.startswith("pooling_mode_")]
     modes = [key.removeprefix("pooling_mode_").split("_token")[0] for key in flags]
+    # Two at once become "cls+mean", which is refused.
     pooling = overrides.get("pooling") or "+".join(modes) or sentence.get("pooling_mode")
     if not pooling and any(name.endswith("pooler.dense.weight") for name in weights):
         pooling = "pooler"

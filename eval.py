@@ -1,7 +1,7 @@
 """Measure a dual encoder, with intervals and chance levels, and show what it finds.
 
     python eval.py runs/shapes                                  a run, on its own held-out images
-    python eval.py runs/cifar --task all --report report        all the data allows, as a page too
+    python eval.py runs/cifar --task all --report report        all the data allows, plus a page
     python eval.py runs/cifar --data photos --task zeroshot --templates clip7
     python eval.py runs/cifar --data photos/ --task search --query "a dog on a beach" --out a.png
 
@@ -182,7 +182,7 @@ class EvalContext:
             self.class_embeds = class_embeds(self.model, classes, self.templates, *self.options)
 
     def read(self, pairs, found=None):
-        """(the pairs whose image can be read, their pooled features (I, W)); found: of all."""
+        """(the pairs whose image can be read, their pooled features (I, W)); found: known ones."""
         how = *self.options, self.workers
         features, unreadable = found or embed_images(self.model, pairs.images, *how, pooled=True)
         if not unreadable:
@@ -239,7 +239,7 @@ def store_folder(spec, kind, data_root="data"):
 
 
 def data_checksum(names):
-    """What a run knows its data by: a checksum of the names of all images, whatever their order."""
+    """How a run recognises its data: a checksum of all images' names, whatever their order."""
     return hashlib.sha256("\0".join(sorted(names)).encode(errors="surrogateescape")).hexdigest()
 
 
@@ -519,7 +519,7 @@ def zeroshot_blocks(context, metrics):
 # ---- 5  Other tasks ------------------------------------------------------------------------------
 
 SHOTS = (1, 2, 4, 8, 16)
-DRAWS = 5  # few-shot accuracy is the mean over so many random choices of the training images
+DRAWS = 5  # few-shot accuracy is the mean over this many random draws of the training images
 PENALTIES = tuple(10.0**-power for power in range(7))  # each fit starts from the one before
 BINDING_KINDS = ("replaced", "attributes", "relation", "order")  # see ShapesPairs.hard_negatives
 
@@ -823,7 +823,7 @@ class Task(NamedTuple):
     all: bool  # whether --task all includes it; if not, it is measured only by name
     needs: str  # an attribute of Pairs that must not be empty
     measure: object  # an EvalContext to metrics by name
-    blocks: object = lambda context, metrics: []  # to Tables and HTML that only the page shows
+    blocks: object = lambda context, metrics: []  # to Tables and HTML for the page only
 
 
 TASKS = {
@@ -923,21 +923,21 @@ def open_data(config, checkpoint):
         pairs = dualenc.Pairs(names, dualenc.Lazy(paths, dualenc.open_image), [[] for _ in paths])
         line = f"{spec}   {len(pairs):,} images"
         return {"pairs": pairs, "folder": store_folder(spec, "index")}, line
-    own = flags if spec == flags.get("data") else {}  # the run's flags, if these are its data
-    how = {"data_root": config.data_root or own.get("data_root", "data")}
-    how |= {"images": config.images or own.get("images"), "seed": flags.get("seed", 0)}
+    settings = flags if spec == flags.get("data") else {}  # the run's flags, if these are its data
+    how = {"data_root": config.data_root or settings.get("data_root", "data")}
+    how |= {"images": config.images or settings.get("images"), "seed": flags.get("seed", 0)}
     # The names of all images come first: they tell whether the run's settings hold.
     names = dualenc.load_pairs(spec, "all", **how).names
     if record.get("data_names") == data_checksum(names):
-        own = flags
-    how["templates"] = read_templates(config.templates or own.get("templates", ""))
-    how["class_names"] = read_class_names(config.classes or own.get("classes", ""))
-    # Of other data without a test part a share of 1 is the test part: all of it.
-    how["val_fraction"] = own.get("val_fraction", 1.0 if config.split == "auto" else 0.1)
+        settings = flags
+    how["templates"] = read_templates(config.templates or settings.get("templates", ""))
+    how["class_names"] = read_class_names(config.classes or settings.get("classes", ""))
+    # Other data without a split is measured whole: a val_fraction of 1.
+    how["val_fraction"] = settings.get("val_fraction", 1.0 if config.split == "auto" else 0.1)
     part = config.split if config.split != "auto" else "all" if search else "test"
     pairs = load_part(spec, part, **how)
     line = f"{spec}   {part}, {len(pairs):,} of {len(names):,} images"
-    line += "   the run's own data" if own else ""
+    line += "   the run's own data" if settings else ""
     path = checkpoint.parent / "trained_on.txt"
     trained_on = path.read_text(encoding="utf-8", errors="surrogateescape") if record else ""
     if seen := len(set(pairs.names).intersection(trained_on.split("\n"))):

@@ -534,7 +534,7 @@ def flag_names(fields):
 
 
 def read_flags(argv):
-    """TrainConfig from the command line; with --resume, that of the run with few changes."""
+    """TrainConfig from the command line; with --resume, the run's with allowed changes."""
     parser = evaluation.flag_parser(TrainConfig, __doc__.splitlines()[0])
     config = TrainConfig(**vars(parser.parse_args(argv)))
     if config.resume:
