@@ -897,7 +897,7 @@ def load_part(spec, split, class_names, **how):
     if not len(pairs):
         raise ValueError(f"the {split} part of {spec} has no images: name another by --split")
     if classes and not renames:
-        if lacking := ", ".join(set(pairs.classes or ["classes"]).difference(classes)):
+        if lacking := ", ".join(sorted({*(pairs.classes or ["classes"])} - {*classes})):
             hint = "add them, or rename them by a file of folder<TAB>name lines"
             raise ValueError(f"--classes lacks some of the data's: {lacking[:200]}; {hint}")
         pairs.labels = [classes.index(pairs.classes[label]) for label in pairs.labels]
