@@ -311,7 +311,7 @@ class DualEncoder(nn.Module):
         return self._normalize(self.text_projection(pooler_output))
 
     def _normalize(self, features):
-        """Features to unit norm, in the precision of the weights: float32.
+        """Features to unit norm, in the precision of the weights.
 
         Exercise 2  with forward
         """
@@ -1741,11 +1741,14 @@ def write_file(path, content):
     temporary = path.with_name(path.name + ".tmp")
     if isinstance(content, str):
         content = content.encode(errors="surrogateescape")
-    with blamed_on(path, "cannot write"), open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with blamed_on(path, "cannot write"), open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # there after an error only
 
 
 # ==== 8  Large batches and several processes ======================================================
@@ -2005,7 +2008,7 @@ class PublishedVisionEncoder(VisionEncoder):
         name, pooling = self.config.name, self.config.pooling
         args = HF_VISION[name].defaults | self.config.args  # what is left in it goes to timm
         act, pooler_act = args.pop("hidden_act", "gelu"), args.pop("pooler_act", None)
-        check_min(f"image_size of {name}", self.config.image_size or 0, 1)
+        check_min(f"{name!r} is a family: name a model; image_size", self.config.image_size or 0, 1)
         check_choice("activation", act, ACTIVATIONS)
         check_choice(f"{name} pooling", pooling, ("pooler", "token") if pooler_act else (None,))
         if "intermediate_size" in args:  # timm rounds width * ratio down
@@ -2164,8 +2167,8 @@ def published_row(config):
 def published_pieces(module):
     """[(name in a published file, our name)] of a tower or DualEncoder, a pair for each piece.
 
-    Most tensors are one piece. timm's attn.qkv is three end to end, in files one by one: its name
-    is in the pairs of query, key and value.
+    Most tensors are one piece. timm's attn.qkv is q, k and v end to end, which files have one by
+    one: its name is in the pairs of query, key and value.
     """
     towers, pieces = {"": module}, []
     if isinstance(module, DualEncoder):
@@ -2174,7 +2177,6 @@ def published_pieces(module):
         for ours in tower.state_dict():
             name = ours.removeprefix("trunk.")
             joint = re.search(r"\.(qkv|kv)\.", name)  # a letter for each piece
-            # "qkv" becomes q, k and v.
             parts = [name.replace(joint[1], letter) for letter in joint[1]] if joint else [name]
             for pattern, replacement in published_row(tower.config).names.items():
                 parts = [re.sub(pattern, replacement, part) for part in parts]

@@ -172,8 +172,11 @@ class EvalContext:
         if self.tasks == ["search"]:
             return
         self.pairs, self.image_features = self.read(self.pairs, self.image_features)
-        features = self.image_features.to(self.model.logit_scale.device)
-        batches, project = batches_of(features, self.batch_size), self.model.project_image
+
+        def project(features):
+            return self.model.project_image(features.to(self.model.logit_scale.device))
+
+        batches = batches_of(self.image_features, self.batch_size)
         self.image_embeds = embed_batches(self.model, batches, project, self.precision, "embeds")
         self.captions, self.right = self.pairs.caption_table()
         self.text_embeds = embed_captions(self.model, self.captions, *self.options)
@@ -274,7 +277,7 @@ def stored_rows(folder, stamps, embed):
              rows are new. Unreadable images are tried again the next time
     raises   ValueError if none of the images can be read
     """
-    file, old_stamps, known = Path(folder) / "rows.safetensors", [], {}
+    file, old_stamps, parts, reasons = Path(folder) / "rows.safetensors", [], [], {}
     file.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{file}.lock") if dualenc.rank() == 0 else nullcontext():
         dualenc.from_all_ranks("locked")  # the others wait for the lock, too
@@ -282,11 +285,14 @@ def stored_rows(folder, stamps, embed):
             with dualenc.blamed_on(file, "cannot read"):
                 stored = safetensors.torch.load_file(file)
                 old_stamps = json.loads(stored["stamps"].numpy().tobytes())
-                known = dict(zip(old_stamps, stored["rows"]))
-        new = [i for i, stamp in enumerate(stamps) if stamp not in known]
-        fresh, reasons = embed(new) if new else ([], {})
-        known |= {stamps[i]: row for i, row in zip(new, fresh)}
-        rows = torch.stack([known[stamp] for stamp in stamps])
+                parts.append(stored["rows"])
+        row_of = {stamp: row for row, stamp in enumerate(old_stamps)}
+        new = [i for i, stamp in enumerate(stamps) if stamp not in row_of]
+        if new:
+            fresh, reasons = embed(new)
+            parts.append(fresh)
+            row_of |= {stamps[i]: len(old_stamps) + place for place, i in enumerate(new)}
+        rows = torch.cat(parts)[[row_of[stamp] for stamp in stamps]]
         unreadable = {new[place]: reason for place, reason in reasons.items()}
         if len(unreadable) == len(stamps):
             raise ValueError(f"none of the images can be read: {unreadable[0]}")

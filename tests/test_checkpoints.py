@@ -246,7 +246,7 @@ IMAGES, TOKENS = "preprocessor_config.json", "tokenizer.json"
     [
         ("config.json", {"text__vocab_size": 10**10}, "do not fit"),
         ("config.json", {"vision__args__embed_dim": 90_000}, "do not fit"),
-        ("config.json", {"vision__name": "vit"}, "unknown vit pooling None; expected pooler"),
+        ("config.json", {"vision__name": "vit", "vision__image_size": None}, "'vit' is a family"),
         ("config.json", {"text__colour": 5}, "unknown field of TextConfig 'colour'"),
         ("config.json", {"vision__args__colour": 5}, "cannot build.*colour"),
         ("config.json", {"model_type": "gpt9"}, "unknown model_type .* 'gpt9'; expected dualenc"),
@@ -307,6 +307,6 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(ValueError, match=f"write {path}: .*No"):
         patched.setattr("os.fsync", full)
         dualenc.write_file(path, b"new")
-    assert path.read_text() == "old"
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
     with pytest.raises(ValueError, match="cannot write .*missing"):
         dualenc.write_file(tmp_path / "missing" / "file", "new")
