@@ -8,7 +8,7 @@ An image and its caption should land close together in one space, everything els
                                                                                                │
         loss () ◄─ clip_loss: cross-entropy of (B, B) logits = exp(logit_scale) * cosines ◄────┘
 
-Symbols    B pairs of a batch (I images and N captions where they differ; R of one process), T
+Symbols    B pairs of a batch (I images and N captions where they differ; R per process), T
            tokens after padding, P patches and class tokens (T in a text tower), S pixels a side,
            W tower width, H heads, E embedding size.
 Words      "features" come out of a tower or a projection; "embeds" are features of unit norm.
@@ -19,9 +19,9 @@ Sections   1 Losses        2 DualEncoder       3 Text tower       4 Vision tower
            5 Processor     6 Data              7 Checkpoints      8 Large batches
            9 Published checkpoints             10 Checks and devices
 
-First time Sections 1 to 4, the first half of 6, and 8; train.py's loop; ranks and zero-shot in
-           eval.py. Sections 5, 7, 9 and 10 build, load, save or check: take their names on trust,
-           such as check_min, check_choice, blamed_on, find_folder, build_tower, recording.
+First read Sections 1 to 4, the first half of 6, and 8; train.py's loop; ranks and zero-shot in
+           eval.py. Sections 5, 7, 9 and 10 build, load, save or check: trust the names of their
+           functions, such as check_min, check_choice, blamed_on, find_folder, autocast, recording.
 
 Sources    Radford et al. 2021 (CLIP, arXiv 2103.00020), Zhai et al. 2022 (LiT, 2111.07991), Zhai
            et al. 2023 (SigLIP, 2303.15343), Yang et al. 2022 (UniCL, 2204.03610), Devlin et al.
@@ -60,6 +60,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
@@ -86,7 +87,7 @@ def clip_loss(image_embeds, text_embeds, logit_scale):
     """
     check_same_shape(image_embeds, text_embeds)
     logits_per_image = logit_scale.exp() * (image_embeds @ text_embeds.T)
-    # Each image asks which of the B captions is its own, and each caption asks for its image.
+    # Which of the B captions is image i's own? Caption i. And which image is caption i's? Image i.
     labels = torch.arange(len(logits_per_image), device=logits_per_image.device)
     image_to_text = F.cross_entropy(logits_per_image, labels)
     text_to_image = F.cross_entropy(logits_per_image.T, labels)
@@ -111,10 +112,10 @@ def siglip_loss(image_embeds, text_embeds, logit_scale, logit_bias):
 def multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group_ids):
     """clip_loss where several captions fit an image: all pairs of a group are right answers.
 
-    With two images of dogs, clip_loss calls each one's caption wrong for the other. Here the right
-    answer is shared evenly by a group: for groups 0, 0, 1 the target rows are ½ ½ 0, ½ ½ 0 and
-    0 0 1. Even a perfect prediction has a cross-entropy of ln(group size), the target's entropy. It
-    is subtracted, so that the best value is 0. If every group is one pair, this is clip_loss.
+    With two images of dogs, clip_loss calls each one's caption wrong for the other. Here a group
+    shares the right answer evenly: for groups 0, 0, 1 the target rows are ½ ½ 0, ½ ½ 0 and 0 0 1.
+    Even a perfect prediction has a cross-entropy of ln(group size), the target's entropy. It is
+    subtracted, so that the best value is 0. If every group is one pair, this is clip_loss.
 
     image_embeds, text_embeds  (B, E)  unit-norm rows; row i describes image i
     logit_scale                ()      natural log of the inverse temperature
@@ -126,10 +127,10 @@ def multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group_ids):
     check_same_shape(image_embeds, text_embeds)
     logits_per_image = logit_scale.exp() * (image_embeds @ text_embeds.T)
     same_group = (group_ids[:, None] == group_ids[None, :]).to(logits_per_image.dtype)
-    # Symmetric, for the rows of a group have equal sums: it serves both directions.
-    target = same_group / same_group.sum(dim=1, keepdim=True)
-    mean_entropy = same_group.sum(dim=1).log().mean()  # a row's target has ln(group size)
-    image_to_text = F.cross_entropy(logits_per_image, target)  # of probabilities
+    group_size = same_group.sum(dim=1)
+    target = same_group / group_size[:, None]  # symmetric, so it serves both directions
+    mean_entropy = group_size.log().mean()
+    image_to_text = F.cross_entropy(logits_per_image, target)  # from probabilities, not indices
     text_to_image = F.cross_entropy(logits_per_image.T, target)
     return (image_to_text + text_to_image) / 2 - mean_entropy
 
@@ -151,7 +152,7 @@ class DualEncoderConfig:
     raises        ValueError for an unknown projection head or a projection_dim below 1
     """
 
-    vision: VisionConfig = field(default_factory=lambda: VisionConfig())  # defined further down
+    vision: VisionConfig = field(default_factory=lambda: VisionConfig())  # a class further down
     text: TextConfig = field(default_factory=lambda: TextConfig())
     projection_dim: int = 512
     projection_head: str = "linear"  # a key of PROJECTION_HEADS
@@ -238,7 +239,7 @@ class DualEncoder(nn.Module):
             # Not used in forward: train.py hands it to siglip_loss.
             self.logit_bias = nn.Parameter(torch.tensor(float(config.logit_bias_init)))
         self.processor = None  # a Processor, saved and loaded with the weights if there is one
-        self.locked = set()
+        self.locked = set()  # of "vision" and "text"
 
     def forward(
         self,
@@ -277,7 +278,7 @@ class DualEncoder(nn.Module):
             output.text_embeds = self.project_text(output.text_model_output.pooler_output)
         if both:
             images, texts = output.image_embeds, output.text_embeds
-            with autocast(self.logit_scale.device, "fp32"):  # off, even in a caller's autocast
+            with autocast(self.logit_scale.device, "fp32"):  # even in a caller's autocast
                 output.logits_per_image = self.logit_scale.exp() * (images @ texts.T)
                 output.loss = clip_loss(images, texts, self.logit_scale) if return_loss else None
             output.logits_per_text = output.logits_per_image.T
@@ -315,7 +316,7 @@ class DualEncoder(nn.Module):
 
         Exercise 2  with forward
         """
-        # Under train.py's autocast features are bf16: norms and cosines must not be rounded again.
+        # Under train.py's autocast features are bf16, but norms and cosines need full precision.
         return F.normalize(features.to(self.logit_scale.dtype), dim=-1)
 
     def lock(self, tower):
@@ -334,7 +335,7 @@ class DualEncoder(nn.Module):
         self.locked |= {"vision", "text"} if tower == "both" else {tower}
         for name in self.locked:
             getattr(self, f"{name}_model").requires_grad_(False)
-        return self.train(self.training)  # see below: a locked tower goes to evaluation mode
+        return self.train(self.training)  # which puts locked towers in evaluation mode
 
     def train(self, mode=True):
         """Training mode for all but locked towers, whose batch norm would otherwise keep changing.
@@ -404,7 +405,7 @@ class TextConfig:
     heads: int = 12
     mlp_width: int | None = None  # 4 * width unless given
     vocab_size: int = 30522
-    max_positions: int = 512  # rows of the position table; RoBERTa leaves out the first two
+    max_positions: int = 512  # rows of the position table; RoBERTa skips the first two
     pad_token_id: int = 0
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
@@ -500,7 +501,7 @@ class TextEncoder(nn.Module):
 
     @property
     def max_tokens(self):
-        """The longest caption this tower can read, in tokens; less in a RoBERTa."""
+        """The longest caption this tower can read, in tokens; fewer in a RoBERTa."""
         return self.config.max_positions
 
     def default_positions(self, input_ids):
@@ -522,7 +523,7 @@ class TextEncoder(nn.Module):
         return load_tower(read_text_config, folder, folder_or_hub_id, overrides).eval()
 
     def _init_weights(self, module):
-        """BERT's start: normal weights of standard deviation 0.02, zero biases."""
+        """As BERT: normal weights of standard deviation 0.02, zero biases."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear):
@@ -551,7 +552,7 @@ class TextLayer(nn.Module):
         projections = nn.ModuleDict({name: nn.Linear(W, W) for name in ("query", "key", "value")})
         self.attention = nn.ModuleDict({"self": projections, "output": AddAndNorm(W, config)})
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(W, config.mlp_width)})
-        self.output = AddAndNorm(config.mlp_width, config)  # begins with the mlp's second layer
+        self.output = AddAndNorm(config.mlp_width, config)  # holds the MLP's second layer
         self.config = config
         self.activation = ACTIVATIONS[config.activation]()
 
@@ -583,8 +584,7 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
     source             Vaswani et al. 2017, equation 1
     Exercise 3         medium, 40 minutes: never look at padding, run `pytest -k exercise_3`
     """
-    # torch's fused kernel returns no weights, and is slow when a CPU trains in bf16.
-    if not return_weights and not fused_kernel_is_slow(query):
+    if not return_weights:  # torch's own function does the same, faster, and returns no weights
         return F.scaled_dot_product_attention(query, key, value, mask, dropout), None
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
     if mask is not None and mask.dtype == torch.bool:
@@ -593,7 +593,7 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
     elif mask is not None:
         scores = scores + mask
     weights = F.dropout(scores.softmax(dim=-1), dropout)  # dropout is 0 in evaluation
-    return weights @ value, (weights if return_weights else None)
+    return weights @ value, weights
 
 
 def masked_mean(hidden, attention_mask=None):
@@ -651,8 +651,8 @@ class VisionEncoder(nn.Module):
     """Any timm model without its classifier.
 
     config           VisionConfig
-    pretrained_from  the name, with its tag or folder, whose weights timm loads; None for random
-                     ones. Position tables are resampled to image_size
+    pretrained_from  a timm name with its tag, or a folder, to load weights from; None: random
+                     weights. Position tables are resampled to image_size
     raises           ValueError for a name timm does not know (with near ones), and for sizes and
                      arguments that the model does not take
     """
@@ -662,7 +662,7 @@ class VisionEncoder(nn.Module):
         self.config = config
         self.weights_from = None  # timm name, folder or id of a pretrained tower, for train.py
         self.trunk = self.build_trunk(pretrained_from)
-        self.width = self.trunk.head_hidden_size  # what timm would hand to a classifier
+        self.width = self.trunk.head_hidden_size  # size of the pooled features
         self.image_size = config.image_size or self.trunk.pretrained_cfg["input_size"][-1]
 
     def build_trunk(self, pretrained_from):
@@ -690,20 +690,20 @@ class VisionEncoder(nn.Module):
 
         pixel_values  (B, 3, S, S) from the processor
         raises        ValueError for another shape (convnets take any S), for hidden states of a
-                      model without blocks or stages, and for attentions of one that shows none
+                      model without blocks or stages, and for attentions of one that has none
         """
         shape, S = tuple(pixel_values.shape), self.image_size
         if len(shape) != 4 or shape[1] != 3 or (self.has_fixed_size() and shape[2:] != (S, S)):
             expected = f"(B, 3, {S}, {S}), as the model's processor makes them"
             raise ValueError(f"pixel_values has shape {shape}, expected {expected}")
         pixel_values = pixel_values.to(next(self.parameters()).dtype)
-        if pixel_values.is_cuda:  # the layout in which CUDA's convolutions are fast
+        if pixel_values.is_cuda:  # fast there; on CPUs torch's narrow convolutions crash in it
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         with recording(self.trunk, output_hidden_states, output_attentions) as (states, weights):
             features = self.trunk.forward_features(pixel_values)
         return TowerOutput(
             last_hidden_state=features,
-            pooler_output=self.trunk.forward_head(features),  # without classes it only pools
+            pooler_output=self.trunk.forward_head(features),  # there is no classifier: only pools
             hidden_states=tuple(states) or None,
             attentions=tuple(weights) or None,
         )
@@ -715,7 +715,7 @@ class VisionEncoder(nn.Module):
         """
         data = timm.data.resolve_model_data_config(self.trunk)
         return ImageTransform(
-            resize=math.floor(self.image_size / (crop_pct or data["crop_pct"])),
+            resize=math.floor(self.image_size / (crop_pct or data["crop_pct"])),  # 224 / 0.9 = 248
             squash=data["crop_mode"] == "squash",
             crop=self.image_size,
             interpolation=data["interpolation"].replace("random", "bilinear"),
@@ -727,9 +727,9 @@ class VisionEncoder(nn.Module):
 # ==== 5  Processor: images and captions to tensors ================================================
 
 NOTICED = set()  # kinds of message that notice has printed
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic")  # files store Pillow's integer for each
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")  # files store Pillow's number for each
 Image.init()  # loads what Pillow can open
-# Pillow has Ghostscript execute an EPS; files of the other formats are seldom images.
+# Pillow runs Ghostscript for an EPS; files of the other formats are seldom images.
 IMAGE_FORMATS = [f for f in Image.OPEN if f not in ("EPS", "HDF5", "GRIB", "BUFR", "MPEG", "WMF")]
 IMAGE_SUFFIXES = {suffix for suffix, name in Image.EXTENSION.items() if name in IMAGE_FORMATS}
 
@@ -738,7 +738,7 @@ IMAGE_SUFFIXES = {suffix for suffix, name in Image.EXTENSION.items() if name in 
 class ImageTransform:
     """Any image to normalised pixels: resize, centre crop, (pixel / 255 - mean) / std.
 
-    resize         pixels of the shorter side; None leaves the image as it is
+    resize         pixels of the shorter side, or of both; None leaves the image as it is
     crop           pixels of both sides, cut off or added in black; None leaves them as they are
     squash         resize both sides, whatever the image's proportions
     interpolation  one of INTERPOLATIONS
@@ -769,7 +769,7 @@ class ImageTransform:
             size = [self.resize] * (2 if self.squash else 1)  # of both sides, or of the shorter one
             pixels = TF.resize(pixels, size, InterpolationMode(self.interpolation), antialias=True)
         if self.crop is not None:
-            # Negative margins cut. An odd pixel is at the end: as in transformers, not torchvision.
+            # From 257 to 224: -33, of them -16 first, as in transformers (torchvision: -17).
             more_rows, more_columns = (self.crop - side for side in pixels.shape[-2:])
             top, left = int(more_rows / 2), int(more_columns / 2)
             pixels = F.pad(pixels, (left, more_columns - left, top, more_rows - top))
@@ -813,7 +813,7 @@ class ImageTransform:
         for sides in (size, crop):
             if len({*sides.values()}) != 1:
                 raise ValueError(f"size is {sides}, expected a number of pixels or a square")
-        # They normalise pixel * factor, we pixel / 255: mean and std are divided by the ratio.
+        # (pixel * factor - mean) / std = (pixel / 255 - mean / scale) / (std / scale)
         scale = 255 * (values["rescale_factor"] if values["do_rescale"] else 1)
         if not values["do_normalize"]:
             values |= {"image_mean": [0] * 3, "image_std": [1] * 3}
@@ -867,7 +867,7 @@ def open_image(source, size=None):
             begins with a PIL image, as torchvision's do
     size    pixels that the shorter side needs: JPEGs are decoded at a reduced size, at least twice
             this, which is much faster; at full size unless given
-    raises  ValueError that names a file which is missing or no image
+    raises  ValueError that names a file that is missing or no image
     """
     with blamed_on(source, "cannot read image"):
         file = source
@@ -885,7 +885,7 @@ def open_image(source, size=None):
 
 
 def stamp_image(source):
-    """A string that changes when the image of a source of open_image does."""
+    """A string that changes when the image behind a source of open_image does."""
     path, *place = source if isinstance(source, tuple) else [source]
     if not isinstance(path, (str, Path)):
         return ""  # data sets stay as they are
@@ -1077,7 +1077,7 @@ class Pairs(torch.utils.data.Dataset):
         return Pairs(names, images, captions, labels, self.classes)
 
     def stamps(self):
-        """I strings that change when the image does: stored features are kept by them."""
+        """I strings that change when the image does: the keys of stored features."""
         stamp = {open_image: stamp_image, draw_scene: str}.get(self.images.function)
         if stamp is None:
             raise ValueError("features of these images cannot be stored: Pairs.stamps has no stamp")
@@ -1103,7 +1103,10 @@ class Pairs(torch.utils.data.Dataset):
 
 
 def positive_groups(pair_ids):
-    """(B, 2) of Pairs.pair_ids to (B,): the connected components of pairs that share an id."""
+    """(B, 2) of Pairs.pair_ids to (B,): the connected components of pairs that share an id.
+
+    Images 0 0 1 2 with captions a b b c form groups 0 0 0 3: 0 and 1 share an image, 1 and 2 text.
+    """
     groups = torch.arange(len(pair_ids), device=pair_ids.device)
     columns = [column.unique(return_inverse=True)[1] for column in pair_ids.T]
     while True:
@@ -1121,8 +1124,8 @@ def digest(text):
 class ImageDataset(torch.utils.data.Dataset):
     """(epoch, i) to (uint8 pixels (3, S, S), the index used, an error or "").
 
-    An image that cannot be read gives its place to the next one that can, so that batches keep
-    their size: an exception in a worker would end the run.
+    An image that cannot be read is replaced by the next one that can, so that batches keep their
+    size: an exception in a worker would end the run.
 
     augment  function(pixels (3, h, w), key) -> pixels, before they are resized; key is (epoch, i)
     """
@@ -1157,7 +1160,7 @@ def image_loader(dataset, batches, workers, device):
         num_workers=workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=worker_init,
-        generator=torch.Generator(),  # the global one draws dropout: workers' seeds would shift it
+        generator=torch.Generator(),  # drawing workers' seeds from the global one shifts dropout
     )
 
 
@@ -1170,7 +1173,7 @@ SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 SIZES = {"small": 0.1, "large": 0.18}  # radius as a share of the image's side
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 HELD_OUT_OBJECTS = {("red", "star"), ("green", "cross"), ("blue", "triangle"), ("yellow", "circle")}
-MAX_HELD_OUT = 3184  # images: one half has these objects, the other half runs out at 1,592
+MAX_HELD_OUT = 3184  # images: twice 1,592, all that there are without these objects
 
 
 class ShapesPairs(Pairs):
@@ -1200,7 +1203,7 @@ class ShapesPairs(Pairs):
                 self.scenes += scenes
                 names += [f"shapes/{seed}/{part}/{i}" for i in range(len(scenes))]
         for scene, name in zip(self.scenes, names):
-            # From its own generator: the image's would let the background give the wording away.
+            # From its own generator: with the image's, the background would give the wording away.
             turned = random.Random(f"{name} told").random() < 0.5
             first, relation, second = scene
             self.wordings.append((second, OPPOSITE[relation], first) if turned else scene)
@@ -1244,7 +1247,7 @@ def draw_scenes(rng, count, held_out):
         scene = random_object(), rng.choice(("left of", "above")), random_object()
         first, relation, second = scene
         new_object = not HELD_OUT_OBJECTS.isdisjoint((first[1:], second[1:]))
-        tenth = digest(f"{sorted([first, second])} {relation}")[0] < 26  # of 256, like its mirror's
+        tenth = digest(f"{sorted([first, second])} {relation}")[0] < 26  # like its mirror's
         if first == second or (new_object or tenth) != held_out:  # it belongs to the other part
             continue
         wants_new_object = len(scenes) < count // 2
@@ -1295,7 +1298,7 @@ def draw_shape(draw, shape, x, y, radius, fill):
 
 IMAGE_COLUMNS = ["image", "image_name", "image_path", "filepath", "path", "filename", "file_name"]
 CAPTION_COLUMNS = ["caption", "captions", "text", "title", "comment"]
-# What folders, columns and Karpathy's files call a part of the data; None where they do not say.
+# What folders, columns and Karpathy's files call a part of the data; None: they do not say.
 SPLIT_OF = dict.fromkeys(("train", "training", "restval", None), "train")
 SPLIT_OF |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
 SPLIT_OF |= {"test": "test", "testing": "test"}
@@ -1318,7 +1321,7 @@ TORCHVISION_SETS = {
 class Row:
     """What readers yield: a caption, or the class, of an image."""
 
-    where: str  # names the row in messages, and an image that is no path: "captions.csv, line 7"
+    where: str  # names the row in messages, and images without a path: "captions.csv, line 7"
     image: object  # a path below the data's folder, or anything else that open_image accepts
     caption: str | None = None
     label: str | None = None  # the class name
@@ -1353,7 +1356,7 @@ def load_pairs(
 
     spec          "shapes", or what DATA_READERS reads: see README.md, "Your own images"
     split         "train", "val", "test" or "all". The data's own where it has one (without val,
-                  test serves, and the reverse). Else a hash of an image's name, or of its group,
+                  test serves, and vice versa). Else a hash of an image's name, or of its group,
                   puts a val_fraction of the images into val, which is test too
     data_root     where torchvision's sets lie; download lets it fetch them
     images        the image folder of a table or .json, unless it is the file's own
@@ -1376,7 +1379,7 @@ def load_pairs(
     pairs = pairs_from_rows(rows_of, templates, class_names or {})
     for i in range(0, len(pairs), len(pairs) // 8 + 1):
         with suppress(ValueError):
-            pairs.images[i]  # open eight: workers cannot print the notice about dark images
+            pairs.images[i]  # open eight: workers print no notice about dark images
     splits = [own[0].split for own in rows_of.values()]
     if {"val", "test"}.isdisjoint(splits):
         # A hash decides, so new images never move old ones across.
@@ -1414,7 +1417,7 @@ def pairs_from_rows(rows_of, templates, class_names):
     images, folders = Lazy(sources, open_image), [own[0].label for own in rows_of.values()]
     if folders[0] is None:
         if class_names:
-            raise ValueError("there are names for classes, but the data has captions, no classes")
+            raise ValueError("class names are given, but the data has captions, no classes")
         captions = [list(dict.fromkeys(row.caption for row in own)) for own in rows_of.values()]
         return Pairs(list(names), images, captions)
     known = sorted({*folders})
@@ -1477,7 +1480,7 @@ def read_folder(folder, **_):
     for path, place, text in zip(paths, places, texts):
         image, split = os.path.join(*place), place[0] if depth else None
         if len(place) <= depth + (not has_texts):  # a class is a folder more
-            notice(f"{folder} above", f"{path} is left out: it lies in no folder of a class")
+            notice(f"{folder} above", f"{path} is left out: it is in no class folder")
         elif has_texts:
             for caption in filter(str.strip, text_lines(text)):
                 yield Row(text, image, caption, split=split)
@@ -1491,7 +1494,7 @@ def text_lines(path):
 
 
 def read_table(path, **_):
-    """A table with a header, which tells the separator."""
+    """A table, whose header tells the separator."""
     separator = max("\t,;|", key=next(text_lines(path), "").count)  # the most frequent
     # Strict: else a quote that is never closed would quietly swallow the rows below it.
     options = {"delimiter": separator, "skipinitialspace": True, "strict": True}
@@ -1620,7 +1623,7 @@ def build_vision_tower(vision, pretrained, overrides):
             tower = load_tower(read_vision_config, folder, vision, overrides)
             tower.own_transform = read_image_transform(folder)
             return tower
-        # A timm folder. What we save names its architecture and arguments, not where it lay.
+        # A timm folder. We save its architecture and arguments, not its path.
         found["name"], source = values["architecture"], f"local-dir:{folder}"
         args = {"img_size": None, "global_pool": None, **(values.get("model_args") or {})}
         size, found["pooling"] = args.pop("img_size"), args.pop("global_pool")
@@ -1688,7 +1691,7 @@ def fill(module, weights, source, pieces=()):
     with blamed_on(source, f"weights do not fit the {CONFIG_FILE} of"):
         # With assign the file's tensors become the parameters.
         module.load_state_dict(regroup(weights, pieces), assign=True)
-    # Allocate the buffers that files leave out; timm computes them again.
+    # Allocate the buffers that files leave out; timm then computes them.
     module.float()._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
     for part in module.modules():
         if hasattr(part, "init_non_persistent_buffers"):
@@ -1732,7 +1735,7 @@ def read_weights(folder):
     with blamed_on(path, "cannot read weights in one piece from"):
         if is_pickle:
             return torch.load(path, map_location="cpu", weights_only=True)
-        mapped = safetensors.torch.load_file(path)  # cloned, as it changes with the file
+        mapped = safetensors.torch.load_file(path)  # memory-mapped: it changes with the file
         return {name: tensor.clone() for name, tensor in mapped.items()}
 
 
@@ -1748,7 +1751,7 @@ def write_file(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)  # there after an error only
+        temporary.unlink(missing_ok=True)  # there only after an error
 
 
 # ==== 8  Large batches and several processes ======================================================
@@ -1828,7 +1831,7 @@ def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=1024):
     check_same_shape(image_embeds, text_embeds)
     scaled = logit_scale.exp() * image_embeds
     of_rows, of_columns = TiledLogSumExp.apply(scaled, gather_embeds(text_embeds), tile)
-    # Complete over this rank's images only: a log-sum-exp over ranks joins them.
+    # (N,) over this rank's images: (ranks, N) of all ranks give (N,) over all images.
     of_columns = gather_embeds(of_columns[None]).logsumexp(dim=0)
     pair_scores = (scaled * text_embeds).sum(dim=1)
     return (of_rows / 2 - pair_scores).mean() + of_columns.mean() / 2
@@ -1861,11 +1864,11 @@ class TiledLogSumExp(torch.autograd.Function):
         images, texts, of_rows, of_columns = ctx.saved_tensors
         grad_images, grad_texts = torch.zeros_like(images), torch.zeros_like(texts)
         for rows, columns, scores in score_tiles(images, texts, ctx.tile):
-            # A softmax is exp(score - log-sum-exp). The second one reuses the memory of scores.
-            grad = (scores - of_rows[rows, None]).exp_().mul_(grad_rows[rows, None])
-            grad += scores.sub_(of_columns[columns]).exp_().mul_(grad_columns[columns])
-            grad_images[rows].addmm_(grad, texts[columns])
-            grad_texts[columns].addmm_(grad.T, images[rows])
+            in_row = (scores - of_rows[rows, None]).exp()  # softmax over the row
+            in_column = (scores - of_columns[columns]).exp()
+            grad = grad_rows[rows, None] * in_row + grad_columns[columns] * in_column
+            grad_images[rows] += grad @ texts[columns]
+            grad_texts[columns] += grad.T @ images[rows]
         return grad_images, grad_texts, None
 
 
@@ -1917,10 +1920,10 @@ def gather_embeds(embeds):
     """Every rank's rows, with gradients; the identity in one process.
 
     A row's gradients from the losses of all ranks come back, summed, to the rank that owns it. If
-    each rank computes the loss of all rows, the sum is world_size times the true gradient. The mean
-    over ranks, which DistributedDataParallel takes, makes it the true one.
+    two ranks both compute the loss L of all rows, that is twice the gradient of L; the mean over
+    ranks, which DistributedDataParallel takes, makes it the gradient of L.
 
-    embeds   (R, ...)  this rank's rows of anything, as many as each other rank has
+    embeds   (R, ...)  this rank's rows of anything; every rank has as many
     returns  (B, ...)  the rows of all ranks, in order
     """
     return embeds if world_size() == 1 else GatherRows.apply(embeds)
@@ -2059,8 +2062,8 @@ class Published(typing.NamedTuple):
     """A family of towers, and how transformers writes it."""
 
     make: typing.Callable  # text: class of the tower; vision: what makes the timm model
-    prefix: str = ""  # of tensor names where a task head is on top; "" is a family never published
-    names: dict = {}  # {pattern in our tensor names: what is there in theirs}
+    prefix: str = ""  # of tensor names where a task head is on top; "": a family never published
+    names: dict = {}  # {pattern in our tensor names: its replacement in theirs}
     defaults: dict = {}  # where a config.json is silent: see _VIT; text: fields of TextConfig
 
 
@@ -2230,7 +2233,7 @@ def read_vision_config(values, pooling, overrides):
         raise ValueError(f"it reads RGB of {size} pixels; timm has towers of any size by name")
     args = {key: values[key] for key in VISION_KEYS if values.get(key) is not None}
     args |= overrides.get("args", {})
-    # config.json does not say whether a ViT or DeiT has a pooler, but the names of weights do.
+    # config.json does not say whether a ViT or DeiT has a pooler, but the weights do.
     pooling = (pooling or "token") if name in ("vit", "deit") else None
     found = {"name": name, "pooling": pooling, **overrides, "image_size": size, "args": args}
     return config_from_dict(VisionConfig, found)
@@ -2379,7 +2382,7 @@ def tokenizer_from_files(path, settings, words):
     files = str(path), str(path.with_name("merges.txt"))
     options = {"add_prefix_space": settings.get("add_prefix_space", False)}
     tokenizer = tokenizers.ByteLevelBPETokenizer.from_file(*files, **options)._tokenizer
-    # The library's class leaves special tokens to its caller. RoBERTa's mask takes along a space.
+    # The library's class leaves special tokens to its caller. RoBERTa's mask eats a space.
     ends = ((w, tokenizer.token_to_id(w)) for w in (words["sep_token"], words["cls_token"]))
     tokenizer.post_processor = tokenizers.processors.RobertaProcessing(*ends)
     mask = tokenizers.AddedToken(words.pop("mask_token"), lstrip=True)
@@ -2437,7 +2440,7 @@ def pick_device(name):
 
 
 def worker_init(worker_id):
-    """Ignore Ctrl-C, by a process group of its own: workers must live until the run has saved."""
+    """A process group of its own, which no Ctrl-C reaches: workers live until the run has saved."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
 
@@ -2452,19 +2455,26 @@ def pick_precision(name, device):
     return "bf16" if device.type == "cpu" and hardware else "fp32"
 
 
+@contextmanager
 def autocast(device, precision):
     """The context in which towers run; "fp32" also switches an outer one off."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+    with torch.autocast(device.type, dtype, enabled=dtype is not None), ExitStack() as more:
+        if device.type == "cpu" and precision == "bf16" and torch.is_grad_enabled():
+            # When a CPU learns, torch's fused attention takes two to five times as long as MATH.
+            allow = torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp  # a setting of CPUs, too
+            more.callback(allow, torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed())
+            allow(True)
+            more.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
 
 
 @contextmanager
 def recording(trunk, want_states, want_weights):
     """Inside, two lists fill with a timm model's hidden states and attention weights, if wanted.
 
-    timm's attention calls torch's fused kernel while its fused_attn is True. It becomes False where
-    that kernel is slow, and where weights are wanted: only without the kernel do they pass through
-    attn_drop, where a hook collects them. At the end all is restored; not thread-safe until then.
+    While timm's fused_attn is False, its attention weights pass through attn_drop, where a hook
+    collects them. All is restored at the end. Not thread-safe.
     """
     kind, states, weights = type(trunk).__name__, [], []
     blocks = getattr(trunk, "blocks", None) or getattr(trunk, "stages", None)
@@ -2479,22 +2489,12 @@ def recording(trunk, want_states, want_weights):
     with ExitStack() as undo:  # at its end it calls what was given to callback
         for block in blocks if want_states else ():
             undo.callback(block.register_forward_hook(keep_state).remove)
-        learning = next((p for p in trunk.parameters() if p.requires_grad), torch.empty(0))
-        unfused = want_weights or fused_kernel_is_slow(learning)
-        for layer in trunk.modules() if unfused else ():
-            if hasattr(layer, "fused_attn"):
+        for layer in trunk.modules() if want_weights else ():
+            if hasattr(layer, "fused_attn") and hasattr(layer, "attn_drop"):
                 undo.callback(setattr, layer, "fused_attn", layer.fused_attn)
                 layer.fused_attn = False
-                if want_weights and hasattr(layer, "attn_drop"):
-                    register = layer.attn_drop.register_forward_hook
-                    undo.callback(register(lambda _, args, output: weights.append(output)).remove)
+                register = layer.attn_drop.register_forward_hook
+                undo.callback(register(lambda _, args, output: weights.append(output)).remove)
         yield states, weights
     if want_weights and not weights:
         raise ValueError(f"{kind} has no attention whose weights can be shown")
-
-
-def fused_kernel_is_slow(tensor):
-    """True while a CPU learns in bf16: separate products take half to a fifth of its time."""
-    in_bf16 = tensor.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
-    learns = tensor.requires_grad and torch.is_grad_enabled()
-    return tensor.device.type == "cpu" and in_bf16 and learns

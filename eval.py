@@ -41,7 +41,7 @@ from tqdm import tqdm
 import dualenc
 
 EVAL_BATCH = 256
-ROUNDING = 1e-6  # cosines closer than this are equal: the order of a sum alone moves them by less
+ROUNDING = 1e-6  # cosines closer than this are equal: the order of summation moves them by less
 
 # ---- 1  Embeddings, computed once ----------------------------------------------------------------
 
@@ -65,7 +65,7 @@ def progress(items, what):
 
 
 def batches_of(items, size):
-    """A sequence in batches; of several processes each has its share of them."""
+    """A sequence in batches; each of several processes takes its share of them."""
     batches = [items[start : start + size] for start in range(0, len(items), size)]
     return batches[dualenc.share(len(batches))]
 
@@ -247,7 +247,7 @@ def data_checksum(names):
 
 
 def cache_key(model, precision, side):
-    """A name that changes with whatever may change a row: weights, configuration, preparation.
+    """A name that changes with anything that changes a row: weights, configuration, preparation.
 
     side  "image_features" or "text_features", what a tower pools; "image_embeds", of search
     """
@@ -323,8 +323,8 @@ def with_interval(name, values, per_image=None):
 def ranks(image_embeds, text_embeds, right, rows=512):
     """The rank of each image's best right caption and of each caption's best right image.
 
-    1 is first. A tie counts against the model: wrong answers with the score of the right one stand
-    before it. A score that is nan stands before all others.
+    1 is first. A tie counts against the model: wrong answers with the score of the right one rank
+    before it. A score that is nan ranks before all others.
 
     image_embeds  (I, E)  unit-norm rows
     text_embeds   (N, E)  unit-norm rows of captions, or of classes
@@ -336,7 +336,7 @@ def ranks(image_embeds, text_embeds, right, rows=512):
     """
     image, text = right.to(image_embeds.device).unique(dim=0).T
     n_images, n_texts = len(image_embeds), len(text_embeds)
-    # The worst rank is 1 + all wrong answers; the loop subtracts those below the best right one.
+    # 1 + all wrong answers; the loop subtracts those below the best right one (1 of 3: rank 3).
     image_ranks = 1 + n_texts - image.bincount(minlength=n_images)
     text_ranks = 1 + n_images - text.bincount(minlength=n_texts)
     if (image_ranks > n_texts).any():
@@ -357,7 +357,7 @@ def ranks(image_embeds, text_embeds, right, rows=512):
 
 
 def retrieval_metrics(image_ranks, text_ranks, right):
-    """What ranks say, by name.
+    """Metrics of ranks, by name.
 
     image_ranks  (I,)    of each image's best right caption
     text_ranks   (N,)    of each caption's best right image
@@ -439,7 +439,7 @@ def zeroshot_metrics(image_embeds, class_rows, labels, classes):
     image_embeds  (I, E)  unit-norm rows
     class_rows    (K, E)  unit-norm rows of K classes by name
     labels        (I,)    right class indices
-    returns       shares zs_top1, zs_top5, zs_per_class (the mean over the classes there are), each
+    returns       shares zs_top1, zs_top5, zs_per_class (the mean over classes in the data), each
                   with _low and _high; zs_class_top1, {name: share}; chance_top1, n_images, ...
     """
     right = torch.stack([torch.arange(len(labels)), labels], dim=1)
@@ -767,7 +767,7 @@ tbody th { text-align: left; font-weight: normal } .cards { display: flex; flex-
 
 
 def write_report(folder, context, results, facts):
-    """Write folder/index.html, below lines of facts: one page, no script, nothing to fetch."""
+    """Write folder/index.html, headed by facts: one page, no script, nothing to fetch."""
     page = PAGE + "".join(f"<p>{html.escape(fact)}</p>" for fact in facts)
     for name, metrics in results.items():
         page += f"<h2>{html.escape(TASKS[name].title)}</h2>"
@@ -838,7 +838,7 @@ TASKS = {
     "probe": Task("Linear probe", False, True, "classes", probe_task),
     "knn": Task("k nearest neighbours", False, True, "classes", knn_task),
     "binding": Task("Binding", False, True, "hard_negatives", binding_task),
-    "search": Task("Search", False, False, "captions", search_task, search_blocks),
+    "search": Task("Search", False, False, "images", search_task, search_blocks),
 }
 
 SPLIT_HELP = "auto: what the run held out of its own data; of other data the test part, or all"
@@ -867,7 +867,7 @@ class EvalConfig:
 
 
 def read_list(source):
-    """The non-empty lines of a text file; if there is none, what stands between commas."""
+    """The non-empty lines of a text file; without a file, the items between commas."""
     lines = dualenc.text_lines(source) if os.path.isfile(source) else source.split(",")
     lines = tuple(line.strip() for line in lines if line.strip())
     if source and not lines:
@@ -896,7 +896,7 @@ def read_class_names(source):
 
 
 def load_part(spec, split, class_names, **how):
-    """Pairs of a split, not empty. Names alone replace the data's classes, which are among them."""
+    """Pairs of a split, not empty. Names alone, a superset of the data's classes, replace them."""
     classes = list(class_names)
     renames = classes != list(class_names.values())  # there are folder<TAB>name lines
     pairs = dualenc.load_pairs(spec, split, class_names=class_names if renames else {}, **how)
@@ -912,7 +912,7 @@ def load_part(spec, split, class_names, **how):
 
 
 def open_data(config, checkpoint):
-    """What --data and --split mean: fields of EvalContext by name, and a line on which part it is.
+    """What --data and --split mean: fields of EvalContext by name, and a line that names the part.
 
     A run knows its own data by the names of the images, wherever they lie: then its val_fraction,
     templates and classes hold, and --split auto is what it held out. Of other data auto is the test

@@ -41,7 +41,7 @@ STATE_FILE, METRICS_FILE, LOCK_FILE = "training_state.pt", "metrics.jsonl", "run
 SHOWN = {"i2t_r1": "image->text R@1", "i2t_r5": "R@5", "t2i_r1": "text->image R@1"}
 SHOWN |= {"t2i_r5": "R@5", "chance_r1": "chance", "zs_top1": "zero-shot", "chance_top1": "chance"}
 BAD_SHARE = 0.01  # the share of unreadable images above which --on-bad-image skip stops, too
-TILED_FROM = 2048  # batch size, over all ranks, above which tiled losses are faster
+TILED_FROM = 2048  # batch size, over all ranks, from which on the tiled loss is faster
 
 
 # ---- What is minimised, and what can be set ------------------------------------------------------
@@ -95,26 +95,9 @@ LOSSES = {
 }
 
 
-def random_crop(pixels, smallest_share, rng):
-    """A part of pixels (3, h, w) in its own proportions, of smallest_share of its area or more."""
-    side = math.sqrt(rng.uniform(smallest_share, 1))
-    height, width = (max(1, round(n * side)) for n in pixels.shape[-2:])
-    top, left = rng.randint(0, pixels.shape[-2] - height), rng.randint(0, pixels.shape[-1] - width)
-    return pixels[:, top : top + height, left : left + width]
-
-
-def random_flip(pixels, flip, rng):
-    """Pixels (3, h, w) or their mirror image."""
-    return pixels.flip(-1) if rng.random() < 0.5 else pixels
-
-
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The flags. Their metadata:
-
-    augment  function(uint8 pixels (3, h, w), value, rng) -> such pixels; not called for the default
-    sets     a flag with a value goes to from_vision_text_pretrained as this prefix and its name
-    """
+    """The flags. What one sets, unless it is 0 or "", is a field of from_vision_text_pretrained."""
 
     data: str = flag("shapes", "data spec (README.md lists them)", "data")
     data_root: str = flag("data", "where torchvision's data sets lie", "data")
@@ -124,23 +107,21 @@ class TrainConfig:
     val_fraction: float = flag(0.1, "share of images held out of data without a split", "data")
     templates: str = flag("", "plain, clip7, or a file of templates, {} for the class", "data")
     on_bad_image: str = flag("error", "skip: take the next one", "data", ("error", "skip"))
-    crop_scale: float = flag(1.0, "smallest share a random crop keeps", "data", augment=random_crop)
-    flip: bool = flag(False, "mirror each image with probability 1/2", "data", augment=random_flip)
     init: str = flag("", "start from this dual encoder: run, checkpoint or hub id", "start")
     lock: str = flag("", "freeze towers (LiT: vision)", "start", ("", "vision", "text", "both"))
     vision: str = flag("scratch", "timm name, folder or hub id; scratch: a small ResNet", "towers")
-    vision_args: dict | None = flag(None, "arguments of timm.create_model", "towers", sets="")
+    vision_args: dict | None = flag(None, "of timm.create_model", "towers", sets="vision_args")
     pretrained: bool | None = flag(None, "load timm's weights; by default for NAME.TAG", "towers")
-    image_size: int = flag(0, "pixels a side; 0: the tower's own", "towers", sets="vision_")
-    patch_dropout: float = flag(0.0, "share of patches left out (ViTs)", "towers", sets="vision_")
+    image_size: int = flag(0, "pixels per side; 0: its own", "towers", sets="vision_image_size")
+    patch_dropout: float = flag(0.0, "share left out (ViTs)", "towers", sets="vision_patch_dropout")
     text: str = flag("scratch", "transformers folder or hub id; scratch: a new tower", "towers")
     text_width: int = flag(192, "width of a new text tower", "towers")
     text_depth: int = flag(3, "layers of a new text tower", "towers")
     text_heads: int = flag(3, "attention heads of a new text tower", "towers")
-    text_pooling: str = flag("", "cls, mean or pooler; else the folder's", "towers", sets="")
+    text_pooling: str = flag("", "cls, mean, pooler; or its own", "towers", sets="text_pooling")
     vocab_size: int = flag(4096, "tokens of a new text tower, learned from captions", "towers")
     max_tokens: int = flag(64, "longest caption of a new text tower", "towers")
-    projection_dim: int = flag(256, "width of the shared space", "towers", sets="")
+    projection_dim: int = flag(256, "width of the shared space", "towers", sets="projection_dim")
     loss: str = flag("clip", "see LOSSES in train.py", "recipe", tuple(LOSSES))
     epochs: float = flag(10, "passes over the images", "recipe")
     steps: int = flag(0, "steps, instead of epochs", "recipe")
@@ -164,9 +145,27 @@ class TrainConfig:
     eval_every: int = flag(0, "steps between evaluations; 0 for about five in all", "output")
     log_every: int = flag(50, "steps between printed lines", "output")
 
+    # Augmentations: each is a function of uint8 pixels (3, h, w), the flag's value and a generator
+    # of random numbers that returns such pixels, and its flag, whose default switches it off.
+    @staticmethod
+    def random_crop(pixels, smallest_share, rng):
+        """A part in the image's own proportions, of smallest_share of its area or more."""
+        side, (height, width) = math.sqrt(rng.uniform(smallest_share, 1)), pixels.shape[-2:]
+        rows, columns = max(1, round(height * side)), max(1, round(width * side))
+        top, left = rng.randint(0, height - rows), rng.randint(0, width - columns)
+        return pixels[:, top : top + rows, left : left + columns]
+
+    crop_scale: float = flag(1.0, "smallest share a random crop keeps", "data", augment=random_crop)
+
+    @staticmethod
+    def random_flip(pixels, flip, rng):
+        return pixels.flip(-1) if rng.random() < 0.5 else pixels
+
+    flip: bool = flag(False, "mirror each image with probability 1/2", "data", augment=random_flip)
+
 
 # A resumed run may change these: they do not decide what it learns. Data may lie elsewhere.
-FREE_ON_RESUME = {"resume", "out", "overwrite", "eval_every", "log_every", "workers", "device"}
+FREE_ON_RESUME = {"resume", "overwrite", "eval_every", "log_every", "workers", "device"}
 FREE_ON_RESUME |= {"data", "data_root", "images", "download", "on_bad_image", "cache_features"}
 
 
@@ -181,7 +180,7 @@ def train(config, run, model, optimizer, state):
     """Train from state["step"] to config.steps, or until SIGINT or SIGTERM, which save and exit.
 
     returns  the metrics of the best evaluation
-    raises   ValueError once loss or gradient are not finite (fp16 skips steps that overflow)
+    raises   ValueError once loss or gradient is not finite (fp16 skips steps that overflow)
     """
     loss_row, device = LOSSES[config.loss], model.logit_scale.device
     embed = dualenc.MicroBatches(model, config.micro_batch, config.precision)
@@ -190,7 +189,7 @@ def train(config, run, model, optimizer, state):
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     scaler.load_state_dict(state.get("scaler") or scaler.state_dict())
     sums, bad_images = Counter(state["sums"]), {}  # sums since the last line; update() adds
-    first_step, ready = state["step"] + 1, 0.0  # ready: when the step before was done
+    first_step, ready = state["step"] + 1, 0.0  # ready: when the last step ended
 
     with stop_signals() as received:
         for images, indices, captions in fetch(config, run, model, state["step"], bad_images):
@@ -218,9 +217,10 @@ def train(config, run, model, optimizer, state):
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
             mean_loss = dualenc.gather_embeds(loss.detach()[None]).mean().item()
-            skipped = not norm.isfinite().item()  # outside fp16 the scale is 1: no step may be
-            broken = not math.isfinite(mean_loss) or (skipped and scaler.get_scale() <= 1)
-            where = f"step {state['step'] + 1}: loss or gradient are not finite"
+            skipped = not norm.isfinite().item()
+            can_shrink = scaler.get_scale() > 1  # in fp16 only: then the next step may not overflow
+            broken = not math.isfinite(mean_loss) or (skipped and not can_shrink)
+            where = f"step {state['step'] + 1}: loss or gradient is not finite"
             refuse(broken, f"{where}: lower --lr ({config.lr:.1e}) or take --precision fp32")
             scaler.step(optimizer)
             scaler.update()
@@ -353,7 +353,8 @@ def batch_keys(config, pairs, first_step):
             rows = [range(len(pairs))[i : i + neighbours] for i in range(0, len(pairs), neighbours)]
             random.Random(f"order {config.seed} {epoch}").shuffle(rows)
             order, order_epoch = list(itertools.chain.from_iterable(rows)), epoch
-        batch = order[position * config.batch_size :][: config.batch_size]
+        start = position * config.batch_size
+        batch = order[start : start + config.batch_size]
         yield [(epoch, i) for i in batch[dualenc.share(config.batch_size)]]
 
 
@@ -363,7 +364,7 @@ def fetch(config, run, model, first_step, bad_images):
     Images are uint8 pixels (R, 3, S, S) or cached features (R, W). The place of an unreadable image
     is taken by the next one, and bad_images, {index: reason}, grows.
     """
-    batches = partial(batch_keys, config, run.pairs, first_step)  # the loader's, and again below
+    batches = partial(batch_keys, config, run.pairs, first_step)  # for the loader, and again below
     if "train" in run.features:
         loader = cached_images(*run.features["train"], batches())
     else:
@@ -388,8 +389,8 @@ def cached_images(rows, unreadable, batches):
     """What an image loader yields, with features (R, W) for pixels."""
     for keys in batches:
         indices = [i for _, i in keys]
-        while bad := set(indices) & unreadable.keys():  # then the next image takes the place
-            indices = [(i + (i in bad)) % len(rows) for i in indices]
+        while not unreadable.keys().isdisjoint(indices):  # then the next image takes the place
+            indices = [(i + 1) % len(rows) if i in unreadable else i for i in indices]
         yield rows[indices], torch.tensor(indices), [unreadable.get(i, "") for _, i in keys]
 
 
@@ -408,7 +409,7 @@ def augment(config, pixels, key):
 
 
 def cache_features(config, run, model):
-    """Fill run.features with what locked towers make of the data: computed once, kept beside it.
+    """Fill run.features with locked towers' features of the data: computed once, kept beside it.
 
     "train" and "val" are (rows (I, W), {unreadable: why}) of images, "captions" {caption: row (W,)}
     """
@@ -443,8 +444,8 @@ def make_model(config, pairs):
         model = dualenc.DualEncoder.from_pretrained(config.init)
         model.vision_model.weights_from = model.text_model.weights_from = config.init
         return model
-    given = [f for f in dataclasses.fields(config) if "sets" in f.metadata and vars(config)[f.name]]
-    more = {f.metadata["sets"] + f.name: vars(config)[f.name] for f in given}
+    given = [f for f in dataclasses.fields(config) if "sets" in f.metadata]
+    more = {f.metadata["sets"]: vars(config)[f.name] for f in given if vars(config)[f.name]}
     if (vision := config.vision) == "scratch":
         vision, more["vision_args"] = SCRATCH_VISION, SCRATCH_ARGS | (config.vision_args or {})
         more.setdefault("vision_image_size", SCRATCH_SIZE)
@@ -590,7 +591,7 @@ def open_run(out, config, run, argv, device, step):
         refuse(begun["processes"] != record["processes"], began)
         record = {**begun, "flags": record["flags"]}  # the data may have moved
         print(f"resumed  {out} at step {step:,}")
-        # Lines after the last checkpoint come again; a kill may have cut the last one.
+        # Lines after the checkpoint will be written again; a kill may have cut the last one.
         whole = (out / METRICS_FILE).read_text(encoding="utf-8").split("\n")[:-1]
         lines = [f"{line}\n" for line in whole if json.loads(line)["step"] <= step]
     if dualenc.rank() == 0:
@@ -644,7 +645,7 @@ def stop_signals():
 
 
 def describe_step(line, config):
-    """The printed line of some training steps."""
+    """The line that is printed for a few training steps."""
     floor = f", floor {line['floor_loss']:.3f}" if line["floor_loss"] > 0.01 else ""
     text = f"step {line['step']:>6,}/{config.steps:,}   loss {line['loss']:.3f} "
     text += f"(chance {line['chance_loss']:.3f}{floor})   acc {line['in_batch_acc']:.1%}   "
@@ -667,7 +668,7 @@ def introduce(config, run, model, optimizer, flags):
     distinct, encode = set(captions), model.processor.tokenizer.encode
     model.processor.cut_at(model.processor.max_length)
     same = len(distinct) - len({tuple(encode(caption).ids) for caption in distinct})
-    print(f"tokens   {text.vocab_size:,}; {same:,} captions have the token ids of a different one")
+    print(f"tokens   {text.vocab_size:,}; {same:,} captions have the token ids of another")
     vision, language = (sum(w.numel() for w in tower.parameters()) / 1e6 for _, tower in sides)
     sizes = f"({vision:.1f}M) + {text.family} {text.depth}x{text.width} ({language:.1f}M)"
     print(f"model    {model.config.vision.name} {sizes} -> {model.config.projection_dim}")

@@ -363,7 +363,7 @@ def test_class_folders_become_captions_through_templates(tmp_path, capsys):
     notes = capsys.readouterr().out
     assert (
         "left out: 1 files that are no images, such as" in notes
-        and "top.png is left out: it lies in no folder" in notes
+        and "top.png is left out: it is in no class folder" in notes
     )
     new = dualenc.load_pairs(tmp_path, "all", class_names={"cat": "tom_cat"}, templates=("a {}",))
     assert new.classes == ["big dog", "tom cat"] and new.captions[-1] == ["a tom cat"]
@@ -371,7 +371,7 @@ def test_class_folders_become_captions_through_templates(tmp_path, capsys):
         dualenc.load_pairs(tmp_path, class_names={"cats": "tom"})
     with pytest.raises(ValueError, match="template 'a photo' has no {} for the class name"):
         dualenc.load_pairs(tmp_path, templates=("a photo",))
-    with pytest.raises(ValueError, match="names for classes, but .* has captions, no classes"):
+    with pytest.raises(ValueError, match="class names are given, but .* has captions, no classes"):
         table = write(tmp_path / "c.csv", "image,caption\ntop.png,a dog")
         dualenc.load_pairs(table, class_names={"cat": "tom"})
 

@@ -291,14 +291,11 @@ def test_captions_of_unknown_tokens_are_noticed_once(capsys):
 # ---- Saving
 
 
-@pytest.mark.parametrize(
-    "transform",
-    [
-        make_transform(),
-        make_transform(squash=True, crop=None),
-        make_transform(resize=None, interpolation="bilinear"),
-    ],
-)
+TRANSFORMS = [make_transform(), make_transform(squash=True, crop=None)]
+TRANSFORMS += [make_transform(resize=None, interpolation="bilinear")]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
 def test_a_processor_is_rebuilt_from_its_folder_alone(tmp_path, tokenizer, image, transform):
     processor = dualenc.Processor(transform, tokenizer)
     processor(text="two dogs", max_length=3)  # a limit for one call must not be saved

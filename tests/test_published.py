@@ -16,6 +16,7 @@ import dualenc
 FIXTURES = Path(__file__).parent / "fixtures"
 DUAL = sorted(folder.name for folder in (FIXTURES / "dual").iterdir())
 TOKENS = sorted({path.name for path in (FIXTURES / "tokens").iterdir()} - {"xlm-roberta-old"})
+IMAGE_PROCESSORS = json.loads((FIXTURES / "images.json").read_text())
 
 
 def largest_difference(got, right):
@@ -439,6 +440,15 @@ def test_a_folder_without_weights_or_with_code_in_them_is_refused(copy):
         with pytest.raises(ValueError, match=f"cannot read weights in one piece from .*{name}"):
             load(folder)
         (folder / "pytorch_model.bin").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("name", IMAGE_PROCESSORS)
+def test_pixel_values_are_those_of_transformers_image_processors(name):
+    """Images of odd sizes, stretched, cropped, cut off or left raw."""
+    tensors, transform = load_file(FIXTURES / "images.safetensors"), IMAGE_PROCESSORS[name]
+    for i in range(3):
+        got = dualenc.ImageTransform.from_dict(transform)(tensors[f"picture.{i}"].numpy())
+        assert largest_difference(got, tensors[f"{name}.{i}"]) < 1e-6
 
 
 # ---- Beside transformers itself ------------------------------------------------------------------

@@ -212,8 +212,8 @@ def test_a_kill_around_an_evaluation_leaves_no_trace(moment, data, tmp_path, mon
 
 
 def test_resuming_refuses_flags_that_change_what_is_learned(stopped, data, tmp_path):
-    with pytest.raises(ValueError, match="a resumed run keeps --batch-size, --lr; --init"):
-        run("--resume", stopped, "--lr", "0.1", "--batch-size", "4")
+    with pytest.raises(ValueError, match="a resumed run keeps --batch-size, --lr, --out; --init"):
+        run("--resume", stopped, "--lr", "0.1", "--batch-size", "4", "--out", tmp_path)
     with pytest.raises(ValueError, match=r"keeps --vision-args; --init"):
         run("--resume", stopped, "--vision-args", "layers=[1]")
     harmless = ["--eval-every", "6", "--log-every", "3", "--workers", "1"]
@@ -513,7 +513,7 @@ def test_a_run_of_two_processes_is_that_of_one_and_nan_stops_both(data, tmp_path
         assert line == pytest.approx(other, rel=1e-4, abs=1e-4)
     out = tmp_path / "nan"  # with batch norm, of which each rank has statistics of its own
     errors = support.in_processes(2, train_here, [*data, *TINY, "--out", out], "nan")
-    assert errors[0] == errors[1] and "step 7: loss or gradient are not finite" in errors[0]
+    assert errors[0] == errors[1] and "step 7: loss or gradient is not finite" in errors[0]
     assert state_of(out)["step"] == 5
     model, pairs = dualenc.DualEncoder.from_pretrained(out / "best"), data[1]
     pairs = dualenc.load_pairs(pairs, "val", val_fraction=0.25)

@@ -132,20 +132,21 @@ class FusedKernels(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        self.count += "scaled_dot_product" in str(function)
+        self.count += "scaled_dot_product_flash" in str(function)
         return function(*arguments, **(options or {}))
 
 
-@pytest.mark.parametrize("in_bf16, learns", [(False, True), (True, False), (True, True)])
-def test_no_fused_kernel_where_a_cpu_trains_in_bf16(in_bf16, learns, make_model, images):
+@pytest.mark.parametrize("precision, learns", [("fp32", True), ("bf16", False), ("bf16", True)])
+def test_no_fused_kernel_where_a_cpu_trains_in_bf16(precision, learns, make_model, images):
     """There separate products are faster; the embeddings are the same to bf16's digits."""
-    model = make_model()
+    model, cpu, in_bf16 = make_model(), torch.device("cpu"), precision == "bf16"
     next(model.vision_model.parameters()).requires_grad_(False)  # as with adapters
     inputs = model.processor(text=["two dogs", "a"], images=images[:2])
-    right, autocast = model(**inputs), torch.autocast("cpu", torch.bfloat16, enabled=in_bf16)
-    with autocast, torch.set_grad_enabled(learns), FusedKernels() as kernels:
-        got = model(**inputs)
-    assert kernels.count == (0 if in_bf16 and learns else 4)
+    right, bf16_allowed = model(**inputs), torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed
+    with torch.set_grad_enabled(learns), dualenc.autocast(cpu, precision), FusedKernels() as fused:
+        got, products_in_bf16 = model(**inputs), bf16_allowed()
+    assert fused.count == (0 if in_bf16 and learns else 4)
+    assert products_in_bf16 == (in_bf16 and learns) and not bf16_allowed()
     for side in ("image_embeds", "text_embeds"):
         assert torch.allclose(getattr(got, side), getattr(right, side), atol=3e-2 * in_bf16)
 

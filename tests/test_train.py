@@ -110,7 +110,7 @@ def test_a_new_loss_is_one_row_and_an_incomplete_row_raises(make_model, monkeypa
 
 @dataclasses.dataclass(frozen=True)
 class WithHead(train.TrainConfig):
-    projection_head: str = train.flag("mlp", "row of PROJECTION_HEADS", "towers", sets="")
+    projection_head: str = train.flag("mlp", "of the projections", sets="projection_head")
 
 
 def test_a_new_head_is_one_row_and_one_flag(monkeypatch):
@@ -189,21 +189,21 @@ def test_augmentation_follows_from_seed_and_key_alone():
 def test_random_crops_keep_proportions_and_at_least_the_share_asked_for():
     image, shares = torch.arange(40 * 60).view(1, 40, 60), []
     for seed in range(200):
-        crop = train.random_crop(image, 0.25, random.Random(seed))
+        crop = train.TrainConfig.random_crop(image, 0.25, random.Random(seed))
         height, width = crop.shape[-2:]
         assert width / height == pytest.approx(1.5, abs=0.1)
         assert torch.equal(crop - crop[0, 0, 0], image[:, :height, :width]), "one connected part"
         shares.append(height * width / image.numel())
     assert 0.23 <= min(shares) < 0.35 and 0.9 < max(shares) <= 1
-    assert train.random_crop(torch.zeros(3, 1, 9), 0.01, random.Random(0)).numel() > 0
-
-
-def darken(pixels, by, rng):
-    return (pixels * (1 - by * rng.random())).to(torch.uint8)
+    assert train.TrainConfig.random_crop(torch.zeros(3, 1, 9), 0.01, random.Random(0)).numel() > 0
 
 
 @dataclasses.dataclass(frozen=True)
 class DarkConfig(train.TrainConfig):
+    @staticmethod
+    def darken(pixels, by, rng):
+        return (pixels * (1 - by * rng.random())).to(torch.uint8)
+
     dark: float = train.flag(0.0, "darken images", "data", augment=darken)
 
 
@@ -451,7 +451,7 @@ REFUSED = [
     ({"cache_features": True, "lock": "both", "flip": True, "crop_scale": 0.5}, "crop-scale, --fl"),
     ({"batch_size": 1}, "--batch-size is 1, expected at least 2"),
     ({"batch_size": 100}, r"3\d training images: lower --batch-size"),
-    ({"lr": 1e30, "clip_grad": 0}, "step 2: loss or gradient are not finite: lower --lr"),
+    ({"lr": 1e30, "clip_grad": 0}, "step 2: loss or gradient is not finite: lower --lr"),
     ({"images": "nowhere"}, "missing image nowhere"),
     ({"val_fraction": 0.0}, "no images are held out"),
     ({"val_fraction": 1.0}, "has no training images: all are held out"),
@@ -493,7 +493,7 @@ def test_captions_that_cannot_be_told_apart_are_refused_or_counted(run, tmp_path
     assert 5 < (same := len(captions) - len({caption.lower() for caption in captions})) < 30
     for flags, count in (({}, same), ({"max_tokens": 3}, len(captions) - 1)):  # all cut alike
         run(f"{count}", data=data, steps=1, **flags)
-        assert f"; {count} captions have the token ids of a different" in capsys.readouterr().out
+        assert f"; {count} captions have the token ids of another" in capsys.readouterr().out
 
 
 def test_a_printed_line_covers_the_steps_since_the_last_one(run, capsys):
