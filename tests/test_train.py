@@ -170,7 +170,7 @@ def test_each_image_arrives_with_one_of_its_own_captions(captions_file, make_mod
             assert caption in own
             assert torch.equal(image, transform.resize_and_crop(dualenc.to_pixels(opened)))
             drawn.add((i, caption))
-    assert next(train.cached_images(torch.arange(3), {1: "x"}, [[(0, 1)]]))[:2] == (2, 2)
+    assert next(train.cached_images(torch.arange(3), {1: "", 2: ""}, [[(0, 1)]]))[:2] == (0, 0)
     assert len(drawn) == 41, "over three epochs both captions of an image are drawn"
 
 
@@ -250,11 +250,12 @@ def test_the_flags_of_towers_reach_the_towers():
     vision, text, size = model.config.vision, model.config.text, train.SCRATCH_SIZE
     assert (vision.name, vision.args["stem_width"]) == (train.SCRATCH_VISION, 8)
     assert (text.pooling, text.width, text.heads, text.depth) == ("cls", 16, 2, 3)
-    resize = model.processor.image_transform.resize
-    assert resize in (size, (size, size)), "a new tower sees the whole image"
-    config = train.TrainConfig(vision="test_vit", image_size=32, patch_dropout=0.5)
-    model = train.make_model(config, pairs)
-    assert (model.config.vision.patch_dropout, model.config.text.pooling) == (0.5, "mean")
+    assert model.processor.image_transform.resize == size, "a new tower sees the whole image"
+    flags = {"image_size": 32, "patch_dropout": 0.5, "vision_args": {"depth": 3}}
+    config = train.TrainConfig(vision="test_vit", projection_dim=9, **flags)
+    got = train.make_model(config, pairs).config
+    assert (got.projection_dim, got.text.pooling) == (9, "mean")
+    assert (got.vision.patch_dropout, got.vision.args) == (0.5, {"depth": 3})
 
 
 def test_init_starts_a_new_run_from_the_weights_of_another(run, capsys):
@@ -279,8 +280,7 @@ def test_init_starts_a_new_run_from_the_weights_of_another(run, capsys):
     biases = [weights(folder / "best")["logit_bias"] for folder in (siglip, clip)]
     assert torch.equal(*biases), "clip_loss has no use for it"
     states = [torch.load(folder / "last" / train.STATE_FILE) for folder in (siglip, clip)]
-    groups = [state["optimizer"]["param_groups"] for state in states]
-    learning = [sum(len(group["params"]) for group in of_run) for of_run in groups]
+    learning = [sum(len(g["params"]) for g in s["optimizer"]["param_groups"]) for s in states]
     assert learning[0] == learning[1] + 1, "several processes would wait for its gradient"
 
 
@@ -336,8 +336,7 @@ def test_a_step_clips_its_gradient_and_clamps_the_temperature(run, monkeypatch):
 
     def watched_optimizer(model, config):
         optimizer, norm = make_optimizer(model, config), torch.nn.utils.clip_grad_norm_
-        learning = list(model.parameters())
-        optimizer.register_step_pre_hook(lambda *_: norms.append(norm(learning, math.inf)))
+        optimizer.register_step_pre_hook(lambda *_: norms.append(norm(model.parameters(), 1e9)))
         return optimizer
 
     monkeypatch.setattr(train, "make_model", hot_model)
@@ -422,6 +421,9 @@ def test_fp16_scales_the_loss_and_skips_what_overflows(run, monkeypatch, capsys)
     assert [line["skipped_steps"] for line in log_of(out, "loss")] == [1, 2, 3, 4]
     assert len({line["logit_scale"] for line in log_of(out, "loss")}) == 1
     assert "4 skipped steps" in capsys.readouterr().out
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
+    with pytest.raises(ValueError, match="step 1: loss or gradient is not finite"):
+        run("in float32 no step is skipped")
 
 
 def test_compile_compiles_both_towers_in_place(run, monkeypatch):
