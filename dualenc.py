@@ -2067,7 +2067,7 @@ class Published(typing.NamedTuple):
     defaults: dict = {}  # where a config.json is silent: see _VIT; text: fields of TextConfig
 
 
-# Keys of a vision tower's config.json, and what timm calls them; build_trunk handles four.
+# Keys of a vision tower's config.json, and what timm calls them or, of four, build_trunk.
 VISION_KEYS = {name: name for name in ("patch_size", "qkv_bias", "mlp_ratio", "drop_path_rate")}
 VISION_KEYS |= {n: n for n in ("intermediate_size", "hidden_act", "pooler_act", "layer_norm_eps")}
 VISION_KEYS |= {"num_hidden_layers": "depth", "num_attention_heads": "num_heads"}
@@ -2077,8 +2077,8 @@ VISION_KEYS |= {"attention_probs_dropout_prob": "attn_drop_rate"}
 VISION_KEYS |= {"hidden_size": "embed_dim", "use_relative_position_bias": "use_rel_pos_bias"}
 VISION_KEYS |= {"use_shared_relative_position_bias": "use_shared_rel_pos_bias"}
 VISION_KEYS |= {"use_absolute_position_embeddings": "use_abs_pos_emb"}
-# Substitutions that turn timm's names of tensors into those of published files, one after the
-# other; reading and writing both go by them. **{...} only keeps related ones on a line.
+# Substitutions that turn timm's names into those of published files, one after the other: from
+# blocks.0.attn.proj.bias to encoder.layer.0.attention.output.dense.bias. Reading uses them, too.
 _VIT_NAMES = {
     **{"^cls_token": "embeddings.cls_token", "^reg_token": "embeddings.distillation_token"},
     "^pos_embed": "embeddings.position_embeddings",
@@ -2190,8 +2190,8 @@ def published_pieces(module):
 def regroup(tensors, pieces):
     """{name: tensor} cut, joined and renamed; tensors of other names stay as they are.
 
-    pieces  [(name, new name)]; a name in three pairs is cut in three along its first dimension, a
-            new name in three pairs is joined from three
+    pieces  [(name, new name)]: ("qkv", "q"), ("qkv", "k") and ("qkv", "v") cut qkv in three along
+            its first dimension; ("q", "qkv"), ("k", "qkv") and ("v", "qkv") join them
     """
     pieces = [(name, new) for name, new in pieces if name in tensors]
     counts, joined = Counter(name for name, _ in pieces), {}
