@@ -322,10 +322,10 @@ class DualEncoder(nn.Module):
     def lock(self, tower):
         """Freeze a tower for good: no gradients, and evaluation mode even after .train().
 
-        Its projection still learns. A checkpoint does not say what was locked.
+        Its projection still learns, and adapters do where the tower's own requires_grad_ leaves
+        them so. A checkpoint does not say what was locked.
 
-        tower        "vision" (LiT: the text tower learns to read a finished vision tower), "text"
-                     or "both"
+        tower        "vision" (LiT: the text tower learns to read a finished one), "text" or "both"
         returns      the model
         raises       ValueError for another name
         source       Zhai et al. 2022, section 3

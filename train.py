@@ -145,8 +145,8 @@ class TrainConfig:
     eval_every: int = flag(0, "steps between evaluations; 0 for about five in all", "output")
     log_every: int = flag(50, "steps between printed lines", "output")
 
-    # Augmentations: each is a function of uint8 pixels (3, h, w), the flag's value and a generator
-    # of random numbers that returns such pixels, and its flag, whose default switches it off.
+    # Augmentations: each is a function of uint8 pixels (3, h, w), the flag's value and random
+    # numbers, which returns such pixels, and its flag, off by default. New ones go to the end.
     @staticmethod
     def random_crop(pixels, smallest_share, rng):
         """A part in the image's own proportions, of smallest_share of its area or more."""
