@@ -149,7 +149,6 @@ class TrainConfig:
     # numbers, which returns such pixels, and its flag, off by default. New ones go to the end.
     @staticmethod
     def random_crop(pixels, smallest_share, rng):
-        """A part in the image's own proportions, of smallest_share of its area or more."""
         side, (height, width) = math.sqrt(rng.uniform(smallest_share, 1)), pixels.shape[-2:]
         rows, columns = max(1, round(height * side)), max(1, round(width * side))
         top, left = rng.randint(0, height - rows), rng.randint(0, width - columns)
@@ -693,8 +692,9 @@ def check_recipe(config, pairs, held_out):
         if isinstance(value, (int, float)) and name != "workers":
             dualenc.check_min(flag_names([name]), value, least.get(name, 0))
     refuse(max(config.crop_scale, config.warmup) > 1, "--crop-scale and --warmup are at most 1")
-    uneven = f"--batch-size {config.batch_size} is no multiple of {dualenc.world_size()} processes"
-    refuse(config.batch_size % dualenc.world_size(), uneven)
+    own, left = divmod(config.batch_size, dualenc.world_size())  # own: pairs of each process
+    refuse(left, f"--batch-size {config.batch_size} is no multiple of {dualenc.world_size()} ranks")
+    refuse(own % (config.micro_batch or 1) == 1, "--micro-batch leaves one image over: change it")
     refuse(not len(pairs), f"{config.data} has no training images: all are held out")
     refuse(len(pairs) < config.batch_size, f"{len(pairs)} training images: lower --batch-size")
     refuse(not len(held_out), f"no images are held out of {config.data}: raise --val-fraction")

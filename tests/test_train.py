@@ -453,6 +453,7 @@ REFUSED = [
     ({"cache_features": True, "lock": "both", "flip": True, "crop_scale": 0.5}, "crop-scale, --fl"),
     ({"batch_size": 1}, "--batch-size is 1, expected at least 2"),
     ({"batch_size": 100}, r"3\d training images: lower --batch-size"),
+    ({"micro_batch": 7}, "--micro-batch leaves one image over"),  # of 8, and batch norm needs two
     ({"lr": 1e30, "clip_grad": 0}, "step 2: loss or gradient is not finite: lower --lr"),
     ({"images": "nowhere"}, "missing image nowhere"),
     ({"val_fraction": 0.0}, "no images are held out"),
@@ -471,7 +472,7 @@ def test_what_cannot_be_trained_is_refused_and_leaves_no_folder(flags, message, 
 def test_batches_that_processes_cannot_share_are_refused(monkeypatch):
     pairs = dualenc.load_pairs("shapes", "val")
     monkeypatch.setattr(dualenc, "world_size", lambda: 3)
-    with pytest.raises(ValueError, match="--batch-size 8 is no multiple of 3 processes"):
+    with pytest.raises(ValueError, match="--batch-size 8 is no multiple of 3 ranks"):
         train.check_recipe(train.TrainConfig(batch_size=8), pairs, pairs)
 
 
