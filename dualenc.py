@@ -19,9 +19,9 @@ Sections   1 Losses        2 DualEncoder       3 Text tower       4 Vision tower
            5 Processor     6 Data              7 Checkpoints      8 Large batches
            9 Published checkpoints             10 Checks and devices
 
-First read Sections 1 to 4, the first half of 6, and 8; train.py's loop; ranks and zero-shot in
-           eval.py. Sections 5, 7, 9 and 10 build, load, save or check: trust the names of their
-           functions, such as check_min, check_choice, blamed_on, find_folder, autocast, recording.
+Read first Sections 1 to 4, 6 up to Readers, and 8; LOSSES and the loop of train.py; ranks and
+           zero-shot of eval.py. Sections 5, 7, 9 and 10 build, load, save or check: trust their
+           names, such as check_min, check_choice, blamed_on, find_folder, autocast, recording.
 
 Sources    Radford et al. 2021 (CLIP, arXiv 2103.00020), Zhai et al. 2022 (LiT, 2111.07991), Zhai
            et al. 2023 (SigLIP, 2303.15343), Yang et al. 2022 (UniCL, 2204.03610), Devlin et al.
@@ -257,7 +257,7 @@ class DualEncoder(nn.Module):
         input_ids     (N, T)        token ids; attention_mask (1 on real tokens), token_type_ids and
                                     position_ids have the same shape
         pixel_values  (I, 3, S, S)  normalised pixels, as the processor makes them
-        return_loss   adds clip_loss; image i and caption i must be a pair (train.py: see LOSSES)
+        return_loss   adds clip_loss; image i and caption i must be a pair (more losses: train.py)
         returns       DualEncoderOutput
         raises        ValueError if there is nothing to encode, or return_loss with one side only
         Exercise 2    medium, 40 minutes: from towers to logits, run `pytest -k exercise_2`
@@ -278,7 +278,7 @@ class DualEncoder(nn.Module):
             output.text_embeds = self.project_text(output.text_model_output.pooler_output)
         if both:
             images, texts = output.image_embeds, output.text_embeds
-            with autocast(self.logit_scale.device, "fp32"):  # even in a caller's autocast
+            with autocast(self.logit_scale.device, "fp32"):  # fp32 even inside a caller's autocast
                 output.logits_per_image = self.logit_scale.exp() * (images @ texts.T)
                 output.loss = clip_loss(images, texts, self.logit_scale) if return_loss else None
             output.logits_per_text = output.logits_per_image.T
@@ -322,8 +322,8 @@ class DualEncoder(nn.Module):
     def lock(self, tower):
         """Freeze a tower for good: no gradients, and evaluation mode even after .train().
 
-        Its projection still learns, and adapters do where the tower's own requires_grad_ leaves
-        them so. A checkpoint does not say what was locked.
+        Its projection still learns, and so do adapters if the tower's requires_grad_ spares them.
+        A checkpoint does not say what was locked.
 
         tower        "vision" (LiT: the text tower learns to read a finished one), "text" or "both"
         returns      the model
@@ -584,11 +584,11 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
     source             Vaswani et al. 2017, equation 1
     Exercise 3         medium, 40 minutes: never look at padding, run `pytest -k exercise_3`
     """
-    if not return_weights:  # torch's own function does the same, faster, and returns no weights
+    if not return_weights:  # torch's own function does this faster, and returns no weights
         return F.scaled_dot_product_attention(query, key, value, mask, dropout), None
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
     if mask is not None and mask.dtype == torch.bool:
-        # Not -inf: a caption that is all padding would give nan, and spoil the batch.
+        # The lowest finite score: -inf would make nan of a caption that is all padding.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask
@@ -697,7 +697,7 @@ class VisionEncoder(nn.Module):
             expected = f"(B, 3, {S}, {S}), as the model's processor makes them"
             raise ValueError(f"pixel_values has shape {shape}, expected {expected}")
         pixel_values = pixel_values.to(next(self.parameters()).dtype)
-        if pixel_values.is_cuda:  # fast there; on CPUs torch's narrow convolutions crash in it
+        if pixel_values.is_cuda:  # faster; on CPUs narrow convolutions crash in this layout
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         with recording(self.trunk, output_hidden_states, output_attentions) as (states, weights):
             features = self.trunk.forward_features(pixel_values)
@@ -769,7 +769,7 @@ class ImageTransform:
             size = [self.resize] * (2 if self.squash else 1)  # of both sides, or of the shorter one
             pixels = TF.resize(pixels, size, InterpolationMode(self.interpolation), antialias=True)
         if self.crop is not None:
-            # From 257 to 224: -33, of them -16 first, as in transformers (torchvision: -17).
+            # From 255 to 224: -31, of them -15 first, as in transformers (torchvision: -16).
             more_rows, more_columns = (self.crop - side for side in pixels.shape[-2:])
             top, left = int(more_rows / 2), int(more_columns / 2)
             pixels = F.pad(pixels, (left, more_columns - left, top, more_rows - top))
@@ -777,12 +777,12 @@ class ImageTransform:
 
     def normalize(self, pixels):
         """(..., 3, S, S) uint8 to normalised float32."""
-        # On the 0 to 255 scale, as transformers does it, so that the last bits agree.
+        # mean and std (3, 1, 1), from 0 to 255 as in transformers, so that the last bits agree.
         mean, std = 255 * torch.tensor([self.mean, self.std], device=pixels.device)[..., None, None]
         return (pixels.float() - mean) / std
 
     def to_dict(self):
-        """In the words of transformers' preprocessor_config.json."""
+        """As transformers' preprocessor_config.json has it."""
         sides = ("height", "width") if self.squash else ("shortest_edge",)
         return {
             "image_processor_type": "CLIPImageProcessor" if self.crop else "ViTImageProcessor",
@@ -813,7 +813,7 @@ class ImageTransform:
         for sides in (size, crop):
             if len({*sides.values()}) != 1:
                 raise ValueError(f"size is {sides}, expected a number of pixels or a square")
-        # (pixel * factor - mean) / std = (pixel / 255 - mean / scale) / (std / scale)
+        # pixel * factor = pixel / 255 * scale, so mean and std are divided by scale as well.
         scale = 255 * (values["rescale_factor"] if values["do_rescale"] else 1)
         if not values["do_normalize"]:
             values |= {"image_mean": [0] * 3, "image_std": [1] * 3}
@@ -871,7 +871,7 @@ def open_image(source, size=None):
     """
     with blamed_on(source, "cannot read image"):
         file = source
-        match source:
+        match source:  # a path matches neither case
             case dataset, index:
                 return to_rgb(ImageOps.exif_transpose(dataset[index][0]))
             case path, start, length:
@@ -1105,13 +1105,13 @@ class Pairs(torch.utils.data.Dataset):
 def positive_groups(pair_ids):
     """(B, 2) of Pairs.pair_ids to (B,): the connected components of pairs that share an id.
 
-    Images 0 0 1 2 with captions a b b c form groups 0 0 0 3: 0 and 1 share an image, 1 and 2 text.
+    Images 7 7 8 9, captions a b b c: groups 0 0 0 3, as pairs 0, 1 share an image and 1, 2 a text.
     """
     groups = torch.arange(len(pair_ids), device=pair_ids.device)
     columns = [column.unique(return_inverse=True)[1] for column in pair_ids.T]
     while True:
         before = groups
-        for column in columns:  # each pair takes the lowest group among pairs with its id
+        for column in columns:  # each id's lowest group, handed back to all pairs with that id
             groups = groups.scatter_reduce(0, column, groups, "amin", include_self=False)[column]
         if torch.equal(groups, before):
             return groups
@@ -1173,7 +1173,7 @@ SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 SIZES = {"small": 0.1, "large": 0.18}  # radius as a share of the image's side
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 HELD_OUT_OBJECTS = {("red", "star"), ("green", "cross"), ("blue", "triangle"), ("yellow", "circle")}
-MAX_HELD_OUT = 3184  # images: twice 1,592, all that there are without these objects
+MAX_HELD_OUT = 3184  # images: half of them without these objects, and only 1,592 such exist
 
 
 class ShapesPairs(Pairs):
@@ -1197,7 +1197,7 @@ class ShapesPairs(Pairs):
         check_choice("split", split, SPLITS)
         self.scenes, self.wordings, names = [], [], []
         for part, usual in (("train", 10_000), ("held-out", 512)):
-            if split in (part, "all") or (part == "held-out" and split != "train"):
+            if split == "all" or (split == "train") == (part == "train"):
                 rng = random.Random(f"shapes {part.replace('-', ' ')} {seed}")
                 scenes = draw_scenes(rng, count or usual, held_out=part == "held-out")
                 self.scenes += scenes
@@ -1247,7 +1247,7 @@ def draw_scenes(rng, count, held_out):
         scene = random_object(), rng.choice(("left of", "above")), random_object()
         first, relation, second = scene
         new_object = not HELD_OUT_OBJECTS.isdisjoint((first[1:], second[1:]))
-        tenth = digest(f"{sorted([first, second])} {relation}")[0] < 26  # like its mirror's
+        tenth = digest(f"{sorted([first, second])} {relation}")[0] < 26  # the same for its mirror
         if first == second or (new_object or tenth) != held_out:  # it belongs to the other part
             continue
         wants_new_object = len(scenes) < count // 2
@@ -1392,7 +1392,7 @@ def load_pairs(
 
 
 def rows_by_image(rows, root):
-    """{(name, source for open_image): rows}, whatever the spelling of an image's path."""
+    """{(name, source for open_image): rows}; two spellings of one path are one image."""
     rows_of, key_of = {}, {}  # key_of: an image as its row has it -> (name, source)
     for row in rows:
         if row.image not in key_of:
@@ -1445,7 +1445,7 @@ def read_torchvision(name, data_root, download):
     for part, arguments in splits.items():
         with blamed_on(f"{name} below {data_root}; --download fetches it"):
             data = make(str(data_root), download=download, **arguments)
-        # Both give the labels without decoding an image.
+        # Either holds the labels; no image is decoded.
         labels = data.targets if hasattr(data, "targets") else data._labels
         for i, label in enumerate(labels):
             where = f"{name}/{part}/{i}" if part else f"{name}/{i}"
@@ -1691,7 +1691,7 @@ def fill(module, weights, source, pieces=()):
     with blamed_on(source, f"weights do not fit the {CONFIG_FILE} of"):
         # With assign the file's tensors become the parameters.
         module.load_state_dict(regroup(weights, pieces), assign=True)
-    # Allocate the buffers that files leave out; timm then computes them.
+    # Buffers that files leave out are still on meta: allocate them; timm then computes them.
     module.float()._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
     for part in module.modules():
         if hasattr(part, "init_non_persistent_buffers"):
@@ -1831,7 +1831,7 @@ def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=1024):
     check_same_shape(image_embeds, text_embeds)
     scaled = logit_scale.exp() * image_embeds
     of_rows, of_columns = TiledLogSumExp.apply(scaled, gather_embeds(text_embeds), tile)
-    # (N,) over this rank's images: (ranks, N) of all ranks give (N,) over all images.
+    # Each column so far over this rank's images only: log-sum-exp over ranks completes it, (N,).
     of_columns = gather_embeds(of_columns[None]).logsumexp(dim=0)
     pair_scores = (scaled * text_embeds).sum(dim=1)
     return (of_rows / 2 - pair_scores).mean() + of_columns.mean() / 2
@@ -1840,7 +1840,7 @@ def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=1024):
 class TiledLogSumExp(torch.autograd.Function):
     """Log-sum-exp of every row (I,) and every column (N,) of the scores images @ texts.T.
 
-    images (I, E) and texts (N, E) are embeds, one side times exp(logit_scale). The gradient of a
+    images (I, E), already times exp(logit_scale), and texts (N, E) are embeds. The gradient of a
     log-sum-exp is a softmax, which needs the finished sum: the backward pass computes all tiles
     again.
 
@@ -1891,7 +1891,7 @@ def rank():
 
 
 def share(count):
-    """The slice of `count` items in a row that is this rank's; shares differ by at most one."""
+    """This rank's slice of `count` items; the ranks' shares differ by at most one."""
     return slice(count * rank() // world_size(), count * (rank() + 1) // world_size())
 
 
@@ -1919,9 +1919,9 @@ def process_group():
 def gather_embeds(embeds):
     """Every rank's rows, with gradients; the identity in one process.
 
-    A row's gradients from the losses of all ranks come back, summed, to the rank that owns it. If
-    two ranks both compute the loss L of all rows, that is twice the gradient of L; the mean over
-    ranks, which DistributedDataParallel takes, makes it the gradient of L.
+    A row's gradients from the losses of all ranks are summed on the rank that owns it. If n ranks
+    compute the same loss, the sum is n times its gradient, and the mean over ranks, which
+    DistributedDataParallel takes, undoes the n.
 
     embeds   (R, ...)  this rank's rows of anything; every rank has as many
     returns  (B, ...)  the rows of all ranks, in order
@@ -1995,7 +1995,7 @@ class MPNetEncoder(RobertaEncoder):
         to_right = position[None, :] - position[:, None]  # (T, T), from query to key
         distance = to_right.abs()
         far = (distance.clamp(min=1) / 8).log() / math.log(128 / 8)  # 8 to 128 becomes 0 to 1
-        far = (8 + (far * 8).long()).clamp(max=15)
+        far = (8 + (far * 8).long()).clamp(max=15)  # rows 8 to 15
         row = torch.where(distance < 8, distance, far) + 16 * (to_right > 0)
         bias = self.encoder["relative_attention_bias"](row.to(hidden.device)).permute(2, 0, 1)[None]
         is_real = super().score_mask(attention_mask, hidden)
@@ -2014,7 +2014,7 @@ class PublishedVisionEncoder(VisionEncoder):
         check_min(f"{name!r} is a family: name a model; image_size", self.config.image_size or 0, 1)
         check_choice("activation", act, ACTIVATIONS)
         check_choice(f"{name} pooling", pooling, ("pooler", "token") if pooler_act else (None,))
-        if "intermediate_size" in args:  # timm rounds width * ratio down
+        if "intermediate_size" in args:  # + 0.5: timm rounds width * ratio down
             args["mlp_ratio"] = (args.pop("intermediate_size") + 0.5) / args.get("hidden_size", 768)
         if self.config.patch_dropout:
             args["patch_drop_rate"] = self.config.patch_dropout
@@ -2440,7 +2440,7 @@ def pick_device(name):
 
 
 def worker_init(worker_id):
-    """A process group of its own, which no Ctrl-C reaches: workers live until the run has saved."""
+    """Its own process group, out of reach of Ctrl-C: workers live until the run has saved."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
 
@@ -2486,7 +2486,7 @@ def recording(trunk, want_states, want_weights):
             states.append(args[0])  # what the first block is given
         states.append(output)
 
-    with ExitStack() as undo:  # at its end it calls what was given to callback
+    with ExitStack() as undo:  # runs all its callbacks at the end: hooks off, fused_attn back
         for block in blocks if want_states else ():
             undo.callback(block.register_forward_hook(keep_state).remove)
         for layer in trunk.modules() if want_weights else ():

@@ -272,7 +272,7 @@ def stored_rows(folder, stamps, embed):
 
     folder   made if need be; a second job waits for the first
     stamps   one string a row, which changes when the row's image does
-    embed    list of indices -> (their rows, {place in that list: why unreadable})
+    embed    list of indices -> (rows in its order, {place in it, not index: why unreadable})
     returns  (I, W) float32 rows, those of unreadable images 0; {index: why unreadable}; how many
              rows are new. Unreadable images are tried again the next time
     raises   ValueError if none of the images can be read
@@ -336,7 +336,7 @@ def ranks(image_embeds, text_embeds, right, rows=512):
     """
     image, text = right.to(image_embeds.device).unique(dim=0).T
     n_images, n_texts = len(image_embeds), len(text_embeds)
-    # 1 + all wrong answers; the loop subtracts those below the best right one (1 of 3: rank 3).
+    # Start as last, at 1 + wrong answers; the loop subtracts those below the best right one.
     image_ranks = 1 + n_texts - image.bincount(minlength=n_images)
     text_ranks = 1 + n_images - text.bincount(minlength=n_texts)
     if (image_ranks > n_texts).any():
@@ -349,7 +349,7 @@ def ranks(image_embeds, text_embeds, right, rows=512):
         part, here = slice(start, start + rows), (image >= start) & (image < start + rows)
         scores = image_embeds[part] @ text_embeds.T
         scores[image[here] - start, text[here]] = torch.inf  # right answers are never below
-        # Comparisons as floats: exact up to 2**24, and summed many times faster than booleans.
+        # Comparisons give floats 0 and 1: exact sums up to 2**24, many times faster than booleans.
         below = torch.lt(scores, text_best - ROUNDING, out=torch.empty_like(scores))
         text_ranks -= below.sum(dim=0).long()
         image_ranks[part] -= scores.lt_(image_best[part, None] - ROUNDING).sum(dim=1).long()
@@ -373,7 +373,7 @@ def retrieval_metrics(image_ranks, text_ranks, right):
         values = {f"r{k}": (found <= k).double() for k in (1, 5, 10)} | {"mrr": 1 / found.double()}
         for name, value in values.items():
             per_image = value
-            if way == "t2i":  # images are independent, the captions of one image are not
+            if way == "t2i":  # captions of one image depend on each other: spread over images
                 total = value.new_zeros(len(image_ranks)).index_add(0, images, value[captions])
                 per_image = total / images.bincount()
             metrics |= with_interval(f"{way}_{name}", value, per_image)
@@ -446,7 +446,7 @@ def zeroshot_metrics(image_embeds, class_rows, labels, classes):
     rank, _ = ranks(image_embeds, class_rows, right)
     hits, sizes = (rank <= 1).double(), labels.bincount(minlength=len(classes)).double()
     by_class = hits.new_zeros(len(classes)).index_add(0, labels, hits) / sizes
-    # Weighted so that the mean over images is the mean over classes.
+    # Each class counts alike, whatever its size: the mean over images is that over classes.
     weights = len(labels) / ((sizes > 0).sum() * sizes[labels])
     return {
         "n_images": len(labels),
@@ -495,7 +495,7 @@ def calibration(image_embeds, class_rows, labels, logit_scale):
         confidence, guess = (logits[rest] / divisor).softmax(dim=1).max(dim=1)
         gaps = confidence - (guess == labels[rest]).double()
         bins = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
-        # A bin's size times its |mean gap| is the |sum| of its gaps.
+        # A bin adds size / total * |mean gap|, which is |sum of its gaps| / total.
         of_bins = gaps.new_zeros(CALIBRATION_BINS).index_add(0, bins, gaps)
         metrics[f"zs_ece{suffix}"] = of_bins.abs().sum().item() / len(rest)
         metrics[f"zs_nll{suffix}"] = F.cross_entropy(logits[rest] / divisor, labels[rest]).item()
@@ -790,7 +790,7 @@ def flag_parser(config_class, description):
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     hints, groups = get_type_hints(config_class), {}
     for f in fields(config_class):
-        kind = (*get_args(hints[f.name]), hints[f.name])[0]  # int of "int | None"
+        kind = (get_args(hints[f.name]) or (hints[f.name],))[0]  # int of "int | None"
         shown = "" if f.default in (None, "") else f" (default: {f.default})"
         options = {"default": f.default, "help": (f.metadata["help"] + shown).replace("%", "%%")}
         if kind is bool:
@@ -822,11 +822,11 @@ def run_script(main):
 
 
 class Task(NamedTuple):
-    """A row of TASKS, which --task, evaluate, printout and page go by. A new task is a new row."""
+    """A row of TASKS, used by --task, evaluate, printout and page. A new task is a new row."""
 
     title: str  # heading on the page
     auto: bool  # whether --task auto includes it
-    all: bool  # whether --task all includes it; if not, it is measured only by name
+    all: bool  # whether --task all includes it; if not, it runs only if named
     needs: str  # an attribute of Pairs that must not be empty
     measure: object  # an EvalContext to metrics by name
     blocks: object = lambda context, metrics: []  # to Tables and HTML for the page only
@@ -896,7 +896,7 @@ def read_class_names(source):
 
 
 def load_part(spec, split, class_names, **how):
-    """Pairs of a split, not empty. Names alone, a superset of the data's classes, replace them."""
+    """Pairs of a split, not empty. Names alone replace the data's classes, and contain them all."""
     classes = list(class_names)
     renames = classes != list(class_names.values())  # there are folder<TAB>name lines
     pairs = dualenc.load_pairs(spec, split, class_names=class_names if renames else {}, **how)
@@ -914,9 +914,9 @@ def load_part(spec, split, class_names, **how):
 def open_data(config, checkpoint):
     """What --data and --split mean: fields of EvalContext by name, and a line that names the part.
 
-    A run knows its own data by the names of the images, wherever they lie: then its val_fraction,
-    templates and classes hold, and --split auto is what it held out. Of other data auto is the test
-    part or, without one, all of it.
+    A run knows its own data by their spec, or by the names of the images wherever they lie: then
+    its val_fraction, templates and classes hold, and --split auto is what it held out. Of other
+    data auto is the test part or, without one, all of it.
     """
     record = dualenc.read_json(checkpoint.parent / dualenc.RUN_CONFIG, {})
     flags = record.get("flags", {})

@@ -32,7 +32,7 @@ from torch import nn
 
 import dualenc
 import eval as evaluation
-from eval import flag
+from eval import flag  # a dataclass field with its --help line and more metadata
 
 # The vision tower of --vision scratch: a ResNet-10 with stages of half the width, quick on a CPU.
 SCRATCH_VISION, SCRATCH_SIZE = "resnet18", 64
@@ -41,7 +41,7 @@ STATE_FILE, METRICS_FILE, LOCK_FILE = "training_state.pt", "metrics.jsonl", "run
 SHOWN = {"i2t_r1": "image->text R@1", "i2t_r5": "R@5", "t2i_r1": "text->image R@1"}
 SHOWN |= {"t2i_r5": "R@5", "chance_r1": "chance", "zs_top1": "zero-shot", "chance_top1": "chance"}
 BAD_SHARE = 0.01  # the share of unreadable images above which --on-bad-image skip stops, too
-TILED_FROM = 2048  # batch size, over all ranks, from which on the tiled loss is faster
+TILED_FROM = 2048  # batch size, over all ranks, from which the tiled loss is faster
 
 
 # ---- What is minimised, and what can be set ------------------------------------------------------
@@ -49,7 +49,7 @@ TILED_FROM = 2048  # batch size, over all ranks, from which on the tiled loss is
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """A row of LOSSES. Chance and floor are only printed; sizes are the pairs in each group."""
+    """A row of LOSSES. Chance and floor are only printed; sizes: how many pairs each group has."""
 
     function: Callable  # (image_embeds, text_embeds, *inputs) -> ()
     inputs: tuple  # names among "logit_scale", "logit_bias" and "group_ids"
@@ -65,7 +65,7 @@ def mean_over_groups(nats, sizes):
 
 
 def siglip_guess(n):
-    """The loss of the best constant answer: "a pair" with probability 1 / n."""
+    """The loss of the best constant answer, "a pair" with probability 1 / n, per row of n cells."""
     return math.log(n) - (n - 1) * math.log1p(-1 / n) if n > 1 else 0.0
 
 
@@ -97,7 +97,7 @@ LOSSES = {
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The flags. What one sets, unless it is 0 or "", is a field of from_vision_text_pretrained."""
+    """The flags. sets=NAME: given to from_vision_text_pretrained as NAME unless it is 0 or ""."""
 
     data: str = flag("shapes", "data spec (README.md lists them)", "data")
     data_root: str = flag("data", "where torchvision's data sets lie", "data")
@@ -184,7 +184,7 @@ def train(config, run, model, optimizer, state):
     loss_row, device = LOSSES[config.loss], model.logit_scale.device
     embed = dualenc.MicroBatches(model, config.micro_batch, config.precision)
     if dualenc.world_size() > 1:
-        embed = nn.parallel.DistributedDataParallel(embed)
+        embed = nn.parallel.DistributedDataParallel(embed)  # averages logit_scale's gradient, too
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     scaler.load_state_dict(state.get("scaler") or scaler.state_dict())
     sums, bad_images = Counter(state["sums"]), {}  # sums since the last line; update() adds
@@ -217,8 +217,8 @@ def train(config, run, model, optimizer, state):
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
             mean_loss = dualenc.gather_embeds(loss.detach()[None]).mean().item()
             skipped = not norm.isfinite().item()
-            can_shrink = scaler.get_scale() > 1  # in fp16 only: then the next step may not overflow
-            broken = not math.isfinite(mean_loss) or (skipped and not can_shrink)
+            # After an overflow fp16 goes on with a lower scale. In bf16 and fp32 the scale is 1.
+            broken = not math.isfinite(mean_loss) or (skipped and scaler.get_scale() <= 1)
             where = f"step {state['step'] + 1}: loss or gradient is not finite"
             refuse(broken, f"{where}: lower --lr ({config.lr:.1e}) or take --precision fp32")
             scaler.step(optimizer)
@@ -319,7 +319,7 @@ def evaluate(config, run, model, state):
         state |= {"best": line, "score": score}
         save_checkpoint(run.out / "best", model)
     shown = [f"{words} {line[name]:.1%}" for name, words in SHOWN.items() if name in line]
-    # Logged first: a run killed before last/ is saved repeats the step, and its line.
+    # Logged before last/: if killed in between, resuming drops this line and repeats the step.
     text = f"eval {line['step']:>6,}/{config.steps:,}   {'   '.join(shown)}"
     log(run.out, line, f"{text}   saved {run.out / ('best' if best else 'last')}")
 
@@ -363,7 +363,7 @@ def fetch(config, run, model, first_step, bad_images):
     Images are uint8 pixels (R, 3, S, S) or cached features (R, W). The place of an unreadable image
     is taken by the next one, and bad_images, {index: reason}, grows.
     """
-    batches = partial(batch_keys, config, run.pairs, first_step)  # for the loader, and again below
+    batches = partial(batch_keys, config, run.pairs, first_step)  # twice: for the loader, below
     if "train" in run.features:
         loader = cached_images(*run.features["train"], batches())
     else:
@@ -549,7 +549,7 @@ def read_flags(argv):
 
 @contextmanager
 def claim_run(config):
-    """The run folder, which no other process may use meanwhile. Rank 0 looks, the others wait."""
+    """The run folder, which no other process may use meanwhile. Rank 0 checks, the others wait."""
     out = Path(config.resume or config.out or f"runs/{Path(config.data).resolve().stem}")
     lock = filelock.FileLock(out / LOCK_FILE)
     try:
@@ -585,7 +585,7 @@ def open_run(out, config, run, argv, device, step):
     if config.resume:
         begun = dualenc.read_json(out / dualenc.RUN_CONFIG)
         moved = begun["data_names"] != record["data_names"]
-        refuse(moved, f"{out} began with other images: give the place of the right ones by --data")
+        refuse(moved, f"{out} began with other images: point --data at the right ones")
         began = f"{out} began with {begun['processes']} processes, not {record['processes']}"
         refuse(begun["processes"] != record["processes"], began)
         record = {**begun, "flags": record["flags"]}  # the data may have moved

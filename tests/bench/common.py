@@ -22,7 +22,6 @@ import torch
 
 import dualenc
 
-CPU = torch.device("cpu")
 WORDS = [a + b for a, b in zip(string.ascii_lowercase, string.ascii_lowercase[1:] + "a")]
 
 # Towers are (width, layers, heads), with MLPs of four times the width.

@@ -62,7 +62,7 @@ def their_epoch(preset, pairs):
             pixels.append(theirs(image, return_tensors="pt")["pixel_values"][0])
         for batch in torch.randperm(len(pairs)).split(preset.batch):
             inputs = processor(text=[rng.choice(pairs.captions[i]) for i in batch])
-            with dualenc.autocast(common.CPU, "bf16"):
+            with torch.autocast("cpu", torch.bfloat16):
                 images = torch.stack([pixels[i] for i in batch])
                 loss = model(pixel_values=images, return_loss=True, **inputs).loss
             loss.backward()

@@ -43,7 +43,7 @@ def transformers_step(preset, precision):
     pixels = images / 127.5 - 1
 
     def step():
-        with dualenc.autocast(common.CPU, precision):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss = model(pixel_values=pixels, return_loss=True, **inputs).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -66,7 +66,7 @@ def open_clip_step(preset, precision):
 
     def step():
         optimizer.zero_grad()
-        with dualenc.autocast(common.CPU, precision):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss = ClipLoss()(**model(pixels, inputs["input_ids"]))
         loss.backward()
         optimizer.step()
