@@ -2195,7 +2195,7 @@ def regroup(tensors, pieces):
     """
     pieces = [(name, new) for name, new in pieces if name in tensors]
     counts, joined = Counter(name for name, _ in pieces), {}
-    cut = {name: [*tensors[name].tensor_split(n)] for name, n in counts.items()}
+    cut = {name: [*tensors[name].tensor_split(n)] for name, n in counts.items()}  # n = 1: whole
     for name, new in pieces:
         joined.setdefault(new, []).append(cut[name].pop(0))
     # torch.cat would copy a tensor that is one piece.
