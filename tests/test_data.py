@@ -191,15 +191,16 @@ def test_an_image_does_not_give_its_wording_away():
 
 def test_hard_negatives_differ_in_one_thing():
     pairs = dualenc.ShapesPairs("test", count=64)
+    for i, (one, _, two) in enumerate(pairs.wordings):
+        assert pairs.hard_negatives(i)["replaced"].split()[2] not in (one[1], two[1])
     pairs.wordings[0] = ("small", "red", "star"), "above", ("large", "blue", "cross")
     wrong = pairs.hard_negatives(0)
-    replaced = wrong.pop("replaced")
+    assert wrong.pop("replaced").endswith("a large blue cross")
     assert wrong == {
         "relation": "a small red star below a large blue cross",
         "order": "a large blue cross above a small red star",
         "attributes": "a small blue star above a large red cross",
     }
-    assert replaced.split()[2] not in ("red", "blue") and replaced.endswith("a large blue cross")
     pairs.wordings[0] = ("small", "red", "star"), "above", ("large", "red", "cross")
     assert "attributes" not in pairs.hard_negatives(0)
 
@@ -357,23 +358,23 @@ def test_class_folders_become_captions_through_templates(tmp_path, capsys):
     for name in (*found, *hidden, "top.png"):
         save_image(tmp_path / name)
     write(tmp_path / "cat" / "film.mpg", "")
+    (tmp_path / "cat").symlink_to((tmp_path / "cat").rename(tmp_path / ".cat"))
     pairs = dualenc.load_pairs(tmp_path, "all", templates=("a {}.", "one {}"))
     assert pairs.classes == ["big dog", "cat"] and pairs.labels == [0, 0, 1, 1, 1]
     assert pairs.names == found and pairs.captions[0] == ["a big dog.", "one big dog"]
     notes = capsys.readouterr().out
-    assert (
-        "left out: 1 files that are no images, such as" in notes
-        and "top.png is left out: it is in no class folder" in notes
-    )
-    new = dualenc.load_pairs(tmp_path, "all", class_names={"cat": "tom_cat"}, templates=("a {}",))
+    assert "left out: 1 files that are no images, such as" in notes
+    assert "top.png is left out: it is in no class folder" in notes
+    names = {"cat": "tom_cat", "big_dog": "big_dog", "zebra": "more names than classes"}
+    new = dualenc.load_pairs(tmp_path, "all", class_names=names, templates=("a {}",))
     assert new.classes == ["big dog", "tom cat"] and new.captions[-1] == ["a tom cat"]
     with pytest.raises(ValueError, match="unknown class to rename 'cats'; expected cat"):
         dualenc.load_pairs(tmp_path, class_names={"cats": "tom"})
     with pytest.raises(ValueError, match="template 'a photo' has no {} for the class name"):
         dualenc.load_pairs(tmp_path, templates=("a photo",))
+    table = write(tmp_path / "c.csv", "image,caption\ntop.png,a dog")
     with pytest.raises(ValueError, match="class names are given, but .* has captions, no classes"):
-        table = write(tmp_path / "c.csv", "image,caption\ntop.png,a dog")
-        dualenc.load_pairs(table, class_names={"cat": "tom"})
+        dualenc.load_pairs(table, class_names=names)
 
 
 @pytest.mark.parametrize(

@@ -129,8 +129,10 @@ def test_measuring_leaves_model_and_generators_as_they_were(make_model, images):
     states = torch.get_rng_state(), random.getstate()
     captions = [[text] for text in ("two dogs", "fox", "star", "circle")]
     pairs = dualenc.Pairs(list("abcd"), images, captions, [0, 1, 0, 1], ["dog", "fox"])
+    torch.set_float32_matmul_precision("medium")
     evaluation.evaluate(model, pairs)
-    assert model.training
+    assert model.training and torch.get_float32_matmul_precision() == "medium"
+    torch.set_float32_matmul_precision("highest")
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
 
@@ -312,6 +314,7 @@ def test_a_bag_of_words_passes_the_control_and_fails_binding(monkeypatch):
     monkeypatch.setattr(evaluation, "embed_captions", embed)
     rows = embed(None, [row[0] for row in captions])
     context = SimpleNamespace(pairs=pairs, image_embeds=rows, model=None, options=())
+    monkeypatch.setattr(evaluation, "BINDING_KINDS", evaluation.BINDING_KINDS[::-1])
     numbers = evaluation.binding_task(context)
     got = {kind: numbers[f"binding_{kind}"] for kind in (*evaluation.BINDING_KINDS, "all")}
     assert got == {"replaced": 1, "relation": 1, "attributes": 0, "order": 0, "all": 0}
@@ -378,6 +381,14 @@ def test_other_data_without_a_test_part_is_measured_whole(checkpoint, table, cap
         results = evaluation.main([str(checkpoint), "--data", str(lines), *flags])
         assert results["retrieval"]["n_images"] == wanted
         assert f"{wanted} of 40 images" in capsys.readouterr().out
+
+
+def test_a_run_is_measured_by_its_own_seed_and_with_its_own_images(table, tmp_path):
+    listed = shutil.copy(table, tmp_path / "trained_on.txt")  # any text will do
+    for flags in ({"data": "shapes", "seed": 3}, {"data": listed, "images": table.parent}):
+        (tmp_path / dualenc.RUN_CONFIG).write_text(json.dumps({"flags": flags}, default=str))
+        name = evaluation.open_data(evaluation.EvalConfig(), tmp_path / "best")[0]["pairs"].names[0]
+        assert name.startswith("shapes/3/") == ("seed" in flags)
 
 
 def test_a_run_knows_its_data_wherever_it_lies(checkpoint, table, tmp_path, capsys):
@@ -479,7 +490,7 @@ def search(checkpoint, folder, query="two dogs", *more):
 
 
 def test_search_ranks_all_images_of_a_folder_by_cosine(checkpoint, colours, tmp_path, capsys):
-    found = search(checkpoint, colours, "two dogs", "--top", "3", f"--out={tmp_path}/b/a.png")
+    found = search(checkpoint, colours, "two dogs", "--top", "7", f"--out={tmp_path}/b/a.png")
     model = dualenc.DualEncoder.from_pretrained(checkpoint)
     names = sorted(path.relative_to(colours).as_posix() for path in colours.rglob("*.png"))
     with torch.no_grad():
@@ -487,13 +498,14 @@ def test_search_ranks_all_images_of_a_folder_by_cosine(checkpoint, colours, tmp_
         opened = [dualenc.open_image(str(colours / name)) for name in names]
         rows = model.encode_image(model.processor(images=opened)["pixel_values"])
     scores = dict(zip(names, (rows @ query).tolist()))
-    best = sorted(names, key=lambda name: -scores[name])[:3]
+    best = sorted(names, key=lambda name: -scores[name])[:7]
     assert found["found"] == pytest.approx({name: scores[name] for name in best}, abs=1e-5)
     assert list(found["found"]) == best and found["n_images"] == 78
     said = capsys.readouterr().out
     assert best[0] in said and f"\nwrote       {tmp_path}/b/a.png" in said and "95%" not in said
-    assert Image.open(tmp_path / "b/a.png").width > 3 * 160
-    found = search(checkpoint, colours, str(colours / names[5]))["found"]
+    assert Image.open(tmp_path / "b/a.png").size == (8 + 5 * 168, 8 + 2 * 168), "rows of five"
+    query = shutil.copy(colours / names[5], tmp_path / "QUERY.PNG")
+    found = search(checkpoint, colours, str(query))["found"]
     assert found[names[5]] == pytest.approx(1, abs=1e-4), "an image finds itself"
 
 

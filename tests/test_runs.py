@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -184,6 +184,7 @@ def test_sigint_stops_after_the_step_and_a_second_one_at_once(data, tmp_path):
     with signal_at(12, signal.SIGINT):
         assert run(*data, *TINY, "--out", tmp_path / "end") == 0, "nothing is left to stop"
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize("moment", [("last", 5), ("metrics", 10)], ids=str)
@@ -389,6 +390,9 @@ def test_a_folder_is_for_one_run_at_a_time_and_overwritten_only_on_request(data,
     assert_same(outcome(out), before)
     assert run(*flags, "--seed", "1", "--overwrite") == 0
     assert support.log_of(out, "loss")[0] != before[0][0] and len(support.log_of(out)) == 2
+    with pytest.raises(ValueError), patch.object(train, "introduce", side_effect=ValueError):
+        run(*flags, "--overwrite")
+    assert not (out / "best").exists(), "a run that saved nothing has no model"
 
 
 @pytest.mark.parametrize("variant", ["plain", "cached"])
