@@ -43,7 +43,6 @@ SHOWN |= {"t2i_r5": "R@5", "chance_r1": "chance", "zs_top1": "zero-shot", "chanc
 BAD_SHARE = 0.01  # the share of unreadable images above which --on-bad-image skip stops, too
 TILED_FROM = 2048  # batch size, over all ranks, from which the tiled loss is faster
 
-
 # ---- What is minimised, and what can be set ------------------------------------------------------
 
 
@@ -166,7 +165,6 @@ class TrainConfig:
 # A resumed run may change these: they do not decide what it learns. Data may lie elsewhere.
 FREE_ON_RESUME = {"resume", "overwrite", "eval_every", "log_every", "workers", "device"}
 FREE_ON_RESUME |= {"data", "data_root", "images", "download", "on_bad_image", "cache_features"}
-
 
 # What the loop works with. features: what locked towers make of images and captions, if cached.
 Run = namedtuple("Run", "out pairs held_out templates features")
@@ -512,6 +510,9 @@ def load_run(config, pairs, out, device):
     unlocked = config.cache_features and learning & model.locked
     refuse(unlocked, "--cache-features: weights of a locked tower learn")  # such as adapters
     model.to(device).train()
+    norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    alone = config.batch_size // dualenc.world_size() % (config.micro_batch or 1) == 1
+    refuse(norms and alone, "--micro-batch leaves one image over: batch norm needs two, change it")
     if config.compile:
         model.vision_model.compile()
         model.text_model.compile(dynamic=True)
@@ -692,9 +693,8 @@ def check_recipe(config, pairs, held_out):
         if isinstance(value, (int, float)) and name != "workers":
             dualenc.check_min(flag_names([name]), value, least.get(name, 0))
     refuse(max(config.crop_scale, config.warmup) > 1, "--crop-scale and --warmup are at most 1")
-    own, left = divmod(config.batch_size, dualenc.world_size())  # own: pairs of each process
-    refuse(left, f"--batch-size {config.batch_size} is no multiple of {dualenc.world_size()} ranks")
-    refuse(own % (config.micro_batch or 1) == 1, "--micro-batch leaves one image over: change it")
+    uneven = f"--batch-size {config.batch_size} is no multiple of {dualenc.world_size()} ranks"
+    refuse(config.batch_size % dualenc.world_size(), uneven)
     refuse(not len(pairs), f"{config.data} has no training images: all are held out")
     refuse(len(pairs) < config.batch_size, f"{len(pairs)} training images: lower --batch-size")
     refuse(not len(held_out), f"no images are held out of {config.data}: raise --val-fraction")

@@ -36,7 +36,7 @@ VARIANTS = {
     "plain": [],
     "cached": ["--lock", "both", "--cache-features"],
     "workers": ["--workers", "2", "--crop-scale", "0.5", "--flip"],
-    "dropout, pieces": [*DROPOUT, "--micro-batch", "2"],
+    "dropout, pieces": [*DROPOUT, "--micro-batch", "3"],
     "fp16": [*VIT, "--precision", "fp16"],
 }
 
@@ -497,7 +497,7 @@ def train_here(rank, flags, happening=None):
 
 def test_two_processes_stop_together_and_resume_to_the_bit(data, tmp_path):
     """Dropout differs between ranks and is replayed; SIGTERM to one of them stops both."""
-    flags, cut = [*data, *TINY, *DROPOUT, "--micro-batch", "2"], tmp_path / "cut"
+    flags, cut = [*data, *TINY, *DROPOUT, "--micro-batch", "3"], tmp_path / "cut"
     one, other = support.in_processes(2, train_here, [*flags, "--out", tmp_path / "whole"])
     assert one[0] == other[0] and len(set(one[1] + other[1])) == 24
     stopped = support.in_processes(2, train_here, [*flags, "--out", cut], "signal")

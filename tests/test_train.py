@@ -455,7 +455,7 @@ REFUSED = [
     ({"cache_features": True, "lock": "both", "flip": True, "crop_scale": 0.5}, "crop-scale, --fl"),
     ({"batch_size": 1}, "--batch-size is 1, expected at least 2"),
     ({"batch_size": 100}, r"3\d training images: lower --batch-size"),
-    ({"micro_batch": 7}, "--micro-batch leaves one image over"),  # of 8, and batch norm needs two
+    ({"micro_batch": 7}, "--micro-batch leaves one image over: batch norm needs two"),
     ({"lr": 1e30, "clip_grad": 0}, "step 2: loss or gradient is not finite: lower --lr"),
     ({"images": "nowhere"}, "missing image nowhere"),
     ({"val_fraction": 0.0}, "no images are held out"),
