@@ -2067,7 +2067,7 @@ class Published(typing.NamedTuple):
     defaults: dict = {}  # where a config.json is silent: see _VIT; text: fields of TextConfig
 
 
-# Keys of a vision tower's config.json, and what timm calls them or, of four, build_trunk.
+# Keys of a vision tower's config.json, and what timm calls them; build_trunk pops four of them.
 VISION_KEYS = {name: name for name in ("patch_size", "qkv_bias", "mlp_ratio", "drop_path_rate")}
 VISION_KEYS |= {n: n for n in ("intermediate_size", "hidden_act", "pooler_act", "layer_norm_eps")}
 VISION_KEYS |= {"num_hidden_layers": "depth", "num_attention_heads": "num_heads"}

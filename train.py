@@ -361,7 +361,7 @@ def fetch(config, run, model, first_step, bad_images):
     Images are uint8 pixels (R, 3, S, S) or cached features (R, W). The place of an unreadable image
     is taken by the next one, and bad_images, {index: reason}, grows.
     """
-    batches = partial(batch_keys, config, run.pairs, first_step)  # twice: for the loader, below
+    batches = partial(batch_keys, config, run.pairs, first_step)  # for the loader, and again below
     if "train" in run.features:
         loader = cached_images(*run.features["train"], batches())
     else:

@@ -384,7 +384,8 @@ def test_other_data_without_a_test_part_is_measured_whole(checkpoint, table, cap
 
 
 def test_a_run_is_measured_by_its_own_seed_and_with_its_own_images(table, tmp_path):
-    listed = shutil.copy(table, tmp_path / "trained_on.txt")  # any text will do
+    listed = shutil.copy(table, tmp_path / "listed.csv")
+    (tmp_path / "trained_on.txt").touch()
     for flags in ({"data": "shapes", "seed": 3}, {"data": listed, "images": table.parent}):
         (tmp_path / dualenc.RUN_CONFIG).write_text(json.dumps({"flags": flags}, default=str))
         name = evaluation.open_data(evaluation.EvalConfig(), tmp_path / "best")[0]["pairs"].names[0]
