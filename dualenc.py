@@ -8,9 +8,9 @@ An image and its caption should land close together in one space, everything els
                                                                                                │
         loss () ◄─ clip_loss: cross-entropy of (B, B) logits = exp(logit_scale) * cosines ◄────┘
 
-Symbols    B pairs of a batch (I images and N captions where they differ; R per process), T
-           tokens after padding, P patches and class tokens (T in a text tower), S pixels a side,
-           W tower width, H heads, E embedding size.
+Symbols    B pairs of a batch (R of them on each process; I images and N captions if they differ)
+           T tokens after padding        P patches and class tokens     S pixels per side
+           W tower width                 H attention heads              E embedding size
 Words      "features" come out of a tower or a projection; "embeds" are features of unit norm.
            A "trunk" is a timm model without its classifier. "Exercise n" marks what a course can
            leave out of a student's copy.
@@ -21,7 +21,7 @@ Sections   1 Losses        2 DualEncoder       3 Text tower       4 Vision tower
 
 Read first Sections 1 to 4, 6 up to Readers, and 8; LOSSES and the loop of train.py; ranks and
            zero-shot of eval.py. Sections 5, 7, 9 and 10 build, load, save or check: trust their
-           names, such as check_min, check_choice, blamed_on, find_folder, autocast, recording.
+           names, such as check_min, check_choice, notice, open_image, blamed_on, autocast.
 
 Sources    Radford et al. 2021 (CLIP, arXiv 2103.00020), Zhai et al. 2022 (LiT, 2111.07991), Zhai
            et al. 2023 (SigLIP, 2303.15343), Yang et al. 2022 (UniCL, 2204.03610), Devlin et al.
@@ -46,7 +46,7 @@ import tarfile
 import textwrap
 import typing
 from collections import Counter, OrderedDict
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,7 +62,6 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
-from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 LOGIT_SCALE_INIT = 2.6592  # ln(1 / 0.07) truncated, as in published configs: cosines times 14.28
@@ -114,7 +113,7 @@ def multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group_ids):
 
     With two images of dogs, clip_loss calls each one's caption wrong for the other. Here a group
     shares the right answer evenly: for groups 0, 0, 1 the target rows are ½ ½ 0, ½ ½ 0 and 0 0 1.
-    Even a perfect prediction has a cross-entropy of ln(group size), the target's entropy. It is
+    Even a perfect prediction of ½ ½ 0 has a cross-entropy of -ln ½, that is ln(group size). This is
     subtracted, so that the best value is 0. If every group is one pair, this is clip_loss.
 
     image_embeds, text_embeds  (B, E)  unit-norm rows; row i describes image i
@@ -148,11 +147,10 @@ def check_same_shape(image_embeds, text_embeds):
 class DualEncoderConfig:
     """Everything needed to rebuild a DualEncoder without its weights.
 
-    vision, text  configurations of the two towers (sections 3 and 4)
-    raises        ValueError for an unknown projection head or a projection_dim below 1
+    raises  ValueError for an unknown projection head or a projection_dim below 1
     """
 
-    vision: VisionConfig = field(default_factory=lambda: VisionConfig())  # a class further down
+    vision: VisionConfig = field(default_factory=lambda: VisionConfig())  # defined in section 4
     text: TextConfig = field(default_factory=lambda: TextConfig())
     projection_dim: int = 512
     projection_head: str = "linear"  # a key of PROJECTION_HEADS
@@ -183,14 +181,13 @@ def linear_head(width, projection_dim):
     return projection
 
 
-# Each entry builds a projection from a tower's width and the embedding size. To try another one,
-# add an entry here and a flag to train.py.
+# To try another projection, add it here, and a flag to train.py.
 PROJECTION_HEADS = {"linear": linear_head}
 
 
 @dataclass
 class TowerOutput:
-    """What a tower returns; P is T in a text tower, and a convnet has maps (B, W, h, w) instead.
+    """What a tower returns. In a text tower P is T; a convnet has maps (B, W, h, w) instead.
 
     last_hidden_state  (B, P, W)              every position after the last layer
     pooler_output      (B, W)                 one vector per image or caption
@@ -254,10 +251,10 @@ class DualEncoder(nn.Module):
     ):
         """Both sides at once, or one of them.
 
-        input_ids     (N, T)        token ids; attention_mask (1 on real tokens), token_type_ids and
-                                    position_ids have the same shape
+        input_ids     (N, T)        token ids; attention_mask (1 for real tokens), token_type_ids
+                                    and position_ids have the same shape
         pixel_values  (I, 3, S, S)  normalised pixels, as the processor makes them
-        return_loss   adds clip_loss; image i and caption i must be a pair (more losses: train.py)
+        return_loss   adds clip_loss; image i and caption i must be a pair
         returns       DualEncoderOutput
         raises        ValueError if there is nothing to encode, or return_loss with one side only
         Exercise 2    medium, 40 minutes: from towers to logits, run `pytest -k exercise_2`
@@ -322,10 +319,9 @@ class DualEncoder(nn.Module):
     def lock(self, tower):
         """Freeze a tower for good: no gradients, and evaluation mode even after .train().
 
-        Its projection still learns, and so do adapters if the tower's requires_grad_ spares them.
-        A checkpoint does not say what was locked.
+        Its projection still learns. A checkpoint does not say what was locked.
 
-        tower        "vision" (LiT: the text tower learns to read a finished one), "text" or "both"
+        tower        "vision" (as in LiT: the text tower learns to match it), "text" or "both"
         returns      the model
         raises       ValueError for another name
         source       Zhai et al. 2022, section 3
@@ -333,7 +329,7 @@ class DualEncoder(nn.Module):
         """
         check_choice("tower to lock", tower, ("vision", "text", "both"))
         self.locked |= {"vision", "text"} if tower == "both" else {tower}
-        for name in self.locked:
+        for name in self.locked:  # a tower with adapters can override this to keep them learning
             getattr(self, f"{name}_model").requires_grad_(False)
         return self.train(self.training)  # which puts locked towers in evaluation mode
 
@@ -362,7 +358,7 @@ class DualEncoder(nn.Module):
         overrides   fields of DualEncoderConfig, or of the towers' configurations with vision_ or
                     text_ before the name: vision_image_size=64, text_pooling="mean"
         returns     a DualEncoder in training mode, with a processor if text holds a tokenizer
-        raises      ValueError for names and fields that do not exist, with the nearest that do
+        raises      ValueError for unknown names and fields, with the nearest known ones
         """
         return build_from_towers(cls, vision, text, projection_dim, pretrained, overrides)
 
@@ -379,8 +375,6 @@ class DualEncoder(nn.Module):
     def save_pretrained(self, folder, format="dualenc"):
         """Write config.json, model.safetensors and, if the model has one, the processor's files.
 
-        Each file is written under a temporary name and renamed, so a crash leaves no half file.
-
         format  "dualenc", or "hf": what transformers' VisionTextDualEncoderModel loads
         raises  ValueError for a processor without tokenizer or image_transform, or a model that
                 transformers cannot compute
@@ -396,7 +390,7 @@ class TextConfig:
     """Sizes of a BERT-like text tower; the defaults are bert-base-uncased's, with dropout off.
 
     raises  ValueError for an unknown family, pooling or activation, for sizes that are too small,
-            and for a width that the heads do not divide
+            and for a width that is not a multiple of the heads
     """
 
     family: str = "bert"  # a key of HF_TEXT
@@ -465,16 +459,14 @@ class TextEncoder(nn.Module):
         """Token ids to TowerOutput: last_hidden_state (B, T, W), pooler_output (B, W).
 
         input_ids       (B, T)
-        attention_mask  (B, T)  1 on real tokens, 0 on padding; all real unless given
+        attention_mask  (B, T)  1 for real tokens, 0 for padding; all real unless given
         token_type_ids  (B, T)  which of BERT's two sentences; 0 unless given
         position_ids    (B, T)  0, 1, 2, ... unless given
         raises          ValueError for captions longer than max_tokens
         """
         if input_ids.shape[1] > self.max_tokens:
-            raise ValueError(
-                f"captions of {input_ids.shape[1]} tokens, but this text tower has "
-                f"{self.max_tokens} positions; tokenize with max_length={self.max_tokens}"
-            )
+            got = f"captions of {input_ids.shape[1]} tokens, but {self.max_tokens} positions"
+            raise ValueError(f"{got}; tokenize with max_length={self.max_tokens}")
         if position_ids is None:
             position_ids = self.default_positions(input_ids)
         hidden = self.embeddings["word_embeddings"](input_ids)
@@ -531,7 +523,7 @@ class TextEncoder(nn.Module):
 
 
 class AddAndNorm(nn.Module):
-    """How both halves of a layer end: LN(hidden + dropout(dense(update)))."""
+    """How both halves of a layer end: a linear layer, and LN(hidden + its output)."""
 
     def __init__(self, width, config):
         super().__init__()
@@ -550,9 +542,10 @@ class TextLayer(nn.Module):
         super().__init__()
         W = config.width
         projections = nn.ModuleDict({name: nn.Linear(W, W) for name in ("query", "key", "value")})
+        # BERT's names: attention.output ends the first half; the MLP is intermediate, then output.
         self.attention = nn.ModuleDict({"self": projections, "output": AddAndNorm(W, config)})
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(W, config.mlp_width)})
-        self.output = AddAndNorm(config.mlp_width, config)  # holds the MLP's second layer
+        self.output = AddAndNorm(config.mlp_width, config)
         self.config = config
         self.activation = ACTIVATIONS[config.activation]()
 
@@ -566,7 +559,7 @@ class TextLayer(nn.Module):
         query, key, value = map(project_to_heads, ("query", "key", "value"))
         dropout = self.config.attention_dropout if self.training else 0.0
         mixed, weights = masked_attention(query, key, value, mask, dropout, return_weights)
-        mixed = mixed.transpose(1, 2).flatten(2)  # heads side by side again
+        mixed = mixed.transpose(1, 2).flatten(2)  # (B, T, W): heads side by side again
         hidden = self.attention["output"](mixed, hidden)
         inner = self.activation(self.intermediate["dense"](hidden))
         return self.output(inner, hidden), weights
@@ -580,7 +573,7 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
                        (in section 9 also float, (B or 1, H, T, T): added to the scores)
     dropout            share of the weights dropped
     returns            the mixed values (B, H, T, W/H), and the weights after dropout (B, H, T, T)
-                       or None; both are undefined for captions that are all padding
+                       or None; both mean nothing for captions that are all padding
     source             Vaswani et al. 2017, equation 1
     Exercise 3         medium, 40 minutes: never look at padding, run `pytest -k exercise_3`
     """
@@ -588,7 +581,7 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
         return F.scaled_dot_product_attention(query, key, value, mask, dropout), None
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
     if mask is not None and mask.dtype == torch.bool:
-        # The lowest finite score: -inf would make nan of a caption that is all padding.
+        # The lowest finite score: -inf would turn a caption that is all padding into nan.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask
@@ -597,10 +590,9 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
 
 
 def masked_mean(hidden, attention_mask=None):
-    """The mean over real tokens: hidden (B, T, W), attention_mask (B, T), returns (B, W).
+    """The mean over real tokens, of which every caption needs one.
 
-    Every caption needs at least one real token, a 1 in attention_mask.
-
+    hidden (B, T, W), attention_mask (B, T) with 1 for real tokens, returns (B, W)
     Exercise 4  easy, 10 minutes: the mean over real tokens only, run `pytest -k exercise_4`
     """
     if attention_mask is None:
@@ -627,24 +619,13 @@ ACTIVATIONS |= {"quick_gelu": timm.layers.QuickGELU, "tanh": nn.Tanh}
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A timm model and its arguments; in section 9 also a family of transformers and its sizes.
-
-    raises  ValueError for args that repeat a field of this class or ask for other channels, classes
-            or a file
-    """
+    """A timm model and its arguments; in section 9 also a family of transformers and its sizes."""
 
     name: str = "vit_base_patch16_224"  # a timm model, or a key of HF_VISION (section 9)
     args: dict = field(default_factory=dict)  # of timm.create_model, or a family's config.json
     image_size: int | None = None  # pixels a side; None: the model's own
     pooling: str | None = None  # timm's global_pool ("avg", "token", "map"); None: the model's own
     patch_dropout: float = 0.0  # share of patches left out in training (ViTs; Li et al. 2023)
-
-    def __post_init__(self):
-        fixed = "fixed: a tower sees RGB, has no classes and reads no file"
-        reserved = dict.fromkeys(("in_chans", "num_classes", "checkpoint_path"), fixed)
-        reserved |= {"img_size": "image_size", "global_pool": "pooling"}
-        for name in reserved.keys() & self.args:
-            raise ValueError(f"vision args hold {name}; here that is {reserved[name]}")
 
 
 class VisionEncoder(nn.Module):
@@ -671,14 +652,11 @@ class VisionEncoder(nn.Module):
         check_choice("timm model", config.name.split(".")[0], timm.list_models())
         name = pretrained_from or config.name
         with blamed_on(f"{name} with {config.args}", "timm cannot build"):
-            arguments = {  # timm leaves out what is None: not every model takes all of these
-                "img_size": config.image_size if self.has_fixed_size() else None,
-                "global_pool": config.pooling,
-                "patch_drop_rate": config.patch_dropout or None,
-                "num_classes": 0,
-                **config.args,
-            }
-            return timm.create_model(name, pretrained=pretrained_from is not None, **arguments)
+            size = config.image_size if self.has_fixed_size() else None
+            ours = {"in_chans": 3, "num_classes": 0, "checkpoint_path": None, "img_size": size}
+            ours |= {"global_pool": config.pooling, "patch_drop_rate": config.patch_dropout or None}
+            # timm leaves out what is None, and args that repeat one of ours are an error.
+            return timm.create_model(name, pretrained_from is not None, **ours, **config.args)
 
     def has_fixed_size(self):
         """Whether the model is built for one image size, as most ViTs are; convnets take any."""
@@ -699,6 +677,7 @@ class VisionEncoder(nn.Module):
         pixel_values = pixel_values.to(next(self.parameters()).dtype)
         if pixel_values.is_cuda:  # faster; on CPUs narrow convolutions crash in this layout
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        # The two lists stay empty unless they are asked for (section 10).
         with recording(self.trunk, output_hidden_states, output_attentions) as (states, weights):
             features = self.trunk.forward_features(pixel_values)
         return TowerOutput(
@@ -739,7 +718,7 @@ class ImageTransform:
     """Any image to normalised pixels: resize, centre crop, (pixel / 255 - mean) / std.
 
     resize         pixels of the shorter side, or of both; None leaves the image as it is
-    crop           pixels of both sides, cut off or added in black; None leaves them as they are
+    crop           pixels of both sides, cropped or padded with black; None leaves them as they are
     squash         resize both sides, whatever the image's proportions
     interpolation  one of INTERPOLATIONS
     mean, std      of red, green and blue, for pixels from 0 to 1
@@ -767,9 +746,10 @@ class ImageTransform:
         """(3, height, width) to (3, S, S), same dtype."""
         if self.resize is not None:
             size = [self.resize] * (2 if self.squash else 1)  # of both sides, or of the shorter one
-            pixels = TF.resize(pixels, size, InterpolationMode(self.interpolation), antialias=True)
+            mode = TF.InterpolationMode(self.interpolation)
+            pixels = TF.resize(pixels, size, mode, antialias=True)
         if self.crop is not None:
-            # From 255 to 224: -31, of them -15 first, as in transformers (torchvision: -16).
+            # Negative numbers crop. Of -31, -15 come first, as in transformers (torchvision: -16).
             more_rows, more_columns = (self.crop - side for side in pixels.shape[-2:])
             top, left = int(more_rows / 2), int(more_columns / 2)
             pixels = F.pad(pixels, (left, more_columns - left, top, more_rows - top))
@@ -777,12 +757,12 @@ class ImageTransform:
 
     def normalize(self, pixels):
         """(..., 3, S, S) uint8 to normalised float32."""
-        # mean and std (3, 1, 1), from 0 to 255 as in transformers, so that the last bits agree.
+        # Multiplying mean and std (3, 1, 1) instead of dividing pixels gives transformers' bits.
         mean, std = 255 * torch.tensor([self.mean, self.std], device=pixels.device)[..., None, None]
         return (pixels.float() - mean) / std
 
     def to_dict(self):
-        """As transformers' preprocessor_config.json has it."""
+        """The values of transformers' preprocessor_config.json."""
         sides = ("height", "width") if self.squash else ("shortest_edge",)
         return {
             "image_processor_type": "CLIPImageProcessor" if self.crop else "ViTImageProcessor",
@@ -810,20 +790,20 @@ class ImageTransform:
         size, crop = values["size"], values["crop_size"]  # old files have numbers for both
         size = size if isinstance(size, dict) else dict.fromkeys(usual["size"], size)
         crop = crop if isinstance(crop, dict) else {"side": crop or 224}
-        for sides in (size, crop):
-            if len({*sides.values()}) != 1:
-                raise ValueError(f"size is {sides}, expected a number of pixels or a square")
-        # pixel * factor = pixel / 255 * scale, so mean and std are divided by scale as well.
-        scale = 255 * (values["rescale_factor"] if values["do_rescale"] else 1)
+        (resize, *others), (side, *other_sides) = size.values(), crop.values()
+        if {*others} - {resize} or {*other_sides} - {side}:
+            raise ValueError(f"size is {size}, crop_size {crop}; expected squares")
+        if not values["do_rescale"] or not math.isclose(values["rescale_factor"], 1 / 255):
+            raise ValueError("pixels are not divided by 255: other scales are not read")
         if not values["do_normalize"]:
             values |= {"image_mean": [0] * 3, "image_std": [1] * 3}
-        return cls(  # all sides are equal here, so max picks the one number
-            resize=max(size.values()) if values["do_resize"] else None,
-            crop=max(crop.values()) if values["do_center_crop"] else None,
+        return cls(
+            resize=resize if values["do_resize"] else None,
+            crop=side if values["do_center_crop"] else None,
             squash="shortest_edge" not in size,
             interpolation=Image.Resampling(values["resample"]).name.lower(),
-            mean=tuple(value / scale for value in values["image_mean"]),
-            std=tuple(value / scale for value in values["image_std"]),
+            mean=tuple(values["image_mean"]),
+            std=tuple(values["image_std"]),
         )
 
 
@@ -837,15 +817,12 @@ def to_pixels(image):
     return TF.pil_to_tensor(to_rgb(image))
 
 
-def to_rgb(image, name="an image"):
+def to_rgb(image):
     """Any PIL image in RGB as a person sees it: transparency on white, 16 bits to 8."""
     if image.mode == "F":
         raise ValueError("pixels are floats, expected whole numbers of 8 or 16 bits")
     if image.mode.startswith("I"):
         shares = np.asarray(image).clip(0, 65535) / 65535
-        if shares.max() < 1 / 4:
-            used = f"{shares.max():.1%} of the range"
-            notice("dark", f"{name} is dark: it uses {used}; rescale such images to 16 bits")
         image = Image.fromarray((shares * 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -855,7 +832,7 @@ def to_rgb(image, name="an image"):
 
 def notice(kind, message):
     """Print only the first message of each kind, from the first process."""
-    if kind not in NOTICED and rank() == 0 and torch.utils.data.get_worker_info() is None:
+    if kind not in NOTICED and rank() == 0:
         NOTICED.add(kind)
         print(f"note: {message}")
 
@@ -867,11 +844,11 @@ def open_image(source, size=None):
             begins with a PIL image, as torchvision's do
     size    pixels that the shorter side needs: JPEGs are decoded at a reduced size, at least twice
             this, which is much faster; at full size unless given
-    raises  ValueError that names a file that is missing or no image
+    raises  ValueError that names a file that is missing or is not an image
     """
     with blamed_on(source, "cannot read image"):
         file = source
-        match source:  # a path matches neither case
+        match source:  # a path, or a tuple of two or three
             case dataset, index:
                 return to_rgb(ImageOps.exif_transpose(dataset[index][0]))
             case path, start, length:
@@ -881,7 +858,7 @@ def open_image(source, size=None):
         with Image.open(file, formats=IMAGE_FORMATS) as image:
             if size:
                 image.draft(None, (2 * size, 2 * size))
-            return to_rgb(ImageOps.exif_transpose(image), source)
+            return to_rgb(ImageOps.exif_transpose(image))
 
 
 def stamp_image(source):
@@ -895,13 +872,14 @@ def stamp_image(source):
 
 @contextmanager
 def blamed_on(path, what="cannot read"):
-    """Turn any exception raised inside into a ValueError that names the file."""
+    """Turn any exception raised inside into a ValueError: "cannot read a.json: its reason"."""
     try:
         yield
-    except BaseException as error:  # a Rust panic in a library does not derive from Exception
-        named = isinstance(error, ValueError) and str(path) in str(error)
-        if named or isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
-            raise
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # tokenizers' panics, from Rust, are no Exception
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise  # the path is named already
         kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
         reason = textwrap.shorten(f"{kind}{error}", 600)
         raise ValueError(f"{what} {path}: {reason}") from error
@@ -922,7 +900,6 @@ class Processor:
         self.image_transform, self.tokenizer = image_transform, tokenizer
         self.token_types, self.positions = token_types, positions
         truncation = (tokenizer and tokenizer.truncation) or {}
-        # Tokens kept unless a call says otherwise.
         self.max_length = min(truncation.get("max_length", math.inf), positions)
         self.truncation_side = truncation.get("direction", "right")
 
@@ -931,7 +908,7 @@ class Processor:
 
         text        a caption or N of them, padded to the longest
         images      an image or I of them (see to_pixels), of mixed sizes if you like
-        max_length  tokens, up to the text tower's positions; longer captions are cut, with a notice
+        max_length  tokens, up to the tower's positions; longer captions are truncated, with a note
         returns     {"input_ids" (N, T), "attention_mask" (N, T), "pixel_values" (I, 3, S, S)}, as
                     asked for, and "token_type_ids" (N, T) with token_types
         """
@@ -941,19 +918,15 @@ class Processor:
             if self.tokenizer is None:
                 raise ValueError("no tokenizer: make a Processor(image_transform, tokenizer)")
             limit = self.max_length if max_length is None else min(max_length, self.positions)
-            self.cut_at(limit)
+            self.truncate_at(limit)
             rows = self.tokenizer.encode_batch(captions)
-            if cut := sum(bool(row.overflowing) for row in rows):
-                notice("cut", f"{cut} of {len(captions)} captions were cut to {limit} tokens")
-            unknown = getattr(self.tokenizer.model, "unk_token", None)
-            words = [w for r in rows for w, n in zip(r.tokens, r.special_tokens_mask) if not n]
-            if 2 * words.count(unknown) > len(words):
-                notice("unknown", f"most tokens of the captions are the tokenizer's {unknown}")
             inputs["input_ids"] = torch.tensor([row.ids for row in rows])
             inputs["attention_mask"] = torch.tensor([row.attention_mask for row in rows])
             if self.token_types:
                 inputs["token_type_ids"] = torch.tensor([row.type_ids for row in rows])
-        if isinstance(images, Image.Image) or getattr(images, "ndim", 4) < 4:  # one image
+            if longer := sum(bool(row.overflowing) for row in rows):
+                notice("cut", f"{longer} of {len(captions)} captions were cut to {limit} tokens")
+        if isinstance(images, Image.Image) or getattr(images, "ndim", 4) < 4:  # one, not a batch
             images = [images]
         if images is not None and len(images):
             if self.image_transform is None:
@@ -963,8 +936,8 @@ class Processor:
             raise ValueError("nothing to process: give text, images or both, none of them empty")
         return inputs
 
-    def cut_at(self, limit):
-        """Cut captions to limit tokens from now on."""
+    def truncate_at(self, limit):
+        """Truncate captions to limit tokens from now on."""
         if limit == math.inf:
             return self.tokenizer.no_truncation()
         check_min("max_length", limit, self.tokenizer.num_special_tokens_to_add(False))
@@ -983,7 +956,7 @@ class Processor:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.tokenizer is not None:
-            self.cut_at(self.max_length)  # a call may have left its own limit there
+            self.truncate_at(self.max_length)  # a call may have left its own limit there
             write_file(folder / TOKENIZER_FILE, self.tokenizer.to_str(pretty=True))
             if format == "hf" or self.token_types:
                 settings = json.dumps(tokenizer_config(self), indent=2)
@@ -993,7 +966,7 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id):
-        """The processor of a folder, ours or transformers'; a half without files is None."""
+        """The processor of a folder, ours or transformers'; either half is None without a file."""
         folder = find_folder(folder_or_hub_id)
         transform, (tokenizer, token_types) = read_image_transform(folder), read_tokenizer(folder)
         if transform is None and tokenizer is None:
@@ -1005,14 +978,15 @@ def train_tokenizer(captions, vocab_size, max_length=None):
     """A byte-level BPE tokenizer learned from captions. It lower-cases and keeps accents.
 
     vocab_size  tokens; at least 259, for all bytes and three special tokens
-    max_length  tokens kept of a caption, <s> and </s> included; all unless given
+    max_length  tokens kept of a caption, including <s> and </s>; all unless given
     returns     tokenizers.Tokenizer that wraps captions in <s> ... </s> and pads to the longest
     source      Radford et al. 2019 (GPT-2), section 2.2
     """
     # A space before the first word makes it the same token as inside a caption.
     options = {"add_prefix_space": True, "lowercase": True, "unicode_normalizer": "nfc"}
     learner = tokenizers.ByteLevelBPETokenizer(**options)
-    learner.train_from_iterator(captions, vocab_size, 1, False, ["<pad>", "<s>", "</s>"])
+    options = {"vocab_size": vocab_size, "min_frequency": 1, "show_progress": False}
+    learner.train_from_iterator(captions, special_tokens=["<pad>", "<s>", "</s>"], **options)
     tokenizer = tokenizers.Tokenizer.from_str(learner.to_str())
     ends = {"single": "<s> $A </s>", "special_tokens": [("<s>", 1), ("</s>", 2)]}
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(**ends)
@@ -1032,7 +1006,7 @@ SPLITS = ("train", "val", "test", "all")
 
 
 class Lazy:
-    """A sequence whose item i is function(items[i]), made when asked for."""
+    """A sequence whose item i is function(items[i]), computed when it is asked for."""
 
     def __init__(self, items, function):
         self.items, self.function = items, function
@@ -1047,17 +1021,17 @@ class Lazy:
 class Pairs(torch.utils.data.Dataset):
     """Images, each with all of its captions: pairs[i] is (PIL image, list of captions).
 
-    names     I strings, one an image: they decide the split, and name the image in messages
+    names     I strings, one per image: they decide the split, and name the image in messages
     images    I PIL images; a Lazy opens them when asked for
     captions  I lists of captions
     labels    I class indices; None where captions do not come from classes
     classes   K class names, or None
     """
 
-    neighbours = 1  # images in a row that training should see in one batch, as hard negatives
+    neighbours = 1  # consecutive images that training should see in one batch, as hard negatives
 
     def __init__(self, names, images, captions, labels=None, classes=None):
-        if not isinstance(images, Lazy):
+        if not isinstance(images, Lazy):  # a list, as a Lazy
             images = Lazy(range(len(images)), images.__getitem__)
         self.names, self.images, self.captions = names, images, captions
         self.labels, self.classes = labels, classes
@@ -1095,11 +1069,11 @@ class Pairs(torch.utils.data.Dataset):
 
     def caption_table(self):
         """The N distinct captions, and (M, 2) indices (image, caption) of all right pairs."""
-        index, right = {}, []
+        index_of, right = {}, []
         for i, captions in enumerate(self.captions):
             for caption in dict.fromkeys(captions):
-                right.append((i, index.setdefault(caption, len(index))))
-        return list(index), torch.tensor(right)
+                right.append((i, index_of.setdefault(caption, len(index_of))))  # or the next index
+        return list(index_of), torch.tensor(right)
 
 
 def positive_groups(pair_ids):
@@ -1108,11 +1082,13 @@ def positive_groups(pair_ids):
     Images 7 7 8 9, captions a b b c: groups 0 0 0 3, as pairs 0, 1 share an image and 1, 2 a text.
     """
     groups = torch.arange(len(pair_ids), device=pair_ids.device)
-    columns = [column.unique(return_inverse=True)[1] for column in pair_ids.T]
+    columns = [column.unique(return_inverse=True)[1] for column in pair_ids.T]  # ids from 0
     while True:
         before = groups
-        for column in columns:  # each id's lowest group, handed back to all pairs with that id
-            groups = groups.scatter_reduce(0, column, groups, "amin", include_self=False)[column]
+        for column in columns:
+            # lowest[k]: the lowest group among pairs with id k. All of them take it.
+            lowest = groups.scatter_reduce(0, column, groups, "amin", include_self=False)
+            groups = lowest[column]
         if torch.equal(groups, before):
             return groups
 
@@ -1136,12 +1112,13 @@ class ImageDataset(torch.utils.data.Dataset):
             self.images = Lazy(images.items, functools.partial(open_image, size=transform.resize))
 
     def __getitem__(self, key):
-        (epoch, wanted), n, error = key, len(self.images), ""
-        # Black, if a hundred in a row are broken.
-        used, pixels = wanted, torch.zeros(3, 8, 8, dtype=torch.uint8)
+        epoch, wanted = key
+        used, error = wanted, ""
+        pixels = torch.zeros(3, 8, 8, dtype=torch.uint8)  # black, if 100 in a row cannot be read
         for i in range(wanted, wanted + 100):
+            i %= len(self.images)
             try:
-                pixels, used = to_pixels(self.images[i % n]), i % n
+                pixels, used = to_pixels(self.images[i]), i
                 break
             except (ValueError, OSError) as reason:
                 error = error or str(reason)
@@ -1152,7 +1129,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
 def image_loader(dataset, batches, workers, device):
     """An ImageDataset in batches of keys: pixels (B, 3, S, S), indices (B,), a tuple of errors."""
-    if workers < 0:  # up to 8 with a GPU; on a CPU 1, if it has a second core
+    if workers < 0:  # up to 8 with a GPU, else 1, and one core is left for training
         workers = min(8 if device.type == "cuda" else 1, os.cpu_count() - 1)
     return torch.utils.data.DataLoader(
         dataset,
@@ -1160,7 +1137,7 @@ def image_loader(dataset, batches, workers, device):
         num_workers=workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=worker_init,
-        generator=torch.Generator(),  # drawing workers' seeds from the global one shifts dropout
+        generator=torch.Generator(),  # so that workers' seeds leave the global generator alone
     )
 
 
@@ -1173,7 +1150,7 @@ SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 SIZES = {"small": 0.1, "large": 0.18}  # radius as a share of the image's side
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 HELD_OUT_OBJECTS = {("red", "star"), ("green", "cross"), ("blue", "triangle"), ("yellow", "circle")}
-MAX_HELD_OUT = 3184  # images: half of them without these objects, and only 1,592 such exist
+MAX_HELD_OUT = 2 * 1592  # half of them are without these objects, and only 1,592 such scenes exist
 
 
 class ShapesPairs(Pairs):
@@ -1188,7 +1165,6 @@ class ShapesPairs(Pairs):
     seed    draws scenes and images
     count   images of a part: 10,000 or, held out, 512, half with objects unseen in training
     side    pixels
-    raises  ValueError for more held-out images than there are
     """
 
     neighbours = 2  # a scene and its mirror
@@ -1196,14 +1172,15 @@ class ShapesPairs(Pairs):
     def __init__(self, split="train", seed=0, count=None, side=64):
         check_choice("split", split, SPLITS)
         self.scenes, self.wordings, names = [], [], []
-        for part, usual in (("train", 10_000), ("held-out", 512)):
-            if split == "all" or (split == "train") == (part == "train"):
-                rng = random.Random(f"shapes {part.replace('-', ' ')} {seed}")
-                scenes = draw_scenes(rng, count or usual, held_out=part == "held-out")
-                self.scenes += scenes
-                names += [f"shapes/{seed}/{part}/{i}" for i in range(len(scenes))]
+        parts = {"train": ["train"], "all": ["train", "held-out"]}
+        for part in parts.get(split, ["held-out"]):
+            rng = random.Random(f"shapes {part.replace('-', ' ')} {seed}")
+            usual, held_out = (10_000, False) if part == "train" else (512, True)
+            scenes = draw_scenes(rng, count or usual, held_out)
+            self.scenes += scenes
+            names += [f"shapes/{seed}/{part}/{i}" for i in range(len(scenes))]
         for scene, name in zip(self.scenes, names):
-            # From its own generator: with the image's, the background would give the wording away.
+            # The image has a generator of its own: else its background would reveal the wording.
             turned = random.Random(f"{name} told").random() < 0.5
             first, relation, second = scene
             self.wordings.append((second, OPPOSITE[relation], first) if turned else scene)
@@ -1248,9 +1225,10 @@ def draw_scenes(rng, count, held_out):
         first, relation, second = scene
         new_object = not HELD_OUT_OBJECTS.isdisjoint((first[1:], second[1:]))
         tenth = digest(f"{sorted([first, second])} {relation}")[0] < 26  # the same for its mirror
-        if first == second or (new_object or tenth) != held_out:  # it belongs to the other part
+        is_held_out = new_object or tenth
+        if first == second or is_held_out != held_out:
             continue
-        wants_new_object = len(scenes) < count // 2
+        wants_new_object = len(scenes) < count // 2  # held-out scenes with a new object come first
         if held_out and (new_object != wants_new_object or scene in scenes):
             continue
         scenes += [scene, (second, relation, first)]
@@ -1334,10 +1312,10 @@ class Row:
             raise ValueError(f"{self.where}: split is {self.split!r}, expected train, val or test")
         self.split = SPLIT_OF[word]
         text = self.caption.strip() if isinstance(self.caption, str) else ""
-        # A list as Python or json writes it.
+        # A row holds one caption, and not a list as Python or json prints it.
         is_list = re.fullmatch(r"""\[\s*['"].*['"]\s*\]""", text, re.DOTALL)
         if self.label is None and (is_list or not text):
-            raise ValueError(f"{self.where}: caption is {self.caption!r}, expected one text a row")
+            raise ValueError(f"{self.where}: caption is {self.caption!r}, expected one caption")
         self.caption = text
 
 
@@ -1355,9 +1333,9 @@ def load_pairs(
     """Images with captions from a data spec.
 
     spec          "shapes", or what DATA_READERS reads: see README.md, "Your own images"
-    split         "train", "val", "test" or "all". The data's own where it has one (without val,
-                  test serves, and vice versa). Else a hash of an image's name, or of its group,
-                  puts a val_fraction of the images into val, which is test too
+    split         "train", "val", "test" or "all": the data's own if it has one, where val and test
+                  stand in for each other; else a hash of an image's name, or of its group, puts a
+                  val_fraction of the images into both
     data_root     where torchvision's sets lie; download lets it fetch them
     images        the image folder of a table or .json, unless it is the file's own
     templates     what class names become: strings with {} in them
@@ -1377,18 +1355,15 @@ def load_pairs(
     rows = DATA_READERS[kind](spec, data_root=data_root, download=download)
     rows_of = rows_by_image(rows, images or (spec if kind == "folder/" else os.path.dirname(spec)))
     pairs = pairs_from_rows(rows_of, templates, class_names or {})
-    for i in range(0, len(pairs), len(pairs) // 8 + 1):
-        with suppress(ValueError):
-            pairs.images[i]  # open eight: workers print no notice about dark images
-    splits = [own[0].split for own in rows_of.values()]
-    if {"val", "test"}.isdisjoint(splits):
+    split_of = [own[0].split for own in rows_of.values()]
+    if {"val", "test"}.isdisjoint(split_of):
         # A hash decides, so new images never move old ones across.
         groups = [own[0].group or name for (name, _), own in rows_of.items()]
         hashes = [int.from_bytes(digest(group)[:4], "big") / 2**32 for group in groups]
-        splits = ["test" if share < val_fraction else "train" for share in hashes]
-    if split in ("val", "test") and split not in splits:
-        split = "val" if split == "test" else "test"  # a stand-in
-    return pairs.select(i for i, found in enumerate(splits) if split in (found, "all"))
+        split_of = ["test" if share < val_fraction else "train" for share in hashes]
+    if split in ("val", "test") and split not in split_of:
+        split = "val" if split == "test" else "test"
+    return pairs.select(i for i, found in enumerate(split_of) if split in (found, "all"))
 
 
 def rows_by_image(rows, root):
@@ -1396,12 +1371,13 @@ def rows_by_image(rows, root):
     rows_of, key_of = {}, {}  # key_of: an image as its row has it -> (name, source)
     for row in rows:
         if row.image not in key_of:
-            key_of[row.image] = row.where, row.image
-            if isinstance(row.image, str):  # a path, which is a better name
-                path = os.path.normpath(os.path.join(root, row.image))
-                if not os.path.isfile(path):
-                    raise ValueError(f"{row.where}: missing image {path}")
-                key_of[row.image] = Path(os.path.relpath(path, root or ".")).as_posix(), path
+            name, source = row.where, row.image
+            if isinstance(source, str):  # a path, which is a better name
+                source = os.path.normpath(os.path.join(root, source))
+                name = Path(os.path.relpath(source, root or ".")).as_posix()
+                if not os.path.isfile(source):
+                    raise ValueError(f"{row.where}: missing image {source}")
+            key_of[row.image] = name, source
         own = rows_of.setdefault(key_of[row.image], [])
         own.append(row)
         if row.split != own[0].split:
@@ -1421,10 +1397,10 @@ def pairs_from_rows(rows_of, templates, class_names):
         captions = [list(dict.fromkeys(row.caption for row in own)) for own in rows_of.values()]
         return Pairs(list(names), images, captions)
     known = sorted({*folders})
-    # Extra names are fine, say all of ImageNet's, as long as every class has one.
-    unknown = [name for name in class_names if name not in known]
-    if unknown and {*known} - {*class_names}:
-        check_choice("class to rename", unknown[0], known)
+    # Extra names are fine, say all of ImageNet's, if every class has one. Else one is misspelt.
+    if {*known} - {*class_names}:
+        for name in class_names:
+            check_choice("class to rename", name, known)
     if wrong := [template for template in templates if "{}" not in template]:
         raise ValueError(f"template {wrong[0]!r} has no {{}} for the class name")
     index = {folder: k for k, folder in enumerate(known)}
@@ -1462,25 +1438,26 @@ def list_images(folder):
             if name[0] != "." and suffix != ".txt":
                 (images if suffix in IMAGE_SUFFIXES else others).append(path)
     if others:
-        notice(folder, f"left out: {len(others)} files that are no images, such as {others[0]}")
+        notice(folder, f"left out: {len(others)} files that are not images, such as {others[0]}")
     return images
 
 
 def read_folder(folder, **_):
-    """Class folders, or images with captions in .txt files; in train/, val/ and test/ or not."""
+    """1.jpg with 1.txt, or dog/1.jpg; with splits train/1.jpg, train/1.txt, or train/dog/1.jpg."""
     paths = list_images(folder)
     places = [Path(path).relative_to(folder).parts for path in paths]
     texts = [os.path.splitext(path)[0] + ".txt" for path in paths]
     has_texts = any(map(os.path.isfile, texts))
     tops = {place[0] for place in places if len(place) > 1}
-    parts = {top for top in tops if top.lower() in SPLIT_OF}
-    if len(parts) > 1 and parts != tops:
-        raise ValueError(f"{folder} has {', '.join(sorted(parts))}, but also {min(tops - parts)}")
-    depth = int(bool(parts) and parts == tops)  # 1 below train/, val/ and test/
+    splits = {top for top in tops if top.lower() in SPLIT_OF}
+    if len(splits) > 1 and splits != tops:
+        raise ValueError(f"{folder} has {', '.join(sorted(splits))}, but also {min(tops - splits)}")
+    depth = 1 if splits and splits == tops else 0  # folders above captions and classes
+    least = depth + 1 if has_texts else depth + 2  # parts of an image's place
     for path, place, text in zip(paths, places, texts):
         image, split = os.path.join(*place), place[0] if depth else None
-        if len(place) <= depth + (not has_texts):  # a class is a folder more
-            notice(f"{folder} above", f"{path} is left out: it is in no class folder")
+        if len(place) < least:
+            notice(f"{folder} above", f"{path} is left out: it is not in a class folder")
         elif has_texts:
             for caption in filter(str.strip, text_lines(text)):
                 yield Row(text, image, caption, split=split)
@@ -1494,14 +1471,14 @@ def text_lines(path):
 
 
 def read_table(path, **_):
-    """A table, whose header tells the separator."""
-    separator = max("\t,;|", key=next(text_lines(path), "").count)  # the most frequent
+    """A table; the most frequent separator in its header is taken."""
+    separator = max("\t,;|", key=next(text_lines(path), "").count)
     # Strict: else a quote that is never closed would quietly swallow the rows below it.
     options = {"delimiter": separator, "skipinitialspace": True, "strict": True}
     reader, first = csv.DictReader(text_lines(path), **options), 1
     try:
         for record in reader:
-            if any(cell.strip() for cell in record.pop(None, ())):  # surplus cells
+            if any(cell.strip() for cell in record.pop(None, ())):  # csv keeps surplus cells there
                 raise csv.Error("more cells than the header has columns")
             yield from record_rows(f"{path}, line {reader.line_num}", record)
             first = reader.line_num + 1
@@ -1530,7 +1507,7 @@ def record_rows(where, record):
         raise ValueError(f"{where}: the columns are {', '.join(record)}; expected {expected}")
     cells = record.get("split"), record.get("group")
     split, group = (None if cell is None else str(cell) for cell in cells)
-    captions = record[caption]
+    captions = record[caption]  # of json perhaps a list
     for text in captions if captions and isinstance(captions, list) else [captions]:
         yield Row(where, str(record[image] or ""), text, None, split, group)
 
@@ -1554,28 +1531,32 @@ def read_json_captions(path, **_):
 
 
 def read_shards(spec, **_):
-    """Tar files in webdataset's layout: members key.jpg and key.txt, a caption a line."""
-    braces = re.search(r"\{(\d+)\.\.(\d+)\}", spec)
-    first, last = braces.groups() if braces else (0, 0)
-    for number in range(int(first), int(last) + 1):
-        path = spec.replace(braces[0], str(number).zfill(len(first))) if braces else spec
-        name = os.path.relpath(path, os.path.dirname(spec.partition("{")[0]) or ".")
+    """Tar files in webdataset's layout: members key.jpg and key.txt, one caption per line."""
+    paths = [spec]
+    if braces := re.search(r"\{(\d+)\.\.(\d+)\}", spec):  # a-{08..10}.tar: a-08, a-09 and a-10
+        first, last = braces.groups()
+        numbers = range(int(first), int(last) + 1)
+        paths = [spec.replace(braces[0], str(n).zfill(len(first))) for n in numbers]
+    root = os.path.dirname(spec.partition("{")[0]) or "."
+    for path in paths:
         with blamed_on(path), tarfile.open(path, "r:") as tar:
             images, captions = {}, {}
             for member in filter(tarfile.TarInfo.isfile, tar):
-                found = re.fullmatch(r"(?:\./)?((?:.*/)?[^./]+)\.([^/]+)", member.name)
-                key, kind = found.groups() if found else ("", "")
-                if "." + kind.lower() in IMAGE_SUFFIXES:
+                folder, _, file = member.name.removeprefix("./").rpartition("/")
+                stem, _, kind = file.partition(".")
+                key, kind = f"{folder}/{stem}" if folder else stem, "." + kind.lower()
+                if kind in IMAGE_SUFFIXES:
                     images[key] = path, member.offset_data, member.size
-                elif kind.lower() == "txt":
+                elif kind == ".txt":
                     text = tar.extractfile(member).read().decode("utf-8-sig").strip()
                     captions[key] = re.split(r"\s*\n\s*", text)
             tar.fileobj.seek(tar.offset)  # a whole archive ends in a block of zeros
             if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                raise ValueError(f"cut short or damaged at byte {tar.offset:,}")
+                raise ValueError(f"truncated or damaged at byte {tar.offset:,}")
+        name = Path(os.path.relpath(path, root)).as_posix()
         for key in images | captions:
-            for caption in captions.get(key, [""]):  # a missing half becomes "", which is refused
-                yield Row(f"{Path(name).as_posix()}/{key}", images.get(key, ""), caption)
+            for caption in captions.get(key, [""]):  # a missing half becomes "", which Row rejects
+                yield Row(f"{name}/{key}", images.get(key, ""), caption)
 
 
 # The one table of readers: what a spec is, and the function that yields its Rows.
@@ -1614,8 +1595,7 @@ def build_from_towers(cls, vision, text, projection_dim, pretrained, overrides):
 
 def build_vision_tower(vision, pretrained, overrides):
     """A VisionEncoder from a timm name, or from a folder or hub id of timm's or transformers'."""
-    source = vision  # what timm loads weights from: a name with its tag, or a folder
-    found, args = {"name": vision}, {}  # fields of VisionConfig
+    found, source = {"name": vision, "args": {}}, vision  # source: what timm loads weights from
     if "/" in vision or Path(vision).is_dir():
         folder = find_folder(vision.removeprefix("hf-hub:"))
         values = read_json(folder / CONFIG_FILE)
@@ -1623,19 +1603,24 @@ def build_vision_tower(vision, pretrained, overrides):
             tower = load_tower(read_vision_config, folder, vision, overrides)
             tower.own_transform = read_image_transform(folder)
             return tower
-        # A timm folder. We save its architecture and arguments, not its path.
-        found["name"], source = values["architecture"], f"local-dir:{folder}"
-        args = {"img_size": None, "global_pool": None, **(values.get("model_args") or {})}
-        size, found["pooling"] = args.pop("img_size"), args.pop("global_pool")
-        found["image_size"] = size[0] if isinstance(size, list) else size
-        args = {name: args[name] for name in args if name not in ("in_chans", "num_classes")}
+        found, source = read_timm_config(values), f"local-dir:{folder}"
         pretrained = pretrained or not vision.startswith("hf-hub:")  # others always load
-    args |= overrides.get("args", {})
+    args = found["args"] | overrides.get("args", {})
     config = config_from_dict(VisionConfig, {**found, **overrides, "args": args})
     tower = VisionEncoder(config, pretrained_from=source if pretrained else None)
     tower.config = dataclasses.replace(config, image_size=tower.image_size)
     tower.weights_from = vision if pretrained else None
     return tower
+
+
+def read_timm_config(values):
+    """Fields of VisionConfig from the config.json of a timm folder, whose path is not kept."""
+    args = values.get("model_args") or {}
+    size = args.get("img_size")
+    found = {"name": values["architecture"], "pooling": args.get("global_pool")}
+    found["image_size"] = size[0] if isinstance(size, list) else size
+    others = args.keys() - {"img_size", "global_pool", "in_chans", "num_classes"}
+    return {**found, "args": {name: args[name] for name in others}}
 
 
 def add_processor(model, image_transform, folder):
@@ -1674,7 +1659,7 @@ def load_dual_encoder(cls, folder_or_hub_id):
     own = values.get("model_type") == MODEL_TYPE
     # On the meta device tensors have shapes and no values: absurd sizes cost no memory.
     with blamed_on(folder / CONFIG_FILE, "cannot build the model of"), torch.device("meta"):
-        what = "model_type (other models lend towers to from_vision_text_pretrained)"
+        what = "model_type (for towers of other models: from_vision_text_pretrained)"
         check_choice(what, values.get("model_type"), (MODEL_TYPE, PUBLISHED_TYPE))
         model = cls(DualEncoderConfig.from_dict(values) if own else read_dual_config(values))
     weights = read_weights(folder) if own else read_published_weights(folder)
@@ -1691,7 +1676,7 @@ def fill(module, weights, source, pieces=()):
     with blamed_on(source, f"weights do not fit the {CONFIG_FILE} of"):
         # With assign the file's tensors become the parameters.
         module.load_state_dict(regroup(weights, pieces), assign=True)
-    # Buffers that files leave out are still on meta: allocate them; timm then computes them.
+    # Buffers that files leave out are still on meta: give them memory, then let timm compute them.
     module.float()._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
     for part in module.modules():
         if hasattr(part, "init_non_persistent_buffers"):
@@ -1761,13 +1746,13 @@ class MicroBatches(nn.Module):
     """Embeds a batch in pieces, so that the exact gradient of a large batch fits in little memory.
 
     The loss compares each pair with all others, so losses of small batches do not add up to it.
-    But it needs only embeddings, which are small. A piece runs in torch.utils.checkpoint (gradient
-    checkpointing, no file): it keeps its inputs and outputs, and is computed again in the backward
-    pass, with the same dropout, to carry the gradients of its embeddings into the weights. Batch
-    norm sees a piece at a time, and updates its running statistics in both computations.
+    But it needs only embeddings, which are small. So each piece is embedded, and all else that its
+    towers computed is dropped; the loss of all embeddings gives each embedding its gradient; and
+    each piece is embedded again, with the same dropout, to carry these gradients into the weights:
+    gradient checkpointing. Batch norm sees a piece at a time, and updates its statistics twice.
 
     model      DualEncoder with a processor
-    size       pairs a piece; 0 embeds the batch at once
+    size       most pairs per piece, which are about equal; 0 embeds the batch at once
     precision  "bf16", "fp16" or "fp32": what the towers compute in
     source     Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited
                Setup", section 3
@@ -1788,11 +1773,11 @@ class MicroBatches(nn.Module):
         """
         if not 0 < self.size < len(images):
             return self.embed(images, captions)
-        embeds = []
-        for start in range(0, len(images), self.size):
-            part = slice(start, start + self.size)
-            piece = images[part], {name: tensor[part] for name, tensor in captions.items()}
-            embeds.append(checkpoint(self.embed, *piece, use_reentrant=False))
+        embeds, count = [], math.ceil(len(images) / self.size)
+        parts_of = {name: tensor.tensor_split(count) for name, tensor in captions.items()}
+        for i, part in enumerate(images.tensor_split(count)):
+            texts = {name: parts[i] for name, parts in parts_of.items()}
+            embeds.append(checkpoint(self.embed, part, texts, use_reentrant=False))
         image_embeds, text_embeds = zip(*embeds)
         return torch.cat(image_embeds), torch.cat(text_embeds)
 
@@ -1818,8 +1803,8 @@ def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=1024):
 
     A row's cross-entropy is its log-sum-exp minus the score of its pair. Only the log-sum-exp needs
     other columns. The loss is the mean over i of (lse of row i + lse of column i) / 2 - score ii.
-    Each rank computes the tiles of its own images. Averaged over ranks, value and gradients are
-    those of clip_loss on all rows.
+    Each rank computes the R rows of its own images, with all B columns. The mean over ranks, of
+    values and of gradients, is that of clip_loss on all rows.
 
     image_embeds, text_embeds  (R, E)  unit-norm rows of this rank; row i describes image i
     logit_scale                ()      natural log of the inverse temperature
@@ -1831,10 +1816,12 @@ def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=1024):
     check_same_shape(image_embeds, text_embeds)
     scaled = logit_scale.exp() * image_embeds
     of_rows, of_columns = TiledLogSumExp.apply(scaled, gather_embeds(text_embeds), tile)
-    # Each column so far over this rank's images only: log-sum-exp over ranks completes it, (N,).
+    # A column (B,) has this rank's images only so far: log-sum-exp over ranks completes it.
     of_columns = gather_embeds(of_columns[None]).logsumexp(dim=0)
     pair_scores = (scaled * text_embeds).sum(dim=1)
-    return (of_rows / 2 - pair_scores).mean() + of_columns.mean() / 2
+    image_to_text = (of_rows - pair_scores).mean()  # of this rank's R images
+    text_to_image = of_columns.mean() - pair_scores.mean()
+    return (image_to_text + text_to_image) / 2
 
 
 class TiledLogSumExp(torch.autograd.Function):
@@ -1864,9 +1851,11 @@ class TiledLogSumExp(torch.autograd.Function):
         images, texts, of_rows, of_columns = ctx.saved_tensors
         grad_images, grad_texts = torch.zeros_like(images), torch.zeros_like(texts)
         for rows, columns, scores in score_tiles(images, texts, ctx.tile):
+            # A score is in the log-sum-exp of its row and of its column.
             in_row = (scores - of_rows[rows, None]).exp()  # softmax over the row
             in_column = (scores - of_columns[columns]).exp()
             grad = grad_rows[rows, None] * in_row + grad_columns[columns] * in_column
+            # scores = images @ texts.T, so its gradient goes to the images through the texts.
             grad_images[rows] += grad @ texts[columns]
             grad_texts[columns] += grad.T @ images[rows]
         return grad_images, grad_texts, None
@@ -1910,7 +1899,7 @@ def process_group():
         yield
         return
     torch.distributed.init_process_group()  # gloo on CPUs, nccl on CUDA
-    with redirect_stdout(sys.stdout if rank() == 0 else None):
+    with redirect_stdout(sys.stdout if rank() == 0 else None):  # print does nothing into None
         yield
     # Not in a finally: after an error other ranks may never arrive, and torchrun ends them.
     torch.distributed.destroy_process_group()
@@ -1919,11 +1908,11 @@ def process_group():
 def gather_embeds(embeds):
     """Every rank's rows, with gradients; the identity in one process.
 
-    A row's gradients from the losses of all ranks are summed on the rank that owns it. If n ranks
-    compute the same loss, the sum is n times its gradient, and the mean over ranks, which
-    DistributedDataParallel takes, undoes the n.
+    A row's gradients from the losses of all ranks are summed on the rank that owns it. If two ranks
+    compute the same loss, each has twice the gradient of its own rows. The mean over both ranks,
+    which DistributedDataParallel takes, is then the gradient of all rows.
 
-    embeds   (R, ...)  this rank's rows of anything; every rank has as many
+    embeds   (R, ...)  this rank's rows of anything, as many on every rank
     returns  (B, ...)  the rows of all ranks, in order
     """
     return embeds if world_size() == 1 else GatherRows.apply(embeds)
@@ -1980,7 +1969,7 @@ class MPNetEncoder(RobertaEncoder):
     """RoBERTa with a learned bias on every layer's scores, by the distance of query and key.
 
     The bias table has 16 rows for keys up to the query and 16 for keys on its right. Distances
-    below 8 have a row each, those from 8 to 128 share 8 rows by their logarithm.
+    below 8 have a row each, those from 8 to 128 share 8 rows by their logarithm: 30 is in row 11.
 
     source  Raffel et al. 2020 (T5), section 2.1
     """
@@ -1994,9 +1983,9 @@ class MPNetEncoder(RobertaEncoder):
         position = torch.arange(hidden.shape[1])
         to_right = position[None, :] - position[:, None]  # (T, T), from query to key
         distance = to_right.abs()
-        far = (distance.clamp(min=1) / 8).log() / math.log(128 / 8)  # 8 to 128 becomes 0 to 1
-        far = (8 + (far * 8).long()).clamp(max=15)  # rows 8 to 15
-        row = torch.where(distance < 8, distance, far) + 16 * (to_right > 0)
+        share = (distance.clamp(min=1) / 8).log() / math.log(128 / 8)  # 8 to 128 becomes 0 to 1
+        far_row = (8 + (share * 8).long()).clamp(max=15)  # 8 to 15
+        row = torch.where(distance < 8, distance, far_row) + 16 * (to_right > 0)
         bias = self.encoder["relative_attention_bias"](row.to(hidden.device)).permute(2, 0, 1)[None]
         is_real = super().score_mask(attention_mask, hidden)
         return bias if is_real is None else bias.masked_fill(~is_real, torch.finfo(bias.dtype).min)
@@ -2008,24 +1997,28 @@ class PublishedVisionEncoder(VisionEncoder):
     own_transform = None  # the ImageTransform in the folder that the weights came from
 
     def build_trunk(self, pretrained_from):
-        name, pooling = self.config.name, self.config.pooling
-        args = HF_VISION[name].defaults | self.config.args  # what is left in it goes to timm
+        config, family = self.config, HF_VISION[self.config.name]
+        if not config.image_size:
+            raise ValueError(f"{config.name!r} is a family, not a model: name one by folder or id")
+        args = family.defaults | config.args
         act, pooler_act = args.pop("hidden_act", "gelu"), args.pop("pooler_act", None)
-        check_min(f"{name!r} is a family: name a model; image_size", self.config.image_size or 0, 1)
+        epsilon, mlp_width = args.pop("layer_norm_eps", 1e-6), args.pop("intermediate_size", None)
+        poolings = ("pooler", "token") if pooler_act else (None,)
         check_choice("activation", act, ACTIVATIONS)
-        check_choice(f"{name} pooling", pooling, ("pooler", "token") if pooler_act else (None,))
-        if "intermediate_size" in args:  # + 0.5: timm rounds width * ratio down
-            args["mlp_ratio"] = (args.pop("intermediate_size") + 0.5) / args.get("hidden_size", 768)
-        if self.config.patch_dropout:
-            args["patch_drop_rate"] = self.config.patch_dropout
-        args["proj_drop_rate"] = args.get("hidden_dropout_prob", 0.0)
-        args["norm_layer"] = functools.partial(nn.LayerNorm, eps=args.pop("layer_norm_eps", 1e-6))
+        check_choice(f"{config.name} pooling", config.pooling, poolings)
+        # What is left are timm's arguments, most by another name.
         args = {VISION_KEYS.get(key, key): value for key, value in args.items()}
-        trunk = HF_VISION[name].make(img_size=self.config.image_size, num_classes=0, **args)
+        args["norm_layer"] = functools.partial(nn.LayerNorm, eps=epsilon)
+        args["proj_drop_rate"] = args.get("pos_drop_rate", 0.0)
+        if mlp_width is not None:  # + 0.5, as timm rounds width * ratio down
+            args["mlp_ratio"] = (mlp_width + 0.5) / args.get("embed_dim", 768)
+        if config.patch_dropout:
+            args["patch_drop_rate"] = config.patch_dropout
+        trunk = family.make(img_size=config.image_size, num_classes=0, **args)
         for module in trunk.modules():
             if isinstance(module, timm.layers.Mlp):
                 module.act = ACTIVATIONS[act]()
-        if pooling == "pooler":  # where timm has a classifier: on the first token after the norm
+        if config.pooling == "pooler":  # timm's place for a classifier, after norm and first token
             dense = nn.Linear(trunk.embed_dim, trunk.embed_dim)
             trunk.head = nn.Sequential(OrderedDict(dense=dense, act=ACTIVATIONS[pooler_act]()))
         return trunk
@@ -2062,7 +2055,7 @@ class Published(typing.NamedTuple):
     """A family of towers, and how transformers writes it."""
 
     make: typing.Callable  # text: class of the tower; vision: what makes the timm model
-    prefix: str = ""  # of tensor names where a task head is on top; "": a family never published
+    prefix: str = ""  # of tensor names in files with a task head; "" if transformers has no such
     names: dict = {}  # {pattern in our tensor names: its replacement in theirs}
     defaults: dict = {}  # where a config.json is silent: see _VIT; text: fields of TextConfig
 
@@ -2170,20 +2163,20 @@ def published_row(config):
 def published_pieces(module):
     """[(name in a published file, our name)] of a tower or DualEncoder, a pair for each piece.
 
-    Most tensors are one piece. timm's attn.qkv is q, k and v end to end, which files have one by
-    one: its name is in the pairs of query, key and value.
+    Most tensors are one piece. timm's blocks.0.attn.qkv.bias is three, end to end, that files have
+    one by one: encoder.layer.0.attention.attention.query.bias, then ...key.bias and ...value.bias
     """
     towers, pieces = {"": module}, []
     if isinstance(module, DualEncoder):
         towers = {"vision_model.": module.vision_model, "text_model.": module.text_model}
     for side, tower in towers.items():
         for ours in tower.state_dict():
-            name = ours.removeprefix("trunk.")
-            joint = re.search(r"\.(qkv|kv)\.", name)  # a letter for each piece
-            parts = [name.replace(joint[1], letter) for letter in joint[1]] if joint else [name]
+            names = [ours.removeprefix("trunk.")]
+            if joint := re.search(r"\.(qkv|kv)\.", ours):
+                names = [names[0].replace(joint[1], letter) for letter in joint[1]]
             for pattern, replacement in published_row(tower.config).names.items():
-                parts = [re.sub(pattern, replacement, part) for part in parts]
-            pieces += [(side + theirs, side + ours) for theirs in parts]
+                names = [re.sub(pattern, replacement, name) for name in names]
+            pieces += [(side + name, side + ours) for name in names]
     return pieces
 
 
@@ -2193,14 +2186,14 @@ def regroup(tensors, pieces):
     pieces  [(name, new name)]: ("qkv", "q"), ("qkv", "k") and ("qkv", "v") cut qkv in three along
             its first dimension; ("q", "qkv"), ("k", "qkv") and ("v", "qkv") join them
     """
-    pieces = [(name, new) for name, new in pieces if name in tensors]
-    counts, joined = Counter(name for name, _ in pieces), {}
-    cut = {name: [*tensors[name].tensor_split(n)] for name, n in counts.items()}  # n = 1: whole
+    counts, parts_of = Counter(name for name, _ in pieces), {}
+    cut = {name: [*t.tensor_split(counts[name])] for name, t in tensors.items() if name in counts}
     for name, new in pieces:
-        joined.setdefault(new, []).append(cut[name].pop(0))
-    # torch.cat would copy a tensor that is one piece.
-    whole = {new: torch.cat(p) if len(p) > 1 else p[0] for new, p in joined.items()}
-    return {name: tensor for name, tensor in tensors.items() if name not in cut} | whole
+        if name in cut:
+            parts_of.setdefault(new, []).append(cut[name].pop(0))
+    for new, parts in parts_of.items():  # torch.cat would copy a tensor of one part
+        parts_of[new] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return {name: tensor for name, tensor in tensors.items() if name not in cut} | parts_of
 
 
 def read_published_weights(folder):
@@ -2211,7 +2204,8 @@ def read_published_weights(folder):
         name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))  # old names
         name = name.replace("vision_model.vision_model.", "vision_model.")  # CLIP, old versions
         if not name.endswith(left_out):
-            weights[name] = tensor[(None,) * (3 - tensor.ndim)] if name.endswith(FLAT) else tensor
+            flat = name.endswith(FLAT)  # (W,) or (P, W)
+            weights[name] = tensor.reshape(1, -1, tensor.shape[-1]) if flat else tensor
     return weights
 
 
@@ -2244,7 +2238,8 @@ def read_text_config(values, pooling, overrides):
     family, keys = values.get("model_type"), BERT_KEYS | DISTILBERT_KEYS
     check_choice("text model_type", family, [name for name, row in HF_TEXT.items() if row.prefix])
     check_choice("text family for this folder", overrides.get("family", family), [family])
-    check_choice("is_decoder of a text tower", values.get("is_decoder") or False, [False])
+    if values.get("is_decoder"):
+        raise ValueError("is_decoder is true: a text tower reads captions in both directions")
     found = {"family": family, "pooling": pooling or "cls", "mlp_width": 3072}
     found |= {"dropout": 0.1, "attention_dropout": 0.1, **HF_TEXT[family].defaults}
     found |= {keys[key]: values[key] for key in keys if values.get(key) is not None}
@@ -2254,38 +2249,44 @@ def read_text_config(values, pooling, overrides):
 def load_tower(read_config, folder, source, overrides):
     """A tower of transformers, without a task head or a pooler that it does not use."""
     values, weights = read_json(folder / CONFIG_FILE), read_published_weights(folder)
-    # In sentence-transformers' file pooling_mode is "mean" or pooling_mode_mean_tokens is true.
-    sentence = read_json(folder / "1_Pooling" / CONFIG_FILE, {})
-    flags = [key for key, on in sentence.items() if on and key.startswith("pooling_mode_")]
-    modes = [key.removeprefix("pooling_mode_").split("_token")[0] for key in flags]
-    # Two at once become "cls+mean", which is refused.
-    pooling = overrides.get("pooling") or "+".join(modes) or sentence.get("pooling_mode")
+    pooling = overrides.get("pooling") or read_pooling(folder)
     if not pooling and any(name.endswith("pooler.dense.weight") for name in weights):
         pooling = "pooler"
     with blamed_on(folder / CONFIG_FILE, "cannot build the model of"), torch.device("meta"):
         tower = build_tower(read_config(values, pooling, overrides))
     tower.weights_from, prefix = str(source), published_row(tower.config).prefix
-    inside = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
-    inside = inside or weights  # a file without a task head has no prefix
+    if any(name.startswith(prefix) for name in weights):  # there is a task head beside the tower
+        weights = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
     if tower.config.pooling != "pooler":  # then an unused pooler goes
-        inside = {n: t for n, t in inside.items() if not n.startswith("pooler.dense.")}
-    fill(tower, inside, folder, published_pieces(tower))
+        weights = {n: t for n, t in weights.items() if not n.startswith("pooler.dense.")}
+    fill(tower, weights, folder, published_pieces(tower))
     return tower
+
+
+def read_pooling(folder):
+    """The pooling of a sentence-transformers folder; None if it is not one."""
+    values = read_json(folder / "1_Pooling" / CONFIG_FILE, {})
+    # pooling_mode_mean_tokens is true, or pooling_mode is "mean". TextConfig rejects "cls+mean".
+    flags = [key for key, on in values.items() if on and key.startswith("pooling_mode_")]
+    modes = [key.removeprefix("pooling_mode_").split("_token")[0] for key in flags]
+    return "+".join(modes) or values.get("pooling_mode")
 
 
 def publish_dual_encoder(model):
     """(config.json, {name: tensor}) of a model as transformers writes it."""
     config, vision, text = model.config, model.config.vision, model.config.text
-    family, plain = published_row(vision), config.projection_head == "linear"
-    readable = family and published_row(text).prefix and text.family != "distilbert"  # no pooler
-    pooled = vision.pooling != "token" and text.pooling == "pooler"
-    if not (readable and pooled and plain and config.logit_bias_init is None):
-        raise ValueError(
-            f"transformers' dual encoder cannot hold {vision.name} pooling by {vision.pooling!r} "
-            f"and {text.family} by {text.pooling!r} with {config.projection_head} heads and "
-            f"logit_bias {config.logit_bias_init}; start from towers that end in a pooler, such as "
-            f"google/vit-base-patch16-224-in21k and bert-base-uncased, and train plain clip_loss"
-        )
+    family, known_text = published_row(vision), published_row(text).prefix
+    fits = {
+        f"{vision.name} with pooling {vision.pooling}": family and vision.pooling != "token",
+        f"{text.family} with pooling {text.pooling}": known_text and text.pooling == "pooler",
+        "distilbert": text.family != "distilbert",  # transformers' has no pooler
+        f"{config.projection_head} heads": config.projection_head == "linear",
+        "logit_bias": config.logit_bias_init is None,
+    }
+    if wrong := [part for part, fit in fits.items() if not fit]:
+        got = f"transformers' dual encoder has no {', no '.join(wrong)}"
+        advice = "such as google/vit-base-patch16-224-in21k and bert-base-uncased"
+        raise ValueError(f"{got}; start from towers that end in a pooler, {advice}")
     sizes = {"image_size": vision.image_size, "use_mask_token": False}
     text_sizes = {key: getattr(text, name) for key, name in BERT_KEYS.items()}
     values = {
@@ -2297,11 +2298,13 @@ def publish_dual_encoder(model):
         "text_config": {"model_type": text.family, **text_sizes},
     }
     # Newer versions write CLIP and SigLIP without the second prefix, older ones need it to read.
-    nested = "vision_model." + (family.prefix if family.prefix == "vision_model." else "")
+    nested = "vision_model.vision_model." if family.prefix == "vision_model." else "vision_model."
     pieces = [(ours, theirs) for theirs, ours in published_pieces(model)]
-    weights = regroup(model.state_dict(), pieces)
-    weights = {re.sub(r"^vision_model\.", nested, name): t for name, t in weights.items()}
-    return values, weights | {n: t.squeeze() for n, t in weights.items() if n.endswith(FLAT)}
+    weights = {}
+    for name, tensor in regroup(model.state_dict(), pieces).items():
+        name = re.sub(r"^vision_model\.", nested, name)
+        weights[name] = tensor.squeeze() if name.endswith(FLAT) else tensor
+    return values, weights
 
 
 # ---- Image processors and tokenizers -------------------------------------------------------------
@@ -2337,20 +2340,20 @@ TOKENIZERS["distilbert"] = _SQUARE
 
 def read_tokenizer(folder):
     """(Tokenizer that pads and cuts, whether captions get token types); (None, False) without."""
-    names = (TOKENIZER_FILE, "vocab.txt", "vocab.json", "*.model")  # the first there is
+    names = (TOKENIZER_FILE, "vocab.txt", "vocab.json", "*.model")  # the first one found
     path = next((path for name in names for path in folder.glob(name)), None)
     if path is None:
         return None, False
     settings = read_json(folder / "special_tokens_map.json", {})
     settings |= read_json(folder / "tokenizer_config.json", {})
     with blamed_on(path):
-        if path.name == TOKENIZER_FILE and not settings:  # ours: the file says how to pad and cut
+        if path.name == TOKENIZER_FILE and not settings:  # ours has padding and truncation inside
             return tokenizers.Tokenizer.from_file(str(path)), False
         # Old files leave it to the model's config.json which tokenizer they are for.
-        model = read_json(folder / CONFIG_FILE, {})
-        config = model.get("text_config", model) | settings
-        name = config.get("tokenizer_class") or config.get("model_type", "PreTrainedTokenizer")
-        kind = re.sub("tokenizer(fast)?$", "", name.lower().replace("-", ""))
+        config = read_json(folder / CONFIG_FILE, {})
+        config = config.get("text_config", config) | settings
+        kind = config.get("tokenizer_class") or config.get("model_type", "PreTrainedTokenizer")
+        kind = re.sub("tokenizer(fast)?$", "", kind.lower().replace("-", ""))
         check_choice("tokenizer class", kind, TOKENIZERS)
         words = {name: settings.get(name) or word for name, word in TOKENIZERS[kind].items()}
         words = {name: w["content"] if isinstance(w, dict) else w for name, w in words.items()}
@@ -2358,7 +2361,7 @@ def read_tokenizer(folder):
         padding = {"pad_token": pad, "pad_id": tokenizer.token_to_id(pad)}
         if padding["pad_id"] is None:
             raise ValueError(f"no pad_token {pad!r} in the vocabulary")
-    # transformers ignores what tokenizer.json says of padding and cutting.
+    # transformers ignores what tokenizer.json says of padding and truncation.
     tokenizer.enable_padding(direction=settings.get("padding_side", "right"), **padding)
     sentence = read_json(folder / "sentence_bert_config.json", {})
     longest = sentence.get("max_seq_length") or settings.get("model_max_length") or math.inf
@@ -2382,7 +2385,7 @@ def tokenizer_from_files(path, settings, words):
     files = str(path), str(path.with_name("merges.txt"))
     options = {"add_prefix_space": settings.get("add_prefix_space", False)}
     tokenizer = tokenizers.ByteLevelBPETokenizer.from_file(*files, **options)._tokenizer
-    # The library's class leaves special tokens to its caller. RoBERTa's mask eats a space.
+    # The library's class leaves special tokens to us. RoBERTa's mask takes in the space before it.
     ends = ((w, tokenizer.token_to_id(w)) for w in (words["sep_token"], words["cls_token"]))
     tokenizer.post_processor = tokenizers.processors.RobertaProcessing(*ends)
     mask = tokenizers.AddedToken(words.pop("mask_token"), lstrip=True)
@@ -2440,7 +2443,7 @@ def pick_device(name):
 
 
 def worker_init(worker_id):
-    """Its own process group, out of reach of Ctrl-C: workers live until the run has saved."""
+    """A worker gets a Unix process group of its own: Ctrl-C spares it until the run has saved."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
 
@@ -2459,13 +2462,10 @@ def pick_precision(name, device):
 def autocast(device, precision):
     """The context in which towers run; "fp32" also switches an outer one off."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
-    with torch.autocast(device.type, dtype, enabled=dtype is not None), ExitStack() as more:
-        if device.type == "cpu" and precision == "bf16" and torch.is_grad_enabled():
-            # When a CPU learns, torch's fused attention takes two to five times as long as MATH.
-            allow = torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp  # a setting of CPUs, too
-            more.callback(allow, torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed())
-            allow(True)
-            more.enter_context(sdpa_kernel(SDPBackend.MATH))
+    # Where a CPU learns in bf16, torch's fused attention takes 2 to 5 times as long as MATH.
+    slow = device.type == "cpu" and precision == "bf16" and torch.is_grad_enabled()
+    attention = sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
+    with torch.autocast(device.type, dtype, enabled=dtype is not None), attention:
         yield
 
 
@@ -2476,25 +2476,25 @@ def recording(trunk, want_states, want_weights):
     While timm's fused_attn is False, its attention weights pass through attn_drop, where a hook
     collects them. All is restored at the end. Not thread-safe.
     """
-    kind, states, weights = type(trunk).__name__, [], []
-    blocks = getattr(trunk, "blocks", None) or getattr(trunk, "stages", None)
-    if want_states and not blocks:
-        raise ValueError(f"{kind} has neither blocks nor stages to show")
+    kind, states, weights, hooks, fused = type(trunk).__name__, [], [], [], {}
 
     def keep_state(block, args, output):
-        if not states:
-            states.append(args[0])  # what the first block is given
-        states.append(output)
+        states.extend([output] if states else [args[0], output])  # what block 1 is given, too
 
-    with ExitStack() as undo:  # runs all its callbacks at the end: hooks off, fused_attn back
-        for block in blocks if want_states else ():
-            undo.callback(block.register_forward_hook(keep_state).remove)
-        for layer in trunk.modules() if want_weights else ():
-            if hasattr(layer, "fused_attn") and hasattr(layer, "attn_drop"):
-                undo.callback(setattr, layer, "fused_attn", layer.fused_attn)
-                layer.fused_attn = False
-                register = layer.attn_drop.register_forward_hook
-                undo.callback(register(lambda _, args, output: weights.append(output)).remove)
+    if want_states:
+        blocks = getattr(trunk, "blocks", None) or getattr(trunk, "stages", ())
+        hooks += [block.register_forward_hook(keep_state) for block in blocks]
+    for layer in trunk.modules() if want_weights else ():
+        if hasattr(layer, "fused_attn") and hasattr(layer, "attn_drop"):
+            fused[layer], layer.fused_attn = layer.fused_attn, False
+            keep = layer.attn_drop.register_forward_hook
+            hooks.append(keep(lambda _, args, output: weights.append(output)))
+    try:
         yield states, weights
-    if want_weights and not weights:
-        raise ValueError(f"{kind} has no attention whose weights can be shown")
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer, was_fused in fused.items():
+            layer.fused_attn = was_fused
+    if (want_states and not states) or (want_weights and not weights):
+        raise ValueError(f"{kind} has no blocks, or no attention, whose insides can be shown")

@@ -5,7 +5,7 @@
     python eval.py runs/cifar --data photos --task zeroshot --templates clip7
     python eval.py runs/cifar --data photos/ --task search --query "a dog on a beach" --out a.png
 
-A run folder stands for its best checkpoint; a checkpoint folder or a hub id serves too. Images and
+A run folder stands for its best checkpoint; a checkpoint folder or a hub id works too. Images and
 captions go through the processor saved with the weights: they are measured as they were trained.
 
 Sections   1 Embeddings, computed once   2 Rows kept on disk   3 Retrieval   4 Zero-shot
@@ -76,7 +76,7 @@ def embed_batches(model, batches, embed, precision, what):
     with measuring(model), dualenc.autocast(model.logit_scale.device, precision):
         for batch in progress(batches, what):
             rows.append(embed(batch).float().cpu())
-    rows = torch.cat(sum(dualenc.from_all_ranks(rows), []))
+    rows = torch.cat(sum(dualenc.from_all_ranks(rows), []))  # in order: ranks have shares in a row
     if not rows.isfinite().all():
         raise ValueError("embeddings are not finite: the weights or the pixel values are broken")
     return rows
@@ -162,7 +162,6 @@ class EvalContext:
         # TASKS, section 8: a row says what it needs, and whether "auto" and "all" include it.
         allowed = [name for name, task in TASKS.items() if getattr(self.pairs, task.needs, None)]
         if self.tasks in ("auto", "all"):
-            # The row's field "auto" or "all".
             self.tasks = [name for name in allowed if getattr(TASKS[name], self.tasks)]
         for name in self.tasks:
             dualenc.check_choice("task", name, TASKS)
@@ -236,7 +235,7 @@ def evaluate(model, pairs, tasks="auto", **more):
 def store_folder(spec, kind, data_root="data"):
     """The hidden folder, beside the data or in data_root, for stored rows of a data spec."""
     path = Path(spec).absolute()
-    on_disk = path.exists() or path.suffix == ".tar"  # shards: {0..9} in the name is no file
+    on_disk = path.exists() or path.suffix == ".tar"  # a name with {0..9} is that of no file
     beside = path.parent if on_disk and os.access(path.parent, os.W_OK) else Path(data_root)
     return beside / f".{path.name}.{kind}"
 
@@ -274,10 +273,10 @@ def stored_rows(folder, stamps, embed):
     stamps   one string a row, which changes when the row's image does
     embed    list of indices -> (rows in its order, {place in it, not index: why unreadable})
     returns  (I, W) float32 rows, those of unreadable images 0; {index: why unreadable}; how many
-             rows are new. Unreadable images are tried again the next time
+             rows are new
     raises   ValueError if none of the images can be read
     """
-    file, old_stamps, parts, reasons = Path(folder) / "rows.safetensors", [], [], {}
+    file, old_stamps, parts, unreadable = Path(folder) / "rows.safetensors", [], [], {}
     file.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{file}.lock") if dualenc.rank() == 0 else nullcontext():
         dualenc.from_all_ranks("locked")  # the others wait for the lock, too
@@ -292,16 +291,17 @@ def stored_rows(folder, stamps, embed):
             fresh, reasons = embed(new)
             parts.append(fresh)
             row_of |= {stamps[i]: len(old_stamps) + place for place, i in enumerate(new)}
-        rows = torch.cat(parts)[[row_of[stamp] for stamp in stamps]]
-        unreadable = {new[place]: reason for place, reason in reasons.items()}
+            unreadable = {new[place]: reason for place, reason in reasons.items()}
         if len(unreadable) == len(stamps):
             raise ValueError(f"none of the images can be read: {unreadable[0]}")
-        # Unreadable rows are kept under "", which no stamp equals: they are tried again.
-        new_stamps = ["" if i in unreadable else stamp for i, stamp in enumerate(stamps)]
-        if dualenc.rank() == 0 and new_stamps != old_stamps:
-            # safetensors holds nothing but tensors.
-            text = torch.frombuffer(bytearray(json.dumps(new_stamps).encode()), dtype=torch.uint8)
-            dualenc.write_file(file, safetensors.torch.save({"rows": rows, "stamps": text}))
+        rows = torch.cat(parts)[[row_of[stamp] for stamp in stamps]]
+        # Rows of unreadable images are not kept: the images are tried again the next time.
+        kept = [i for i in range(len(stamps)) if i not in unreadable]
+        content = json.dumps([stamps[i] for i in kept])  # as bytes: safetensors holds only tensors
+        if dualenc.rank() == 0 and content != json.dumps(old_stamps):
+            text = torch.frombuffer(bytearray(content.encode()), dtype=torch.uint8)
+            data = safetensors.torch.save({"rows": rows[kept], "stamps": text})
+            dualenc.write_file(file, data)
     return rows, unreadable, len(new) - len(unreadable)
 
 
@@ -336,7 +336,7 @@ def ranks(image_embeds, text_embeds, right, rows=512):
     """
     image, text = right.to(image_embeds.device).unique(dim=0).T
     n_images, n_texts = len(image_embeds), len(text_embeds)
-    # Start as last, at 1 + wrong answers; the loop subtracts those below the best right one.
+    # Count down from last, 1 + wrong answers, by those below the best right one: ties and nan stay.
     image_ranks = 1 + n_texts - image.bincount(minlength=n_images)
     text_ranks = 1 + n_images - text.bincount(minlength=n_texts)
     if (image_ranks > n_texts).any():
@@ -349,10 +349,11 @@ def ranks(image_embeds, text_embeds, right, rows=512):
         part, here = slice(start, start + rows), (image >= start) & (image < start + rows)
         scores = image_embeds[part] @ text_embeds.T
         scores[image[here] - start, text[here]] = torch.inf  # right answers are never below
-        # Comparisons give floats 0 and 1: exact sums up to 2**24, many times faster than booleans.
+        # Write 0 and 1 as floats, which add up many times faster than booleans, exactly to 2**24.
         below = torch.lt(scores, text_best - ROUNDING, out=torch.empty_like(scores))
         text_ranks -= below.sum(dim=0).long()
-        image_ranks[part] -= scores.lt_(image_best[part, None] - ROUNDING).sum(dim=1).long()
+        below = torch.lt(scores, image_best[part, None] - ROUNDING, out=scores)
+        image_ranks[part] -= below.sum(dim=1).long()
     return image_ranks.cpu(), text_ranks.cpu()
 
 
@@ -373,7 +374,7 @@ def retrieval_metrics(image_ranks, text_ranks, right):
         values = {f"r{k}": (found <= k).double() for k in (1, 5, 10)} | {"mrr": 1 / found.double()}
         for name, value in values.items():
             per_image = value
-            if way == "t2i":  # captions of one image depend on each other: spread over images
+            if way == "t2i":  # captions of an image depend on each other: take their mean for each
                 total = value.new_zeros(len(image_ranks)).index_add(0, images, value[captions])
                 per_image = total / images.bincount()
             metrics |= with_interval(f"{way}_{name}", value, per_image)
@@ -420,7 +421,7 @@ CALIBRATION_BINS = 15
 
 
 def class_embeds(model, classes, templates, precision="fp32", batch_size=EVAL_BATCH):
-    """A classifier made of captions: one direction a class, the mean over its templates.
+    """A classifier made of captions: one direction per class, the mean over its templates.
 
     classes     K names
     templates   strings in which every {} stands for the name
@@ -446,7 +447,7 @@ def zeroshot_metrics(image_embeds, class_rows, labels, classes):
     rank, _ = ranks(image_embeds, class_rows, right)
     hits, sizes = (rank <= 1).double(), labels.bincount(minlength=len(classes)).double()
     by_class = hits.new_zeros(len(classes)).index_add(0, labels, hits) / sizes
-    # Each class counts alike, whatever its size: the mean over images is that over classes.
+    # Weights (I,) of mean 1 that add up alike in each class: the mean over classes, of any size.
     weights = len(labels) / ((sizes > 0).sum() * sizes[labels])
     return {
         "n_images": len(labels),
@@ -488,16 +489,16 @@ def calibration(image_embeds, class_rows, labels, logit_scale):
     fit, rest = order[: len(labels) // 2], order[len(labels) // 2 :]
     logits = (logit_scale.exp() * image_embeds @ class_rows.T).double()
     start = torch.zeros(1).double()  # the logarithm of a temperature of 1
-    fitted = minimise(lambda log: F.cross_entropy(logits[fit] / log.exp(), labels[fit]), start)
+    fitted = minimise(lambda log_t: F.cross_entropy(logits[fit] / log_t.exp(), labels[fit]), start)
     temperature = fitted.clamp(-5, 5).exp().item()
     metrics = {"zs_temperature": temperature}
     for suffix, divisor in (("", 1), ("_scaled", temperature)):
         confidence, guess = (logits[rest] / divisor).softmax(dim=1).max(dim=1)
         gaps = confidence - (guess == labels[rest]).double()
         bins = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
-        # A bin adds size / total * |mean gap|, which is |sum of its gaps| / total.
-        of_bins = gaps.new_zeros(CALIBRATION_BINS).index_add(0, bins, gaps)
-        metrics[f"zs_ece{suffix}"] = of_bins.abs().sum().item() / len(rest)
+        # |mean gap of a bin| times the bin's share of images is |sum of its gaps| / images.
+        sums = gaps.new_zeros(CALIBRATION_BINS).index_add(0, bins, gaps)
+        metrics[f"zs_ece{suffix}"] = sums.abs().sum().item() / len(rest)
         metrics[f"zs_nll{suffix}"] = F.cross_entropy(logits[rest] / divisor, labels[rest]).item()
     return metrics
 
@@ -515,7 +516,7 @@ def zeroshot_blocks(context, metrics):
     """For the page: the confusion matrix, up to 100 classes."""
     classes, K = context.pairs.classes, len(context.pairs.classes)
     guesses = (context.image_embeds @ context.class_embeds.T).argmax(dim=1)
-    counts = (context.labels * K + guesses).bincount(minlength=K * K).view(K, K)
+    counts = (context.labels * K + guesses).bincount(minlength=K * K).view(K, K)  # cells by number
     shares = (counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).tolist()
     rows = [(name, *(f"{v:.0%}" if v else "" for v in row)) for name, row in zip(classes, shares)]
     note = "right classes in rows, the classes found in columns"
@@ -669,7 +670,7 @@ def search_blocks(context, metrics):
 
 
 def image_grid(pairs, names, columns=5, side=160):
-    """One PIL image of those by these names, row by row, each scaled into a square."""
+    """One PIL image of the named ones, row by row, each scaled into a square."""
     images = [pairs.images[pairs.names.index(name)] for name in names]
     squares = [ImageOps.pad(image, (side, side), color="white") for image in images]
     return to_pil_image(make_grid([pil_to_tensor(s) for s in squares], columns, 8, pad_value=255))
@@ -790,7 +791,7 @@ def flag_parser(config_class, description):
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     hints, groups = get_type_hints(config_class), {}
     for f in fields(config_class):
-        kind = (get_args(hints[f.name]) or (hints[f.name],))[0]  # int of "int | None"
+        kind, *_ = get_args(hints[f.name]) or [hints[f.name]]  # int of int | None, or the type
         shown = "" if f.default in (None, "") else f" (default: {f.default})"
         options = {"default": f.default, "help": (f.metadata["help"] + shown).replace("%", "%%")}
         if kind is bool:
@@ -932,10 +933,9 @@ def open_data(config, checkpoint):
     settings = flags if spec == flags.get("data") else {}  # the run's flags, if these are its data
     how = {"data_root": config.data_root or settings.get("data_root", "data")}
     how |= {"images": config.images or settings.get("images"), "seed": flags.get("seed", 0)}
-    # The names of all images come first: they tell whether the run's settings hold.
     names = dualenc.load_pairs(spec, "all", **how).names
     if record.get("data_names") == data_checksum(names):
-        settings = flags
+        settings = flags  # the same images in another place are the run's own data, too
     how["templates"] = read_templates(config.templates or settings.get("templates", ""))
     how["class_names"] = read_class_names(config.classes or settings.get("classes", ""))
     # Other data without a split is measured whole: a val_fraction of 1.

@@ -3,7 +3,7 @@
 python train.py                                           drawn shapes, small towers, two minutes
 python train.py --data captions.csv --vision vit_base_patch16_224.augreg_in21k --lock vision
 python train.py --data captions.csv --init runs/shapes    a new run from the weights of another
-python train.py --resume runs/shapes                      go on with a run that was cut short
+python train.py --resume runs/shapes                      go on with an interrupted run
 torchrun --nproc-per-node 2 train.py                      the same run in two processes
 """
 
@@ -64,8 +64,8 @@ def mean_over_groups(nats, sizes):
 
 
 def siglip_guess(n):
-    """The loss of the best constant answer, "a pair" with probability 1 / n, per row of n cells."""
-    return math.log(n) - (n - 1) * math.log1p(-1 / n) if n > 1 else 0.0
+    """One pair among n cells, and all are given its probability 1 / n: the loss of the n cells."""
+    return -math.log(1 / n) - (n - 1) * math.log(1 - 1 / n) if n > 1 else 0.0
 
 
 LOSSES = {
@@ -80,7 +80,7 @@ LOSSES = {
         function=dualenc.siglip_loss,
         inputs=("logit_scale", "logit_bias"),
         chance=lambda sizes: siglip_guess(sum(sizes)),
-        floor=lambda sizes: mean_over_groups(siglip_guess, sizes),
+        floor=lambda sizes: mean_over_groups(siglip_guess, sizes),  # guesses within a group
         tiled=None,
         start={"logit_scale_init": math.log(10), "logit_bias_init": -10.0},  # SigLIP, section 3.2
     ),
@@ -126,14 +126,14 @@ class TrainConfig:
     steps: int = flag(0, "steps, instead of epochs", "recipe")
     batch_size: int = flag(256, "pairs a step, over all processes", "recipe")
     neighbours: int = flag(0, "images in a row that share a batch; 0: as the data has it", "recipe")
-    lr: float = flag(1e-3, "peak learning rate of what is new", "recipe")
+    lr: float = flag(1e-3, "peak learning rate of new weights", "recipe")
     tower_lr: float = flag(0.0, "that of pretrained towers; 0: a tenth of --lr", "recipe")
     weight_decay: float = flag(0.05, "none on norms, biases, positions, logit_scale", "recipe")
     warmup: float = flag(0.05, "share of the steps in which the learning rate rises", "recipe")
     clip_grad: float = flag(1.0, "largest gradient norm; 0 for no limit", "recipe")
     seed: int = flag(0, "of weights, order, augmentation and drawn shapes", "recipe")
     precision: str = flag("auto", "of the towers", "speed", ("auto", "bf16", "fp16", "fp32"))
-    cache_features: bool = flag(False, "run locked towers once, and keep what they give", "speed")
+    cache_features: bool = flag(False, "run locked towers once and keep their outputs", "speed")
     micro_batch: int = flag(0, "pairs embedded at a time; less memory, 4/3 of the time", "speed")
     compile: bool = flag(False, "torch.compile both towers; slow to start", "speed")
     workers: int = flag(-1, "processes that read images; -1 picks", "speed")
@@ -183,6 +183,7 @@ def train(config, run, model, optimizer, state):
     embed = dualenc.MicroBatches(model, config.micro_batch, config.precision)
     if dualenc.world_size() > 1:
         embed = nn.parallel.DistributedDataParallel(embed)  # averages logit_scale's gradient, too
+    # Keeps small gradients of fp16 from becoming 0; does nothing for bf16 and fp32.
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     scaler.load_state_dict(state.get("scaler") or scaler.state_dict())
     sums, bad_images = Counter(state["sums"]), {}  # sums since the last line; update() adds
@@ -202,21 +203,20 @@ def train(config, run, model, optimizer, state):
             seed = random.Random(f"dropout {config.seed} {state['step']}").getrandbits(63)
             torch.manual_seed(seed + dualenc.rank())
 
-            # Forward, loss, backward. The scaler keeps small gradients of fp16 from becoming 0.
-            cached = run.features.get("captions")
+            # Forward, loss, backward.
+            cached = run.features.get("captions")  # of a locked text tower
             texts = cached and {"features": torch.stack([cached[c] for c in captions])}
             image_embeds, text_embeds = embed(images, texts or model.processor(captions))
             loss = compute_loss(config.loss, model, image_embeds, text_embeds, group_ids)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
 
-            # Clip, step, clamp. In fp16 a step whose gradient overflows is left out.
+            # Clip, step, clamp. In fp16 an overflow skips the step and lowers the scale if it can.
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
             mean_loss = dualenc.gather_embeds(loss.detach()[None]).mean().item()
-            skipped = not norm.isfinite().item()
-            # After an overflow fp16 goes on with a lower scale. In bf16 and fp32 the scale is 1.
-            broken = not math.isfinite(mean_loss) or (skipped and scaler.get_scale() <= 1)
+            overflow, can_be_lower = not norm.isfinite().item(), scaler.get_scale() > 1
+            broken = not math.isfinite(mean_loss) or (overflow and not can_be_lower)
             where = f"step {state['step'] + 1}: loss or gradient is not finite"
             refuse(broken, f"{where}: lower --lr ({config.lr:.1e}) or take --precision fp32")
             scaler.step(optimizer)
@@ -224,7 +224,7 @@ def train(config, run, model, optimizer, state):
             with torch.no_grad():
                 model.logit_scale.clamp_(max=dualenc.LOGIT_SCALE_MAX)
             step = state["step"] = state["step"] + 1
-            state["skipped_steps"] += skipped
+            state["skipped_steps"] += overflow
 
             # Meter and log. The first step warms up and is not timed.
             sizes = group_ids.unique(return_counts=True)[1].tolist()
@@ -293,10 +293,11 @@ def learning_rate(step, steps, warmup, peak):
 @torch.no_grad()
 def in_batch_accuracy(image_embeds, text_embeds, group_ids):
     """The share of images and captions, of all ranks, whose nearest counterpart is a right one."""
-    own, right = group_ids[dualenc.share(len(group_ids))], torch.zeros(1)
+    right = torch.zeros(1)
+    own_ids = group_ids[dualenc.share(len(group_ids))]  # of this rank
     for queries, gallery in ((image_embeds, text_embeds), (text_embeds, image_embeds)):
         gallery = dualenc.gather_embeds(gallery)
-        for rows, wanted in zip(queries.split(1024), own.split(1024)):
+        for rows, wanted in zip(queries.split(1024), own_ids.split(1024)):
             right += (group_ids[(rows @ gallery.T).argmax(dim=1)] == wanted).sum().cpu()
     return dualenc.gather_embeds(right).sum().item() / (2 * len(group_ids))
 
@@ -309,8 +310,9 @@ def evaluate(config, run, model, state):
     how = {"precision": config.precision, "workers": config.workers, "templates": run.templates}
     features = run.features.get("val")
     results = evaluation.evaluate(model, run.held_out, image_features=features, **how)
-    metrics = itertools.chain.from_iterable(task.items() for task in results.values())
-    line = {"step": state["step"], **{k: v for k, v in metrics if not isinstance(v, dict)}}
+    line = {"step": state["step"]}
+    for metrics in results.values():
+        line |= {name: v for name, v in metrics.items() if not isinstance(v, dict)}
     score = line["zs_top1"] if "zs_top1" in line else line["i2t_r1"] + line["t2i_r1"]
     best = score >= state["score"]
     if best:
@@ -343,11 +345,12 @@ def batch_keys(config, pairs, first_step):
 
     Whole batches in a new order each epoch; neighbours are hard negatives (NegCLIP, section 4).
     """
-    neighbours, order, order_epoch = config.neighbours or pairs.neighbours, [], None
+    neighbours, indices = config.neighbours or pairs.neighbours, range(len(pairs))
+    order, order_epoch = [], None
     for step in range(first_step, config.steps):
         epoch, position = divmod(step, len(pairs) // config.batch_size)
         if epoch != order_epoch:
-            rows = [range(len(pairs))[i : i + neighbours] for i in range(0, len(pairs), neighbours)]
+            rows = [indices[i : i + neighbours] for i in indices[::neighbours]]
             random.Random(f"order {config.seed} {epoch}").shuffle(rows)
             order, order_epoch = list(itertools.chain.from_iterable(rows)), epoch
         start = position * config.batch_size
@@ -361,15 +364,15 @@ def fetch(config, run, model, first_step, bad_images):
     Images are uint8 pixels (R, 3, S, S) or cached features (R, W). The place of an unreadable image
     is taken by the next one, and bad_images, {index: reason}, grows.
     """
-    batches = partial(batch_keys, config, run.pairs, first_step)  # for the loader, and again below
+    batches, again = itertools.tee(batch_keys(config, run.pairs, first_step))
     if "train" in run.features:
-        loader = cached_images(*run.features["train"], batches())
+        loader = cached_images(*run.features["train"], batches)
     else:
         transform, device = model.processor.image_transform, model.logit_scale.device
         dataset = dualenc.ImageDataset(run.pairs.images, transform, partial(augment, config))
-        loader = dualenc.image_loader(dataset, batches(), config.workers, device)
+        loader = dualenc.image_loader(dataset, batches, config.workers, device)
     allowed = BAD_SHARE * len(run.pairs) if config.on_bad_image == "skip" else 0
-    for keys, (images, indices, errors) in zip(batches(), loader):
+    for (images, indices, errors), keys in zip(loader, again):
         new = {i: error for (_, i), error in zip(keys, errors) if error and i not in bad_images}
         bad_images |= new
         count = f"{len(bad_images)} of {len(run.pairs):,} images; skip allows {BAD_SHARE:.0%}"
@@ -413,7 +416,7 @@ def cache_features(config, run, model):
     home = evaluation.store_folder(config.data, "features", config.data_root)
     how, jobs = {"precision": config.precision, "pooled": True}, {}
 
-    def embed(items, chosen):
+    def embed(items, chosen):  # items: captions or Pairs
         if isinstance(items, list):
             return evaluation.embed_captions(model, [items[i] for i in chosen], **how), {}
         images = items.select(chosen).images
@@ -472,10 +475,10 @@ def make_optimizer(model, config):
     """AdamW with betas and eps of CLIP's ViTs; the "peak" of pretrained towers is --tower-lr."""
     trunk, groups = model.vision_model.trunk, {}
     kept = {f"vision_model.trunk.{name}" for name in getattr(trunk, "no_weight_decay", set)()}
-    pretrained = [tower for tower in towers(model).values() if tower.weights_from]
     for name, weight in model.named_parameters():
         if weight.requires_grad:
-            is_pretrained = getattr(model, name.split(".")[0]) in pretrained
+            part = getattr(model, name.split(".")[0])  # a tower, a projection or logit_scale
+            is_pretrained = bool(getattr(part, "weights_from", None))
             peak = (config.tower_lr or config.lr / 10) if is_pretrained else config.lr
             decays = weight.ndim > 1 and "position_embeddings" not in name and name not in kept
             groups.setdefault((peak, config.weight_decay * decays), []).append(weight)
@@ -506,13 +509,10 @@ def load_run(config, pairs, out, device):
         model.logit_bias.requires_grad_(needs_bias)
     if config.lock:
         model.lock(config.lock)
-    learning = {n.split("_model.")[0] for n, w in model.named_parameters() if w.requires_grad}
-    unlocked = config.cache_features and learning & model.locked
-    refuse(unlocked, "--cache-features: weights of a locked tower learn")  # such as adapters
+    locked = [towers(model)[name] for name in model.locked]
+    learns = any(weight.requires_grad for tower in locked for weight in tower.parameters())
+    refuse(config.cache_features and learns, "--cache-features: adapters of a locked tower learn")
     model.to(device).train()
-    norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    alone = config.batch_size // dualenc.world_size() % (config.micro_batch or 1) == 1
-    refuse(norms and alone, "--micro-batch leaves one image over: batch norm needs two, change it")
     if config.compile:
         model.vision_model.compile()
         model.text_model.compile(dynamic=True)
@@ -540,9 +540,9 @@ def read_flags(argv):
     config = TrainConfig(**vars(parser.parse_args(argv)))
     if config.resume:
         stored = dualenc.read_json(Path(config.resume) / dualenc.RUN_CONFIG)["flags"]
-        parser.set_defaults(**stored)
+        parser.set_defaults(**stored)  # and parse once more: what is not given is the run's
         config = dualenc.config_from_dict(TrainConfig, vars(parser.parse_args(argv)))
-        now = json.loads(json.dumps(vars(config)))  # without tuples, like what is stored
+        now = json.loads(json.dumps(vars(config)))  # tuples become lists, like what is stored
         changed = {n: v for n, v in stored.items() if now[n] != v and n not in FREE_ON_RESUME}
         refuse(changed, f"a resumed run keeps {flag_names(changed)}; --init begins another run")
     return config
@@ -634,7 +634,7 @@ def stop_signals():
 
     def note(number, frame):
         received[0] = number
-        signal.signal(number, before[number])
+        signal.signal(number, before[number])  # as it was: a second one has its usual effect
 
     before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -666,7 +666,7 @@ def introduce(config, run, model, optimizer, flags):
     size += f", {len(known)} classes: {', '.join(known[:6])}" if known else ""
     print(f"data     {config.data}   {size}; {len(run.held_out):,} images held out")
     distinct, encode = set(captions), model.processor.tokenizer.encode
-    model.processor.cut_at(model.processor.max_length)
+    model.processor.truncate_at(model.processor.max_length)
     same = len(distinct) - len({tuple(encode(caption).ids) for caption in distinct})
     print(f"tokens   {text.vocab_size:,}; {same:,} captions have the token ids of another")
     vision, language = (sum(w.numel() for w in tower.parameters()) / 1e6 for _, tower in sides)
@@ -678,9 +678,7 @@ def introduce(config, run, model, optimizer, flags):
     for group in optimizer.param_groups:
         size, decay = sum(w.numel() for w in group["params"]) / 1e6, group["weight_decay"]
         print(f"learns   {size:.2f}M weights at lr {group['peak']:.1e}, weight decay {decay:g}")
-    seen = min(config.batch_size // dualenc.world_size(), config.micro_batch or config.batch_size)
-    norm = f"; any batch norm sees {seen} images at a time" if seen < config.batch_size else ""
-    where = f"{model.logit_scale.device} {config.precision}, {dualenc.world_size()} processes{norm}"
+    where = f"{model.logit_scale.device} {config.precision}, {dualenc.world_size()} processes"
     print(f"run      {config.steps:,} steps of {config.batch_size}, seed {config.seed}   {where}")
     changed = [f"{k}={v}" for k, v in vars(flags).items() if v != vars(TrainConfig())[k]]
     print(f"flags    {' '.join(changed) or 'defaults'}", flush=True)
@@ -693,7 +691,7 @@ def check_recipe(config, pairs, held_out):
         if isinstance(value, (int, float)) and name != "workers":
             dualenc.check_min(flag_names([name]), value, least.get(name, 0))
     refuse(max(config.crop_scale, config.warmup) > 1, "--crop-scale and --warmup are at most 1")
-    uneven = f"--batch-size {config.batch_size} is no multiple of {dualenc.world_size()} ranks"
+    uneven = f"--batch-size {config.batch_size} is not a multiple of {dualenc.world_size()} ranks"
     refuse(config.batch_size % dualenc.world_size(), uneven)
     refuse(not len(pairs), f"{config.data} has no training images: all are held out")
     refuse(len(pairs) < config.batch_size, f"{len(pairs)} training images: lower --batch-size")
@@ -709,12 +707,14 @@ def check_recipe(config, pairs, held_out):
     refuse(config.init and built, f"--init brings its own towers: leave out {flag_names(built)}")
 
 
-def keep_freed_memory():
-    """Let glibc keep what a step frees: fresh pages from the system cost 6 to 22% of the time."""
+def prepare_cpu():
+    """Settings for speed on CPUs; without the first one a step takes 6 to 22% longer."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
+    if mallopt:  # glibc keeps what a step frees, and asks the system for no fresh pages
         mallopt(-4, 0)  # M_MMAP_MAX of malloc.h
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    # What autocast chooses in bf16 multiplies in bf16, not in float32. It holds for CPUs, too.
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 
 
 def main(argv=None):
@@ -722,7 +722,7 @@ def main(argv=None):
     flags = read_flags(argv)
     device = dualenc.pick_device(flags.device)
     if device.type == "cpu":
-        keep_freed_memory()
+        prepare_cpu()
     elif device.index is not None:
         torch.cuda.set_device(device)
     with dualenc.process_group(), claim_run(flags) as out:

@@ -294,8 +294,8 @@ SPLIT = "image,caption,split\na.png,x,train\n"
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("c.csv", START + "b.png,\n", "c.csv, line 3: caption is '', expected one text a row"),
-        ("c.csv", START + 'b.png,"[""it\'s"", \'a\']"\n', "line 3: caption is .*one text a row"),
+        ("c.csv", START + "b.png,\n", "c.csv, line 3: caption is '', expected one caption"),
+        ("c.csv", START + 'b.png,"[""it\'s"", \'a\']"\n', "line 3: caption is .*one caption"),
         ("c.csv", START + "d.png,a dog\n", "line 3: missing image .*d.png"),
         ("c.csv", START + "b.png,a dog, running\n", "line 3: more cells than the header .*; quote"),
         ("c.csv", START + 'b.png,"a dog\nb.png,a cat\n', "line 3: .*; quote captions"),
@@ -363,8 +363,8 @@ def test_class_folders_become_captions_through_templates(tmp_path, capsys):
     assert pairs.classes == ["big dog", "cat"] and pairs.labels == [0, 0, 1, 1, 1]
     assert pairs.names == found and pairs.captions[0] == ["a big dog.", "one big dog"]
     notes = capsys.readouterr().out
-    assert "left out: 1 files that are no images, such as" in notes
-    assert "top.png is left out: it is in no class folder" in notes
+    assert "left out: 1 files that are not images, such as" in notes
+    assert "top.png is left out: it is not in a class folder" in notes
     names = {"cat": "tom_cat", "big_dog": "big_dog", "zebra": "more names than classes"}
     new = dualenc.load_pairs(tmp_path, "all", class_names=names, templates=("a {}",))
     assert new.classes == ["big dog", "tom cat"] and new.captions[-1] == ["a tom cat"]
@@ -513,7 +513,7 @@ def test_other_members_of_a_shard_are_left_alone(tmp_path):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"a.png": b"x"}, "s.tar/a: caption is '', expected one text"),
+        ({"a.png": b"x"}, "s.tar/a: caption is '', expected one caption"),
         ({"a.png": b"x", "a.txt": b"\n"}, "s.tar/a: caption is ''"),
         ({"a.txt": b"x"}, "s.tar/a: missing image"),
         ({"a.png": b"x", "a.txt": b"\xff\xfa"}, "cannot read .*s.tar: .*'utf-8' codec"),

@@ -130,12 +130,12 @@ def test_no_fused_kernel_where_a_cpu_trains_in_bf16(precision, learns, make_mode
     """There separate products are faster; the embeddings are the same to bf16's digits."""
     model, cpu, tolerance = make_model(), torch.device("cpu"), 3e-2 * (precision == "bf16")
     inputs, settings = model.processor(text=["two dogs", "a"], images=images[:2]), torch.backends
-    right, in_bf16 = model(**inputs), settings.cuda.fp16_bf16_reduction_math_sdp_allowed
+    right = model(**inputs)
     with torch.set_grad_enabled(learns), dualenc.autocast(cpu, precision):
         got = model(**inputs)
         slow = precision == "bf16" and learns
-        assert settings.cuda.flash_sdp_enabled() != slow and in_bf16() == slow
-    assert settings.cuda.flash_sdp_enabled() and not in_bf16()
+        assert settings.cuda.flash_sdp_enabled() != slow
+    assert settings.cuda.flash_sdp_enabled()
     for side in ("image_embeds", "text_embeds"):
         assert torch.allclose(getattr(got, side), getattr(right, side), atol=tolerance)
 

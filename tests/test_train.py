@@ -370,12 +370,11 @@ def test_the_number_of_steps_and_of_evaluations_follows_from_the_data(run, capti
     assert evaluated("epochs", steps=0, epochs=2, batch_size=B)[-1] == 2 * (count // B)
 
 
-def test_micro_batches_and_tiled_losses_make_the_same_run(run, monkeypatch, capsys):
+def test_micro_batches_and_tiled_losses_make_the_same_run(run, monkeypatch):
     _, plain = run("plain", TINY_VIT_RUN)
     monkeypatch.setattr(train, "TILED_FROM", 1)
     _, pieces = run("pieces", TINY_VIT_RUN, micro_batch=3)
     assert_same_log(plain, pieces, 1e-4)
-    assert capsys.readouterr().out.count("any batch norm sees 3 images at a time") == 1
 
 
 @pytest.mark.slow
@@ -455,7 +454,6 @@ REFUSED = [
     ({"cache_features": True, "lock": "both", "flip": True, "crop_scale": 0.5}, "crop-scale, --fl"),
     ({"batch_size": 1}, "--batch-size is 1, expected at least 2"),
     ({"batch_size": 100}, r"3\d training images: lower --batch-size"),
-    ({"micro_batch": 7}, "--micro-batch leaves one image over: batch norm needs two"),
     ({"lr": 1e30, "clip_grad": 0}, "step 2: loss or gradient is not finite: lower --lr"),
     ({"images": "nowhere"}, "missing image nowhere"),
     ({"val_fraction": 0.0}, "no images are held out"),
@@ -474,14 +472,14 @@ def test_what_cannot_be_trained_is_refused_and_leaves_no_folder(flags, message, 
 def test_batches_that_processes_cannot_share_are_refused(monkeypatch):
     pairs = dualenc.load_pairs("shapes", "val")
     monkeypatch.setattr(dualenc, "world_size", lambda: 3)
-    with pytest.raises(ValueError, match="--batch-size 8 is no multiple of 3 ranks"):
+    with pytest.raises(ValueError, match="--batch-size 8 is not a multiple of 3 ranks"):
         train.check_recipe(train.TrainConfig(batch_size=8), pairs, pairs)
 
 
 def test_features_of_a_locked_tower_that_learns_are_not_cached(run, monkeypatch):
     """Adapters in a locked tower would be trained past, without a word."""
     monkeypatch.setattr(dualenc.DualEncoder, "lock", lambda model, tower: model.locked.add(tower))
-    with pytest.raises(ValueError, match="weights of a locked tower learn"):
+    with pytest.raises(ValueError, match="adapters of a locked tower learn"):
         run(cache_features=True, lock="vision")
 
 
@@ -543,8 +541,8 @@ def pages():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 left = pages()
-train.keep_freed_memory()
-assert pages() < 0.1 * left
+train.prepare_cpu()
+assert pages() < 0.1 * left and dualenc.torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
 print(dualenc.train_tokenizer([*dualenc.COLOURS, *dualenc.SHAPES], 300).to_str())
 """
 

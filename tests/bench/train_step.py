@@ -84,7 +84,7 @@ def main():
     args = common.flag_parser(__doc__, rounds=9).parse_args()
     names, preset = ["ours", *common.print_head()], common.PRESETS[args.preset]
     print(f"preset   {args.preset}: batch {preset.batch}, {preset.image_size} pixels")
-    train.keep_freed_memory()
+    train.prepare_cpu()
     ways = {f"{n} {p}": STEPS[n](preset, p) for p in ("bf16", "fp32") for n in names}
     seconds = common.alternate(ways, args.rounds)
     for precision in ("bf16", "fp32"):
