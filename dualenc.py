@@ -19,9 +19,9 @@ Sections   1 Losses        2 DualEncoder       3 Text tower       4 Vision tower
            5 Processor     6 Data              7 Checkpoints      8 Large batches
            9 Published checkpoints             10 Checks and devices
 
-Read first Sections 1 to 4, 6 up to Readers, and 8; LOSSES and the loop of train.py; ranks and
-           zero-shot of eval.py. Sections 5, 7, 9 and 10 build, load, save or check: trust their
-           names, such as check_min, check_choice, notice, open_image, blamed_on, autocast.
+Read first Sections 1 to 4, 6 up to Readers, and 8; LOSSES and train() of train.py; ranks() and
+           class_embeds() of eval.py. Sections 5, 7, 9 and 10 build, load, save or check: trust
+           their names, such as check_min, check_choice, open_image, blamed_on, autocast.
 
 Sources    Radford et al. 2021 (CLIP, arXiv 2103.00020), Zhai et al. 2022 (LiT, 2111.07991), Zhai
            et al. 2023 (SigLIP, 2303.15343), Yang et al. 2022 (UniCL, 2204.03610), Devlin et al.
@@ -113,13 +113,13 @@ def multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group_ids):
 
     With two images of dogs, clip_loss calls each one's caption wrong for the other. Here a group
     shares the right answer evenly: for groups 0, 0, 1 the target rows are ½ ½ 0, ½ ½ 0 and 0 0 1.
-    Even a perfect prediction of ½ ½ 0 has a cross-entropy of -ln ½, that is ln(group size). This is
-    subtracted, so that the best value is 0. If every group is one pair, this is clip_loss.
+    A perfect prediction of ½ ½ 0 still has a cross-entropy of -½ ln ½ - ½ ln ½ = ln(group size).
+    It is subtracted, so that the best value is 0. If every group is one pair, this is clip_loss.
 
     image_embeds, text_embeds  (B, E)  unit-norm rows; row i describes image i
     logit_scale                ()      natural log of the inverse temperature
     group_ids                  (B,)    integers; rows with equal ids describe each other
-    returns                    ()      mean KL divergence from the right answer, in nats
+    returns                    ()      mean of cross-entropy minus ln(group size), in nats
     raises                     ValueError if the two batches differ in shape
     source                     Yang et al. 2022, "Unified Contrastive Learning", equations 3 and 4
     """
@@ -127,7 +127,7 @@ def multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group_ids):
     logits_per_image = logit_scale.exp() * (image_embeds @ text_embeds.T)
     same_group = (group_ids[:, None] == group_ids[None, :]).to(logits_per_image.dtype)
     group_size = same_group.sum(dim=1)
-    target = same_group / group_size[:, None]  # symmetric, so it serves both directions
+    target = same_group / group_size[:, None]  # its transpose is the same: for both directions
     mean_entropy = group_size.log().mean()
     image_to_text = F.cross_entropy(logits_per_image, target)  # from probabilities, not indices
     text_to_image = F.cross_entropy(logits_per_image.T, target)
@@ -150,7 +150,7 @@ class DualEncoderConfig:
     raises  ValueError for an unknown projection head or a projection_dim below 1
     """
 
-    vision: VisionConfig = field(default_factory=lambda: VisionConfig())  # defined in section 4
+    vision: VisionConfig = field(default_factory=lambda: VisionConfig())  # a class further down
     text: TextConfig = field(default_factory=lambda: TextConfig())
     projection_dim: int = 512
     projection_head: str = "linear"  # a key of PROJECTION_HEADS
@@ -329,7 +329,7 @@ class DualEncoder(nn.Module):
         """
         check_choice("tower to lock", tower, ("vision", "text", "both"))
         self.locked |= {"vision", "text"} if tower == "both" else {tower}
-        for name in self.locked:  # a tower with adapters can override this to keep them learning
+        for name in self.locked:
             getattr(self, f"{name}_model").requires_grad_(False)
         return self.train(self.training)  # which puts locked towers in evaluation mode
 
@@ -366,9 +366,8 @@ class DualEncoder(nn.Module):
     def from_pretrained(cls, folder_or_hub_id):
         """A saved model, in evaluation mode: ours, or a VisionTextDualEncoder of transformers.
 
-        A run folder of train.py means its best checkpoint. A hub id may end in @revision.
-
-        raises  ValueError naming the file that is missing, damaged, or does not fit
+        A run folder of train.py means its best checkpoint. A hub id may end in @revision. What is
+        missing, damaged, or does not fit raises a ValueError that names it.
         """
         return load_dual_encoder(cls, folder_or_hub_id)
 
@@ -376,8 +375,7 @@ class DualEncoder(nn.Module):
         """Write config.json, model.safetensors and, if the model has one, the processor's files.
 
         format  "dualenc", or "hf": what transformers' VisionTextDualEncoderModel loads
-        raises  ValueError for a processor without tokenizer or image_transform, or a model that
-                transformers cannot compute
+        raises  ValueError for half a processor, or a model that transformers cannot compute
         """
         save_dual_encoder(self, folder, format)
 
@@ -389,8 +387,7 @@ class DualEncoder(nn.Module):
 class TextConfig:
     """Sizes of a BERT-like text tower; the defaults are bert-base-uncased's, with dropout off.
 
-    raises  ValueError for an unknown family, pooling or activation, for sizes that are too small,
-            and for a width that is not a multiple of the heads
+    raises  ValueError for unknown names, sizes below 1, and a width that heads do not divide
     """
 
     family: str = "bert"  # a key of HF_TEXT
@@ -425,7 +422,6 @@ class TextEncoder(nn.Module):
 
     All modules have BERT's published names, so that loading its weights is a copy.
 
-    config  TextConfig
     source  Devlin et al. 2019, section 3
     """
 
@@ -501,7 +497,7 @@ class TextEncoder(nn.Module):
         return torch.arange(input_ids.shape[1], device=input_ids.device)[None, :]
 
     def score_mask(self, attention_mask, hidden):
-        """The mask for masked_attention, (B, 1, 1, T); hidden is for a subclass in section 9."""
+        """The mask for masked_attention: (B, 1, 1, T), alike for all heads and all queries."""
         return None if attention_mask is None else attention_mask[:, None, None, :].bool()
 
     @classmethod
@@ -542,7 +538,8 @@ class TextLayer(nn.Module):
         super().__init__()
         W = config.width
         projections = nn.ModuleDict({name: nn.Linear(W, W) for name in ("query", "key", "value")})
-        # BERT's names: attention.output ends the first half; the MLP is intermediate, then output.
+        # BERT's names. The first half: attention.self (query, key, value), then attention.output.
+        # The second, the MLP: intermediate, then output.
         self.attention = nn.ModuleDict({"self": projections, "output": AddAndNorm(W, config)})
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(W, config.mlp_width)})
         self.output = AddAndNorm(config.mlp_width, config)
@@ -568,12 +565,15 @@ class TextLayer(nn.Module):
 def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=False):
     """Softmax attention that gives padding no weight.
 
+    A token's query is compared with the keys of all tokens. The softmax of these scores says how
+    much of each token's value it takes in. The root keeps scores near 1 whatever the width.
+
     query, key, value  (B, H, T, W/H)
     mask               (B, 1, 1, T) bool: True where a key may be seen; None: everywhere
                        (in section 9 also float, (B or 1, H, T, T): added to the scores)
     dropout            share of the weights dropped
     returns            the mixed values (B, H, T, W/H), and the weights after dropout (B, H, T, T)
-                       or None; both mean nothing for captions that are all padding
+                       or None; meaningless for a caption that is all padding
     source             Vaswani et al. 2017, equation 1
     Exercise 3         medium, 40 minutes: never look at padding, run `pytest -k exercise_3`
     """
@@ -634,8 +634,7 @@ class VisionEncoder(nn.Module):
     config           VisionConfig
     pretrained_from  a timm name with its tag, or a folder, to load weights from; None: random
                      weights. Position tables are resampled to image_size
-    raises           ValueError for a name timm does not know (with near ones), and for sizes and
-                     arguments that the model does not take
+    raises           ValueError for a name, sizes or arguments that timm does not know
     """
 
     def __init__(self, config, pretrained_from=None):
@@ -655,8 +654,8 @@ class VisionEncoder(nn.Module):
             size = config.image_size if self.has_fixed_size() else None
             ours = {"in_chans": 3, "num_classes": 0, "checkpoint_path": None, "img_size": size}
             ours |= {"global_pool": config.pooling, "patch_drop_rate": config.patch_dropout or None}
-            # timm leaves out what is None, and args that repeat one of ours are an error.
-            return timm.create_model(name, pretrained_from is not None, **ours, **config.args)
+            # timm leaves out what is None. Args that repeat one of ours are an error.
+            return timm.create_model(name, pretrained=bool(pretrained_from), **ours, **config.args)
 
     def has_fixed_size(self):
         """Whether the model is built for one image size, as most ViTs are; convnets take any."""
@@ -677,7 +676,7 @@ class VisionEncoder(nn.Module):
         pixel_values = pixel_values.to(next(self.parameters()).dtype)
         if pixel_values.is_cuda:  # faster; on CPUs narrow convolutions crash in this layout
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        # The two lists stay empty unless they are asked for (section 10).
+        # Hooks on the trunk fill the two lists, if they are asked for (section 10).
         with recording(self.trunk, output_hidden_states, output_attentions) as (states, weights):
             features = self.trunk.forward_features(pixel_values)
         return TowerOutput(
@@ -749,7 +748,7 @@ class ImageTransform:
             mode = TF.InterpolationMode(self.interpolation)
             pixels = TF.resize(pixels, size, mode, antialias=True)
         if self.crop is not None:
-            # Negative numbers crop. Of -31, -15 come first, as in transformers (torchvision: -16).
+            # Padding by -31 crops: first by 15, then 16, as in transformers (torchvision: 16, 15).
             more_rows, more_columns = (self.crop - side for side in pixels.shape[-2:])
             top, left = int(more_rows / 2), int(more_columns / 2)
             pixels = F.pad(pixels, (left, more_columns - left, top, more_rows - top))
@@ -757,7 +756,7 @@ class ImageTransform:
 
     def normalize(self, pixels):
         """(..., 3, S, S) uint8 to normalised float32."""
-        # Multiplying mean and std (3, 1, 1) instead of dividing pixels gives transformers' bits.
+        # mean and std (3, 1, 1) times 255, not pixels divided by it: rounds as transformers does.
         mean, std = 255 * torch.tensor([self.mean, self.std], device=pixels.device)[..., None, None]
         return (pixels.float() - mean) / std
 
@@ -785,10 +784,11 @@ class ImageTransform:
         kind = values.get("image_processor_type") or values.get("feature_extractor_type") or "none"
         kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind).lower()
         check_choice("image processor", kind, IMAGE_PROCESSORS)
-        usual = cls(**IMAGE_PROCESSORS[kind]).to_dict()
-        values = usual | {name: value for name, value in values.items() if value is not None}
-        size, crop = values["size"], values["crop_size"]  # old files have numbers for both
-        size = size if isinstance(size, dict) else dict.fromkeys(usual["size"], size)
+        defaults = cls(**IMAGE_PROCESSORS[kind]).to_dict()
+        values = defaults | {name: value for name, value in values.items() if value is not None}
+        # Both are {"shortest_edge": 224} or {"height": 224, "width": 224}, in old files 224.
+        size, crop = values["size"], values["crop_size"]
+        size = size if isinstance(size, dict) else dict.fromkeys(defaults["size"], size)
         crop = crop if isinstance(crop, dict) else {"side": crop or 224}
         (resize, *others), (side, *other_sides) = size.values(), crop.values()
         if {*others} - {resize} or {*other_sides} - {side}:
@@ -1086,7 +1086,7 @@ def positive_groups(pair_ids):
     while True:
         before = groups
         for column in columns:
-            # lowest[k]: the lowest group among pairs with id k. All of them take it.
+            # Of captions a b b c in groups 0 0 2 3, the lowest are a 0, b 0, c 3: then 0 0 0 3.
             lowest = groups.scatter_reduce(0, column, groups, "amin", include_self=False)
             groups = lowest[column]
         if torch.equal(groups, before):
@@ -1180,7 +1180,7 @@ class ShapesPairs(Pairs):
             self.scenes += scenes
             names += [f"shapes/{seed}/{part}/{i}" for i in range(len(scenes))]
         for scene, name in zip(self.scenes, names):
-            # The image has a generator of its own: else its background would reveal the wording.
+            # A generator of its own: that of draw_scene would tie the wording to the background.
             turned = random.Random(f"{name} told").random() < 0.5
             first, relation, second = scene
             self.wordings.append((second, OPPOSITE[relation], first) if turned else scene)
@@ -1224,9 +1224,8 @@ def draw_scenes(rng, count, held_out):
         scene = random_object(), rng.choice(("left of", "above")), random_object()
         first, relation, second = scene
         new_object = not HELD_OUT_OBJECTS.isdisjoint((first[1:], second[1:]))
-        tenth = digest(f"{sorted([first, second])} {relation}")[0] < 26  # the same for its mirror
-        is_held_out = new_object or tenth
-        if first == second or is_held_out != held_out:
+        tenth = digest(f"{sorted([first, second])} {relation}")[0] < 26  # of 256, as for its mirror
+        if first == second or (new_object or tenth) != held_out:  # no scene, or of the other part
             continue
         wants_new_object = len(scenes) < count // 2  # held-out scenes with a new object come first
         if held_out and (new_object != wants_new_object or scene in scenes):
@@ -1333,16 +1332,15 @@ def load_pairs(
     """Images with captions from a data spec.
 
     spec          "shapes", or what DATA_READERS reads: see README.md, "Your own images"
-    split         "train", "val", "test" or "all": the data's own if it has one, where val and test
-                  stand in for each other; else a hash of an image's name, or of its group, puts a
-                  val_fraction of the images into both
+    split         "train", "val", "test" or "all". If the data has only one of val and test, it is
+                  both. Without a split of its own, a val_fraction of the images is held out, as a
+                  hash of their names (or groups) decides
     data_root     where torchvision's sets lie; download lets it fetch them
     images        the image folder of a table or .json, unless it is the file's own
     templates     what class names become: strings with {} in them
     seed          draws the shapes
     class_names   {class folder: name} for classes with other names than their folders
-    returns       Pairs
-    raises        ValueError that names file and line of what is missing or wrong
+    returns       Pairs; a ValueError names file and line of what is missing or wrong
     """
     check_choice("split", split, SPLITS)
     if not 0 <= val_fraction <= 1:
@@ -1421,7 +1419,6 @@ def read_torchvision(name, data_root, download):
     for part, arguments in splits.items():
         with blamed_on(f"{name} below {data_root}; --download fetches it"):
             data = make(str(data_root), download=download, **arguments)
-        # Either holds the labels; no image is decoded.
         labels = data.targets if hasattr(data, "targets") else data._labels
         for i, label in enumerate(labels):
             where = f"{name}/{part}/{i}" if part else f"{name}/{i}"
@@ -1452,8 +1449,8 @@ def read_folder(folder, **_):
     splits = {top for top in tops if top.lower() in SPLIT_OF}
     if len(splits) > 1 and splits != tops:
         raise ValueError(f"{folder} has {', '.join(sorted(splits))}, but also {min(tops - splits)}")
-    depth = 1 if splits and splits == tops else 0  # folders above captions and classes
-    least = depth + 1 if has_texts else depth + 2  # parts of an image's place
+    depth = 1 if splits and splits == tops else 0  # of train/
+    least = depth + 1 if has_texts else depth + 2  # of 1.jpg, or of dog/1.jpg, below it
     for path, place, text in zip(paths, places, texts):
         image, split = os.path.join(*place), place[0] if depth else None
         if len(place) < least:
@@ -1676,7 +1673,7 @@ def fill(module, weights, source, pieces=()):
     with blamed_on(source, f"weights do not fit the {CONFIG_FILE} of"):
         # With assign the file's tensors become the parameters.
         module.load_state_dict(regroup(weights, pieces), assign=True)
-    # Buffers that files leave out are still on meta: give them memory, then let timm compute them.
+    # Tables that timm computes are not in files, and still on meta: give them memory, compute them.
     module.float()._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
     for part in module.modules():
         if hasattr(part, "init_non_persistent_buffers"):
@@ -1748,8 +1745,8 @@ class MicroBatches(nn.Module):
     The loss compares each pair with all others, so losses of small batches do not add up to it.
     But it needs only embeddings, which are small. So each piece is embedded, and all else that its
     towers computed is dropped; the loss of all embeddings gives each embedding its gradient; and
-    each piece is embedded again, with the same dropout, to carry these gradients into the weights:
-    gradient checkpointing. Batch norm sees a piece at a time, and updates its statistics twice.
+    each piece is embedded again, with the same dropout, to carry these gradients into the weights.
+    Batch norm sees a piece at a time, and updates its statistics twice.
 
     model      DualEncoder with a processor
     size       most pairs per piece, which are about equal; 0 embeds the batch at once
@@ -1777,6 +1774,7 @@ class MicroBatches(nn.Module):
         parts_of = {name: tensor.tensor_split(count) for name, tensor in captions.items()}
         for i, part in enumerate(images.tensor_split(count)):
             texts = {name: parts[i] for name, parts in parts_of.items()}
+            # Drops what embed computes on the way, and calls it again in the backward pass.
             embeds.append(checkpoint(self.embed, part, texts, use_reentrant=False))
         image_embeds, text_embeds = zip(*embeds)
         return torch.cat(image_embeds), torch.cat(text_embeds)
@@ -1816,10 +1814,11 @@ def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=1024):
     check_same_shape(image_embeds, text_embeds)
     scaled = logit_scale.exp() * image_embeds
     of_rows, of_columns = TiledLogSumExp.apply(scaled, gather_embeds(text_embeds), tile)
-    # A column (B,) has this rank's images only so far: log-sum-exp over ranks completes it.
+    # (B,) columns have this rank's images only so far: log-sum-exp over (ranks, B) completes them.
     of_columns = gather_embeds(of_columns[None]).logsumexp(dim=0)
     pair_scores = (scaled * text_embeds).sum(dim=1)
     image_to_text = (of_rows - pair_scores).mean()  # of this rank's R images
+    # All B columns, minus this rank's R pairs: the mean over ranks is that of all B pairs.
     text_to_image = of_columns.mean() - pair_scores.mean()
     return (image_to_text + text_to_image) / 2
 
@@ -1851,14 +1850,13 @@ class TiledLogSumExp(torch.autograd.Function):
         images, texts, of_rows, of_columns = ctx.saved_tensors
         grad_images, grad_texts = torch.zeros_like(images), torch.zeros_like(texts)
         for rows, columns, scores in score_tiles(images, texts, ctx.tile):
-            # A score is in the log-sum-exp of its row and of its column.
-            in_row = (scores - of_rows[rows, None]).exp()  # softmax over the row
+            in_row = (scores - of_rows[rows, None]).exp()  # softmax: exp(score - log-sum-exp)
             in_column = (scores - of_columns[columns]).exp()
             grad = grad_rows[rows, None] * in_row + grad_columns[columns] * in_column
             # scores = images @ texts.T, so its gradient goes to the images through the texts.
             grad_images[rows] += grad @ texts[columns]
             grad_texts[columns] += grad.T @ images[rows]
-        return grad_images, grad_texts, None
+        return grad_images, grad_texts, None  # none for the tile size
 
 
 def score_tiles(images, texts, tile):
@@ -1909,8 +1907,8 @@ def gather_embeds(embeds):
     """Every rank's rows, with gradients; the identity in one process.
 
     A row's gradients from the losses of all ranks are summed on the rank that owns it. If two ranks
-    compute the same loss, each has twice the gradient of its own rows. The mean over both ranks,
-    which DistributedDataParallel takes, is then the gradient of all rows.
+    compute one loss, the weights of the first get 2 g0 through its rows, and those of the second
+    2 g1. DistributedDataParallel takes the mean over ranks, g0 + g1: the gradient of all rows.
 
     embeds   (R, ...)  this rank's rows of anything, as many on every rank
     returns  (B, ...)  the rows of all ranks, in order
@@ -1969,7 +1967,7 @@ class MPNetEncoder(RobertaEncoder):
     """RoBERTa with a learned bias on every layer's scores, by the distance of query and key.
 
     The bias table has 16 rows for keys up to the query and 16 for keys on its right. Distances
-    below 8 have a row each, those from 8 to 128 share 8 rows by their logarithm: 30 is in row 11.
+    below 8 have a row each, those from 8 to 128 share 8 rows by their logarithm.
 
     source  Raffel et al. 2020 (T5), section 2.1
     """
@@ -1983,8 +1981,8 @@ class MPNetEncoder(RobertaEncoder):
         position = torch.arange(hidden.shape[1])
         to_right = position[None, :] - position[:, None]  # (T, T), from query to key
         distance = to_right.abs()
-        share = (distance.clamp(min=1) / 8).log() / math.log(128 / 8)  # 8 to 128 becomes 0 to 1
-        far_row = (8 + (share * 8).long()).clamp(max=15)  # 8 to 15
+        share = (distance.clamp(min=1) / 8).log() / math.log(128 / 8)  # of 8: 0, 30: 0.48, 128: 1
+        far_row = (8 + (share * 8).long()).clamp(max=15)  # of 8: 8, 30: 11, 128: 15
         row = torch.where(distance < 8, distance, far_row) + 16 * (to_right > 0)
         bias = self.encoder["relative_attention_bias"](row.to(hidden.device)).permute(2, 0, 1)[None]
         is_real = super().score_mask(attention_mask, hidden)
@@ -2060,7 +2058,7 @@ class Published(typing.NamedTuple):
     defaults: dict = {}  # where a config.json is silent: see _VIT; text: fields of TextConfig
 
 
-# Keys of a vision tower's config.json, and what timm calls them; build_trunk pops four of them.
+# Keys of a vision tower's config.json, and timm's names; build_trunk pops those of the second line.
 VISION_KEYS = {name: name for name in ("patch_size", "qkv_bias", "mlp_ratio", "drop_path_rate")}
 VISION_KEYS |= {n: n for n in ("intermediate_size", "hidden_act", "pooler_act", "layer_norm_eps")}
 VISION_KEYS |= {"num_hidden_layers": "depth", "num_attention_heads": "num_heads"}
@@ -2172,7 +2170,7 @@ def published_pieces(module):
     for side, tower in towers.items():
         for ours in tower.state_dict():
             names = [ours.removeprefix("trunk.")]
-            if joint := re.search(r"\.(qkv|kv)\.", ours):
+            if joint := re.search(r"\.(qkv|kv)\.", ours):  # attn.qkv: attn.q, attn.k and attn.v
                 names = [names[0].replace(joint[1], letter) for letter in joint[1]]
             for pattern, replacement in published_row(tower.config).names.items():
                 names = [re.sub(pattern, replacement, name) for name in names]
@@ -2481,14 +2479,16 @@ def recording(trunk, want_states, want_weights):
     def keep_state(block, args, output):
         states.extend([output] if states else [args[0], output])  # what block 1 is given, too
 
+    def keep_weights(attn_drop, args, output):
+        weights.append(output)
+
     if want_states:
         blocks = getattr(trunk, "blocks", None) or getattr(trunk, "stages", ())
         hooks += [block.register_forward_hook(keep_state) for block in blocks]
     for layer in trunk.modules() if want_weights else ():
         if hasattr(layer, "fused_attn") and hasattr(layer, "attn_drop"):
             fused[layer], layer.fused_attn = layer.fused_attn, False
-            keep = layer.attn_drop.register_forward_hook
-            hooks.append(keep(lambda _, args, output: weights.append(output)))
+            hooks.append(layer.attn_drop.register_forward_hook(keep_weights))
     try:
         yield states, weights
     finally:

@@ -271,7 +271,7 @@ def stored_rows(folder, stamps, embed):
 
     folder   made if need be; a second job waits for the first
     stamps   one string a row, which changes when the row's image does
-    embed    list of indices -> (rows in its order, {place in it, not index: why unreadable})
+    embed    list of indices -> (rows in its order, {place in the list: why unreadable})
     returns  (I, W) float32 rows, those of unreadable images 0; {index: why unreadable}; how many
              rows are new
     raises   ValueError if none of the images can be read
@@ -289,7 +289,7 @@ def stored_rows(folder, stamps, embed):
         new = [i for i, stamp in enumerate(stamps) if stamp not in row_of]
         if new:
             fresh, reasons = embed(new)
-            parts.append(fresh)
+            parts.append(fresh)  # below the old ones
             row_of |= {stamps[i]: len(old_stamps) + place for place, i in enumerate(new)}
             unreadable = {new[place]: reason for place, reason in reasons.items()}
         if len(unreadable) == len(stamps):
@@ -336,7 +336,8 @@ def ranks(image_embeds, text_embeds, right, rows=512):
     """
     image, text = right.to(image_embeds.device).unique(dim=0).T
     n_images, n_texts = len(image_embeds), len(text_embeds)
-    # Count down from last, 1 + wrong answers, by those below the best right one: ties and nan stay.
+    # Start in last place, at 1 + all wrong answers. The loop subtracts those below the best right
+    # one. A tie or nan is not below it, and so counts against the model.
     image_ranks = 1 + n_texts - image.bincount(minlength=n_images)
     text_ranks = 1 + n_images - text.bincount(minlength=n_texts)
     if (image_ranks > n_texts).any():
@@ -348,12 +349,11 @@ def ranks(image_embeds, text_embeds, right, rows=512):
     for start in progress(range(0, n_images, rows), "ranks"):
         part, here = slice(start, start + rows), (image >= start) & (image < start + rows)
         scores = image_embeds[part] @ text_embeds.T
-        scores[image[here] - start, text[here]] = torch.inf  # right answers are never below
+        scores[image[here] - start, text[here]] = torch.inf  # right answers are not to subtract
         # Write 0 and 1 as floats, which add up many times faster than booleans, exactly to 2**24.
         below = torch.lt(scores, text_best - ROUNDING, out=torch.empty_like(scores))
         text_ranks -= below.sum(dim=0).long()
-        below = torch.lt(scores, image_best[part, None] - ROUNDING, out=scores)
-        image_ranks[part] -= below.sum(dim=1).long()
+        image_ranks[part] -= scores.lt_(image_best[part, None] - ROUNDING).sum(dim=1).long()
     return image_ranks.cpu(), text_ranks.cpu()
 
 
@@ -374,7 +374,7 @@ def retrieval_metrics(image_ranks, text_ranks, right):
         values = {f"r{k}": (found <= k).double() for k in (1, 5, 10)} | {"mrr": 1 / found.double()}
         for name, value in values.items():
             per_image = value
-            if way == "t2i":  # captions of an image depend on each other: take their mean for each
+            if way == "t2i":  # an image's captions depend on each other: it counts by their mean
                 total = value.new_zeros(len(image_ranks)).index_add(0, images, value[captions])
                 per_image = total / images.bincount()
             metrics |= with_interval(f"{way}_{name}", value, per_image)
@@ -447,7 +447,7 @@ def zeroshot_metrics(image_embeds, class_rows, labels, classes):
     rank, _ = ranks(image_embeds, class_rows, right)
     hits, sizes = (rank <= 1).double(), labels.bincount(minlength=len(classes)).double()
     by_class = hits.new_zeros(len(classes)).index_add(0, labels, hits) / sizes
-    # Weights (I,) of mean 1 that add up alike in each class: the mean over classes, of any size.
+    # So weighted, the mean over images is the mean over the classes that there are.
     weights = len(labels) / ((sizes > 0).sum() * sizes[labels])
     return {
         "n_images": len(labels),
@@ -481,8 +481,8 @@ def calibration(image_embeds, class_rows, labels, logit_scale):
 
     logit_scale  ()  the model's: natural log of what multiplies cosines; the rest as above
     returns      zs_temperature, fitted on a random half of the images; on the other zs_ece, the
-                 mean over images of |confidence - accuracy| of their bin, and zs_nll, the loss in
-                 nats; the same with _scaled, after the temperature
+                 mean |confidence - accuracy| over bins of images with similar confidence, and
+                 zs_nll, the loss in nats; the same with _scaled, after the temperature
     source       Guo et al. 2017, "On Calibration of Modern Neural Networks", equations 3 and 9
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
@@ -930,7 +930,7 @@ def open_data(config, checkpoint):
         pairs = dualenc.Pairs(names, dualenc.Lazy(paths, dualenc.open_image), [[] for _ in paths])
         line = f"{spec}   {len(pairs):,} images"
         return {"pairs": pairs, "folder": store_folder(spec, "index")}, line
-    settings = flags if spec == flags.get("data") else {}  # the run's flags, if these are its data
+    settings = flags if spec == flags.get("data") else {}  # the run's, if these are its own data
     how = {"data_root": config.data_root or settings.get("data_root", "data")}
     how |= {"images": config.images or settings.get("images"), "seed": flags.get("seed", 0)}
     names = dualenc.load_pairs(spec, "all", **how).names

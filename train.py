@@ -64,7 +64,7 @@ def mean_over_groups(nats, sizes):
 
 
 def siglip_guess(n):
-    """One pair among n cells, and all are given its probability 1 / n: the loss of the n cells."""
+    """The loss of a row of n cells, one of them a pair, if each is given the probability 1 / n."""
     return -math.log(1 / n) - (n - 1) * math.log(1 - 1 / n) if n > 1 else 0.0
 
 
@@ -80,7 +80,7 @@ LOSSES = {
         function=dualenc.siglip_loss,
         inputs=("logit_scale", "logit_bias"),
         chance=lambda sizes: siglip_guess(sum(sizes)),
-        floor=lambda sizes: mean_over_groups(siglip_guess, sizes),  # guesses within a group
+        floor=lambda sizes: mean_over_groups(siglip_guess, sizes),  # sure of the group, then guess
         tiled=None,
         start={"logit_scale_init": math.log(10), "logit_bias_init": -10.0},  # SigLIP, section 3.2
     ),
@@ -187,7 +187,7 @@ def train(config, run, model, optimizer, state):
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     scaler.load_state_dict(state.get("scaler") or scaler.state_dict())
     sums, bad_images = Counter(state["sums"]), {}  # sums since the last line; update() adds
-    first_step, ready = state["step"] + 1, 0.0  # ready: when the last step ended
+    first_step, ready = state["step"] + 1, 0.0  # ready: the time when the last step ended
 
     with stop_signals() as received:
         for images, indices, captions in fetch(config, run, model, state["step"], bad_images):
@@ -211,12 +211,12 @@ def train(config, run, model, optimizer, state):
             optimizer.zero_grad()
             scaler.scale(loss).backward()
 
-            # Clip, step, clamp. In fp16 an overflow skips the step and lowers the scale if it can.
+            # Clip, step, clamp. fp16 skips steps that overflow while its scale (else 1) can fall.
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
             mean_loss = dualenc.gather_embeds(loss.detach()[None]).mean().item()
-            overflow, can_be_lower = not norm.isfinite().item(), scaler.get_scale() > 1
-            broken = not math.isfinite(mean_loss) or (overflow and not can_be_lower)
+            overflow = not norm.isfinite().item()
+            broken = not math.isfinite(mean_loss) or (overflow and scaler.get_scale() <= 1)
             where = f"step {state['step'] + 1}: loss or gradient is not finite"
             refuse(broken, f"{where}: lower --lr ({config.lr:.1e}) or take --precision fp32")
             scaler.step(optimizer)
@@ -364,7 +364,7 @@ def fetch(config, run, model, first_step, bad_images):
     Images are uint8 pixels (R, 3, S, S) or cached features (R, W). The place of an unreadable image
     is taken by the next one, and bad_images, {index: reason}, grows.
     """
-    batches, again = itertools.tee(batch_keys(config, run.pairs, first_step))
+    batches, again = itertools.tee(batch_keys(config, run.pairs, first_step))  # for loader and loop
     if "train" in run.features:
         loader = cached_images(*run.features["train"], batches)
     else:

@@ -137,11 +137,21 @@ def peak_megabytes(way):
     return resident("VmHWM") - before
 
 
+def start_child(threads):
+    """As many threads as here, and no heap for blocks of 64 KB or more (glibc's M_MMAP_THRESHOLD).
+
+    So memory is what tensors hold at once. The holes that a heap has between blocks of different
+    sizes can add more than half of it; they depend on glibc and not on what is compared.
+    """
+    torch.set_num_threads(threads)
+    ctypes.CDLL(None).mallopt(-3, 2**16)
+
+
 def in_child(function, *args):
     """function(*args) in a process of its own: no memory freed by others to reuse."""
     context, threads = multiprocessing.get_context("forkserver"), torch.get_num_threads()
     context.set_forkserver_preload(["dualenc", "transformers.modeling_utils", "open_clip"])
-    with ProcessPoolExecutor(1, context, torch.set_num_threads, (threads,)) as pool:
+    with ProcessPoolExecutor(1, context, start_child, (threads,)) as pool:
         return pool.submit(function, *args).result()
 
 
