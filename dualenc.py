@@ -329,7 +329,7 @@ class DualEncoder(nn.Module):
         """
         check_choice("tower to lock", tower, ("vision", "text", "both"))
         self.locked |= {"vision", "text"} if tower == "both" else {tower}
-        for name in self.locked:
+        for name in self.locked:  # a tower with LoRA overrides requires_grad_ to spare adapters
             getattr(self, f"{name}_model").requires_grad_(False)
         return self.train(self.training)  # which puts locked towers in evaluation mode
 
@@ -375,7 +375,7 @@ class DualEncoder(nn.Module):
         """Write config.json, model.safetensors and, if the model has one, the processor's files.
 
         format  "dualenc", or "hf": what transformers' VisionTextDualEncoderModel loads
-        raises  ValueError for half a processor, or a model that transformers cannot compute
+        raises  ValueError for one half of a processor, or what transformers cannot compute
         """
         save_dual_encoder(self, folder, format)
 
@@ -1163,7 +1163,7 @@ class ShapesPairs(Pairs):
 
     split   "train"; "val" or "test", which are the same images; or "all"
     seed    draws scenes and images
-    count   images of a part: 10,000 or, held out, 512, half with objects unseen in training
+    count   images of a part: 10,000; held out 512, at most MAX_HELD_OUT, half with unseen objects
     side    pixels
     """
 
@@ -1616,8 +1616,8 @@ def read_timm_config(values):
     size = args.get("img_size")
     found = {"name": values["architecture"], "pooling": args.get("global_pool")}
     found["image_size"] = size[0] if isinstance(size, list) else size
-    others = args.keys() - {"img_size", "global_pool", "in_chans", "num_classes"}
-    return {**found, "args": {name: args[name] for name in others}}
+    left_out = ("img_size", "global_pool", "in_chans", "num_classes")
+    return {**found, "args": {name: args[name] for name in args if name not in left_out}}
 
 
 def add_processor(model, image_transform, folder):
@@ -2053,7 +2053,7 @@ class Published(typing.NamedTuple):
     """A family of towers, and how transformers writes it."""
 
     make: typing.Callable  # text: class of the tower; vision: what makes the timm model
-    prefix: str = ""  # of tensor names in files with a task head; "" if transformers has no such
+    prefix: str = ""  # of tensor names in files with a task head; "" if transformers lacks it
     names: dict = {}  # {pattern in our tensor names: its replacement in theirs}
     defaults: dict = {}  # where a config.json is silent: see _VIT; text: fields of TextConfig
 
