@@ -73,7 +73,7 @@ LOGIT_SCALE_MAX = math.log(100)  # CLIP, section 2.5: train.py clamps after each
 def clip_loss(image_embeds, text_embeds, logit_scale):
     """Contrastive loss both ways: each image against all captions, each caption against all images.
 
-    Cosines lie between -1 and 1, too close for a sharp softmax. They are multiplied by a factor
+    Cosines span only -1 to 1, too little for a sharp softmax. They are multiplied by a factor
     that the model learns, exp(logit_scale), which is always positive: 1 / temperature.
 
     image_embeds  (B, E)  unit-norm rows
@@ -113,8 +113,8 @@ def multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group_ids):
 
     With two images of dogs, clip_loss calls each one's caption wrong for the other. Here a group
     shares the right answer evenly: for groups 0, 0, 1 the target rows are ½ ½ 0, ½ ½ 0 and 0 0 1.
-    A perfect prediction of ½ ½ 0 still has a cross-entropy of -½ ln ½ - ½ ln ½ = ln(group size).
-    It is subtracted, so that the best value is 0. If every group is one pair, this is clip_loss.
+    Even a perfect ½ ½ 0 has a cross-entropy of -½ ln ½ - ½ ln ½ = ln 2, or ln(group size). It is
+    subtracted, so that the best value is 0. If every group is one pair, this is clip_loss.
 
     image_embeds, text_embeds  (B, E)  unit-norm rows; row i describes image i
     logit_scale                ()      natural log of the inverse temperature
@@ -203,7 +203,7 @@ class TowerOutput:
 
 @dataclass
 class DualEncoderOutput:
-    """What DualEncoder returns; the fields of a side that was not given stay None."""
+    """What DualEncoder returns; the fields of a side not given stay None."""
 
     loss: Tensor | None = None  # ()
     logits_per_image: Tensor | None = None  # (I, N), exp(logit_scale) * cosine
@@ -217,7 +217,6 @@ class DualEncoderOutput:
 class DualEncoder(nn.Module):
     """Two towers, two projections into one space, one temperature.
 
-    config                    DualEncoderConfig
     vision_model, text_model  the towers; built from the configuration unless given
     source                    Radford et al. 2021, Figure 3
     """
@@ -225,7 +224,6 @@ class DualEncoder(nn.Module):
     def __init__(self, config, vision_model=None, text_model=None):
         super().__init__()
         self.config = config
-        # The class of a tower depends on its configuration: see the tables of section 9.
         self.vision_model = vision_model or build_tower(config.vision)
         self.text_model = text_model or build_tower(config.text)
         make_head = PROJECTION_HEADS[config.projection_head]
@@ -329,7 +327,7 @@ class DualEncoder(nn.Module):
         """
         check_choice("tower to lock", tower, ("vision", "text", "both"))
         self.locked |= {"vision", "text"} if tower == "both" else {tower}
-        for name in self.locked:  # a tower with LoRA overrides requires_grad_ to spare adapters
+        for name in self.locked:  # a tower of yours with LoRA may override this
             getattr(self, f"{name}_model").requires_grad_(False)
         return self.train(self.training)  # which puts locked towers in evaluation mode
 
@@ -366,8 +364,8 @@ class DualEncoder(nn.Module):
     def from_pretrained(cls, folder_or_hub_id):
         """A saved model, in evaluation mode: ours, or a VisionTextDualEncoder of transformers.
 
-        A run folder of train.py means its best checkpoint. A hub id may end in @revision. What is
-        missing, damaged, or does not fit raises a ValueError that names it.
+        A run folder of train.py means its best checkpoint. A hub id may end in @revision. Anything
+        missing, damaged or misfitting raises a ValueError that names it.
         """
         return load_dual_encoder(cls, folder_or_hub_id)
 
@@ -387,7 +385,7 @@ class DualEncoder(nn.Module):
 class TextConfig:
     """Sizes of a BERT-like text tower; the defaults are bert-base-uncased's, with dropout off.
 
-    raises  ValueError for unknown names, sizes below 1, and a width that heads do not divide
+    raises  ValueError for unknown names, sizes below 1, and a width not divisible by heads
     """
 
     family: str = "bert"  # a key of HF_TEXT
@@ -497,7 +495,7 @@ class TextEncoder(nn.Module):
         return torch.arange(input_ids.shape[1], device=input_ids.device)[None, :]
 
     def score_mask(self, attention_mask, hidden):
-        """The mask for masked_attention: (B, 1, 1, T), alike for all heads and all queries."""
+        """The mask for masked_attention: (B, 1, 1, T), the same for all heads and queries."""
         return None if attention_mask is None else attention_mask[:, None, None, :].bool()
 
     @classmethod
@@ -538,8 +536,7 @@ class TextLayer(nn.Module):
         super().__init__()
         W = config.width
         projections = nn.ModuleDict({name: nn.Linear(W, W) for name in ("query", "key", "value")})
-        # BERT's names. The first half: attention.self (query, key, value), then attention.output.
-        # The second, the MLP: intermediate, then output.
+        # BERT's names: attention.self and .output are the first half, the rest is the MLP.
         self.attention = nn.ModuleDict({"self": projections, "output": AddAndNorm(W, config)})
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(W, config.mlp_width)})
         self.output = AddAndNorm(config.mlp_width, config)
@@ -566,7 +563,7 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
     """Softmax attention that gives padding no weight.
 
     A token's query is compared with the keys of all tokens. The softmax of these scores says how
-    much of each token's value it takes in. The root keeps scores near 1 whatever the width.
+    much of each token's value it takes in. Dividing by the root of W/H keeps scores near 1.
 
     query, key, value  (B, H, T, W/H)
     mask               (B, 1, 1, T) bool: True where a key may be seen; None: everywhere
@@ -590,9 +587,8 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
 
 
 def masked_mean(hidden, attention_mask=None):
-    """The mean over real tokens, of which every caption needs one.
+    """The mean over real tokens, at least one: hidden (B, T, W), attention_mask (B, T), to (B, W).
 
-    hidden (B, T, W), attention_mask (B, T) with 1 for real tokens, returns (B, W)
     Exercise 4  easy, 10 minutes: the mean over real tokens only, run `pytest -k exercise_4`
     """
     if attention_mask is None:
@@ -619,7 +615,7 @@ ACTIVATIONS |= {"quick_gelu": timm.layers.QuickGELU, "tanh": nn.Tanh}
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A timm model and its arguments; in section 9 also a family of transformers and its sizes."""
+    """A timm model, or in section 9 a family of transformers; fixed args raise ValueError."""
 
     name: str = "vit_base_patch16_224"  # a timm model, or a key of HF_VISION (section 9)
     args: dict = field(default_factory=dict)  # of timm.create_model, or a family's config.json
@@ -627,11 +623,15 @@ class VisionConfig:
     pooling: str | None = None  # timm's global_pool ("avg", "token", "map"); None: the model's own
     patch_dropout: float = 0.0  # share of patches left out in training (ViTs; Li et al. 2023)
 
+    def __post_init__(self):
+        for name in ("img_size", "global_pool", "in_chans", "num_classes", "checkpoint_path"):
+            if name in self.args:
+                raise ValueError(f"vision args hold {name}, which is fixed or a field of its own")
+
 
 class VisionEncoder(nn.Module):
     """Any timm model without its classifier.
 
-    config           VisionConfig
     pretrained_from  a timm name with its tag, or a folder, to load weights from; None: random
                      weights. Position tables are resampled to image_size
     raises           ValueError for a name, sizes or arguments that timm does not know
@@ -651,11 +651,11 @@ class VisionEncoder(nn.Module):
         check_choice("timm model", config.name.split(".")[0], timm.list_models())
         name = pretrained_from or config.name
         with blamed_on(f"{name} with {config.args}", "timm cannot build"):
-            size = config.image_size if self.has_fixed_size() else None
-            ours = {"in_chans": 3, "num_classes": 0, "checkpoint_path": None, "img_size": size}
-            ours |= {"global_pool": config.pooling, "patch_drop_rate": config.patch_dropout or None}
-            # timm leaves out what is None. Args that repeat one of ours are an error.
-            return timm.create_model(name, pretrained=bool(pretrained_from), **ours, **config.args)
+            # timm ignores what is None: not every model takes all of these.
+            args = {"img_size": config.image_size if self.has_fixed_size() else None}
+            args |= {"patch_drop_rate": config.patch_dropout or None, "global_pool": config.pooling}
+            args |= {"num_classes": 0, **config.args}
+            return timm.create_model(name, pretrained=bool(pretrained_from), **args)
 
     def has_fixed_size(self):
         """Whether the model is built for one image size, as most ViTs are; convnets take any."""
@@ -790,16 +790,17 @@ class ImageTransform:
         size, crop = values["size"], values["crop_size"]
         size = size if isinstance(size, dict) else dict.fromkeys(defaults["size"], size)
         crop = crop if isinstance(crop, dict) else {"side": crop or 224}
-        (resize, *others), (side, *other_sides) = size.values(), crop.values()
-        if {*others} - {resize} or {*other_sides} - {side}:
-            raise ValueError(f"size is {size}, crop_size {crop}; expected squares")
-        if not values["do_rescale"] or not math.isclose(values["rescale_factor"], 1 / 255):
-            raise ValueError("pixels are not divided by 255: other scales are not read")
+        for sides in (size, crop):
+            if len({*sides.values()}) != 1:
+                raise ValueError(f"size is {sides}, expected a number of pixels or a square")
+        factor = values["rescale_factor"] if values["do_rescale"] else 1
+        if not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+            raise ValueError(f"pixels are multiplied by {factor}, expected 1 / 255")
         if not values["do_normalize"]:
             values |= {"image_mean": [0] * 3, "image_std": [1] * 3}
         return cls(
-            resize=resize if values["do_resize"] else None,
-            crop=side if values["do_center_crop"] else None,
+            resize=max(size.values()) if values["do_resize"] else None,  # all are equal
+            crop=max(crop.values()) if values["do_center_crop"] else None,
             squash="shortest_edge" not in size,
             interpolation=Image.Resampling(values["resample"]).name.lower(),
             mean=tuple(values["image_mean"]),
@@ -865,7 +866,7 @@ def stamp_image(source):
     """A string that changes when the image behind a source of open_image does."""
     path, *place = source if isinstance(source, tuple) else [source]
     if not isinstance(path, (str, Path)):
-        return ""  # data sets stay as they are
+        return ""  # data sets never change
     status = os.stat(path)
     return f"{status.st_size} {status.st_mtime_ns} {place}"
 
@@ -877,7 +878,7 @@ def blamed_on(path, what="cannot read"):
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # tokenizers' panics, from Rust, are no Exception
+    except BaseException as error:  # tokenizers' Rust panics are not Exceptions
         if isinstance(error, ValueError) and str(path) in str(error):
             raise  # the path is named already
         kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
@@ -985,8 +986,7 @@ def train_tokenizer(captions, vocab_size, max_length=None):
     # A space before the first word makes it the same token as inside a caption.
     options = {"add_prefix_space": True, "lowercase": True, "unicode_normalizer": "nfc"}
     learner = tokenizers.ByteLevelBPETokenizer(**options)
-    options = {"vocab_size": vocab_size, "min_frequency": 1, "show_progress": False}
-    learner.train_from_iterator(captions, special_tokens=["<pad>", "<s>", "</s>"], **options)
+    learner.train_from_iterator(captions, vocab_size, 1, False, ["<pad>", "<s>", "</s>"])
     tokenizer = tokenizers.Tokenizer.from_str(learner.to_str())
     ends = {"single": "<s> $A </s>", "special_tokens": [("<s>", 1), ("</s>", 2)]}
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(**ends)
@@ -1086,7 +1086,7 @@ def positive_groups(pair_ids):
     while True:
         before = groups
         for column in columns:
-            # Of captions a b b c in groups 0 0 2 3, the lowest are a 0, b 0, c 3: then 0 0 0 3.
+            # All pairs with an id take their lowest group: captions a b b c in 0 0 2 3, 0 0 0 3.
             lowest = groups.scatter_reduce(0, column, groups, "amin", include_self=False)
             groups = lowest[column]
         if torch.equal(groups, before):
@@ -1112,9 +1112,11 @@ class ImageDataset(torch.utils.data.Dataset):
             self.images = Lazy(images.items, functools.partial(open_image, size=transform.resize))
 
     def __getitem__(self, key):
-        epoch, wanted = key
-        used, error = wanted, ""
-        pixels = torch.zeros(3, 8, 8, dtype=torch.uint8)  # black, if 100 in a row cannot be read
+        (epoch, wanted), error = key, ""
+        used, pixels = (
+            wanted,
+            torch.zeros(3, 8, 8, dtype=torch.uint8),
+        )  # or black
         for i in range(wanted, wanted + 100):
             i %= len(self.images)
             try:
@@ -1150,7 +1152,7 @@ SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 SIZES = {"small": 0.1, "large": 0.18}  # radius as a share of the image's side
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 HELD_OUT_OBJECTS = {("red", "star"), ("green", "cross"), ("blue", "triangle"), ("yellow", "circle")}
-MAX_HELD_OUT = 2 * 1592  # half of them are without these objects, and only 1,592 such scenes exist
+MAX_HELD_OUT = 2 * 1592  # half of them lack these objects, and only 1,592 such scenes exist
 
 
 class ShapesPairs(Pairs):
@@ -1180,7 +1182,7 @@ class ShapesPairs(Pairs):
             self.scenes += scenes
             names += [f"shapes/{seed}/{part}/{i}" for i in range(len(scenes))]
         for scene, name in zip(self.scenes, names):
-            # A generator of its own: that of draw_scene would tie the wording to the background.
+            # Its own generator: draw_scene's would tie the wording to the background.
             turned = random.Random(f"{name} told").random() < 0.5
             first, relation, second = scene
             self.wordings.append((second, OPPOSITE[relation], first) if turned else scene)
@@ -1225,7 +1227,7 @@ def draw_scenes(rng, count, held_out):
         first, relation, second = scene
         new_object = not HELD_OUT_OBJECTS.isdisjoint((first[1:], second[1:]))
         tenth = digest(f"{sorted([first, second])} {relation}")[0] < 26  # of 256, as for its mirror
-        if first == second or (new_object or tenth) != held_out:  # no scene, or of the other part
+        if first == second or (new_object or tenth) != held_out:  # invalid, or of the other part
             continue
         wants_new_object = len(scenes) < count // 2  # held-out scenes with a new object come first
         if held_out and (new_object != wants_new_object or scene in scenes):
@@ -1339,7 +1341,7 @@ def load_pairs(
     images        the image folder of a table or .json, unless it is the file's own
     templates     what class names become: strings with {} in them
     seed          draws the shapes
-    class_names   {class folder: name} for classes with other names than their folders
+    class_names   {class folder: name} for classes not named like their folders
     returns       Pairs; a ValueError names file and line of what is missing or wrong
     """
     check_choice("split", split, SPLITS)
@@ -1360,7 +1362,7 @@ def load_pairs(
         hashes = [int.from_bytes(digest(group)[:4], "big") / 2**32 for group in groups]
         split_of = ["test" if share < val_fraction else "train" for share in hashes]
     if split in ("val", "test") and split not in split_of:
-        split = "val" if split == "test" else "test"
+        split = "val" if split == "test" else "test"  # the one that there is, as both
     return pairs.select(i for i, found in enumerate(split_of) if split in (found, "all"))
 
 
@@ -1391,7 +1393,7 @@ def pairs_from_rows(rows_of, templates, class_names):
     images, folders = Lazy(sources, open_image), [own[0].label for own in rows_of.values()]
     if folders[0] is None:
         if class_names:
-            raise ValueError("class names are given, but the data has captions, no classes")
+            raise ValueError("class names given, but the data has captions, not classes")
         captions = [list(dict.fromkeys(row.caption for row in own)) for own in rows_of.values()]
         return Pairs(list(names), images, captions)
     known = sorted({*folders})
@@ -1468,7 +1470,7 @@ def text_lines(path):
 
 
 def read_table(path, **_):
-    """A table; the most frequent separator in its header is taken."""
+    """A table; its header's most frequent separator is used."""
     separator = max("\t,;|", key=next(text_lines(path), "").count)
     # Strict: else a quote that is never closed would quietly swallow the rows below it.
     options = {"delimiter": separator, "skipinitialspace": True, "strict": True}
@@ -1539,9 +1541,9 @@ def read_shards(spec, **_):
         with blamed_on(path), tarfile.open(path, "r:") as tar:
             images, captions = {}, {}
             for member in filter(tarfile.TarInfo.isfile, tar):
-                folder, _, file = member.name.removeprefix("./").rpartition("/")
+                folder, slash, file = member.name.removeprefix("./").rpartition("/")
                 stem, _, kind = file.partition(".")
-                key, kind = f"{folder}/{stem}" if folder else stem, "." + kind.lower()
+                key, kind = folder + slash + stem, "." + kind.lower() if stem else ""
                 if kind in IMAGE_SUFFIXES:
                     images[key] = path, member.offset_data, member.size
                 elif kind == ".txt":
@@ -1692,7 +1694,7 @@ def find_folder(folder_or_hub_id):
         return folder
     name, _, revision = str(folder_or_hub_id).partition("@")
     download = functools.partial(huggingface_hub.snapshot_download, name, revision=revision or None)
-    with blamed_on(f"{folder_or_hub_id}, nor a hub id within reach", "no folder"):
+    with blamed_on(f"{folder_or_hub_id}, nor a reachable hub id", "no folder"):
         folder = Path(download(allow_patterns=["*.json", "*.txt", "*.model", WEIGHTS_FILE]))
         if not (folder / WEIGHTS_FILE).is_file():
             download(allow_patterns=PICKLE_FILE)
@@ -1749,7 +1751,7 @@ class MicroBatches(nn.Module):
     Batch norm sees a piece at a time, and updates its statistics twice.
 
     model      DualEncoder with a processor
-    size       most pairs per piece, which are about equal; 0 embeds the batch at once
+    size       pairs per piece at most; all are about equal; 0 embeds the batch at once
     precision  "bf16", "fp16" or "fp32": what the towers compute in
     source     Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited
                Setup", section 3
@@ -1814,7 +1816,7 @@ def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=1024):
     check_same_shape(image_embeds, text_embeds)
     scaled = logit_scale.exp() * image_embeds
     of_rows, of_columns = TiledLogSumExp.apply(scaled, gather_embeds(text_embeds), tile)
-    # (B,) columns have this rank's images only so far: log-sum-exp over (ranks, B) completes them.
+    # of_columns (B,) is over this rank's images. Stack all ranks', (ranks, B), and sum over ranks.
     of_columns = gather_embeds(of_columns[None]).logsumexp(dim=0)
     pair_scores = (scaled * text_embeds).sum(dim=1)
     image_to_text = (of_rows - pair_scores).mean()  # of this rank's R images
@@ -1897,7 +1899,7 @@ def process_group():
         yield
         return
     torch.distributed.init_process_group()  # gloo on CPUs, nccl on CUDA
-    with redirect_stdout(sys.stdout if rank() == 0 else None):  # print does nothing into None
+    with redirect_stdout(sys.stdout if rank() == 0 else None):  # print to None is silent
         yield
     # Not in a finally: after an error other ranks may never arrive, and torchrun ends them.
     torch.distributed.destroy_process_group()
@@ -1907,8 +1909,8 @@ def gather_embeds(embeds):
     """Every rank's rows, with gradients; the identity in one process.
 
     A row's gradients from the losses of all ranks are summed on the rank that owns it. If two ranks
-    compute one loss, the weights of the first get 2 g0 through its rows, and those of the second
-    2 g1. DistributedDataParallel takes the mean over ranks, g0 + g1: the gradient of all rows.
+    compute the same loss, rank 0's rows get their gradient twice, so its weights get 2 g0, and rank
+    1's get 2 g1. DistributedDataParallel's mean over ranks is g0 + g1, the gradient of all rows.
 
     embeds   (R, ...)  this rank's rows of anything, as many on every rank
     returns  (B, ...)  the rows of all ranks, in order
@@ -1981,8 +1983,8 @@ class MPNetEncoder(RobertaEncoder):
         position = torch.arange(hidden.shape[1])
         to_right = position[None, :] - position[:, None]  # (T, T), from query to key
         distance = to_right.abs()
-        share = (distance.clamp(min=1) / 8).log() / math.log(128 / 8)  # of 8: 0, 30: 0.48, 128: 1
-        far_row = (8 + (share * 8).long()).clamp(max=15)  # of 8: 8, 30: 11, 128: 15
+        share = (distance.clamp(min=1) / 8).log() / math.log(128 / 8)  # at 8: 0, 30: 0.48, 128: 1
+        far_row = (8 + (share * 8).long()).clamp(max=15)  # at 8: 8, 30: 11, 128: 15
         row = torch.where(distance < 8, distance, far_row) + 16 * (to_right > 0)
         bias = self.encoder["relative_attention_bias"](row.to(hidden.device)).permute(2, 0, 1)[None]
         is_real = super().score_mask(attention_mask, hidden)
@@ -1996,7 +1998,7 @@ class PublishedVisionEncoder(VisionEncoder):
 
     def build_trunk(self, pretrained_from):
         config, family = self.config, HF_VISION[self.config.name]
-        if not config.image_size:
+        if (config.image_size or 0) < 1:
             raise ValueError(f"{config.name!r} is a family, not a model: name one by folder or id")
         args = family.defaults | config.args
         act, pooler_act = args.pop("hidden_act", "gelu"), args.pop("pooler_act", None)
@@ -2004,7 +2006,6 @@ class PublishedVisionEncoder(VisionEncoder):
         poolings = ("pooler", "token") if pooler_act else (None,)
         check_choice("activation", act, ACTIVATIONS)
         check_choice(f"{config.name} pooling", config.pooling, poolings)
-        # What is left are timm's arguments, most by another name.
         args = {VISION_KEYS.get(key, key): value for key, value in args.items()}
         args["norm_layer"] = functools.partial(nn.LayerNorm, eps=epsilon)
         args["proj_drop_rate"] = args.get("pos_drop_rate", 0.0)
@@ -2202,8 +2203,7 @@ def read_published_weights(folder):
         name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))  # old names
         name = name.replace("vision_model.vision_model.", "vision_model.")  # CLIP, old versions
         if not name.endswith(left_out):
-            flat = name.endswith(FLAT)  # (W,) or (P, W)
-            weights[name] = tensor.reshape(1, -1, tensor.shape[-1]) if flat else tensor
+            weights[name] = tensor[(None,) * (3 - tensor.ndim)] if name.endswith(FLAT) else tensor
     return weights
 
 
@@ -2431,7 +2431,7 @@ def config_from_dict(config_class, values):
 
 
 def pick_device(name):
-    """The torch.device called name; "auto" is CUDA if there is any, one card a rank."""
+    """The torch.device called name; "auto" is CUDA if available, one card per rank."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
@@ -2460,7 +2460,7 @@ def pick_precision(name, device):
 def autocast(device, precision):
     """The context in which towers run; "fp32" also switches an outer one off."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
-    # Where a CPU learns in bf16, torch's fused attention takes 2 to 5 times as long as MATH.
+    # When a CPU with bf16 trains, fused attention takes 2 to 5 times as long: see prepare_cpu.
     slow = device.type == "cpu" and precision == "bf16" and torch.is_grad_enabled()
     attention = sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
     with torch.autocast(device.type, dtype, enabled=dtype is not None), attention:
@@ -2477,24 +2477,24 @@ def recording(trunk, want_states, want_weights):
     kind, states, weights, hooks, fused = type(trunk).__name__, [], [], [], {}
 
     def keep_state(block, args, output):
-        states.extend([output] if states else [args[0], output])  # what block 1 is given, too
+        states.extend([output] if states else [args[0], output])  # first, block 1's input, too
 
-    def keep_weights(attn_drop, args, output):
-        weights.append(output)
-
-    if want_states:
-        blocks = getattr(trunk, "blocks", None) or getattr(trunk, "stages", ())
-        hooks += [block.register_forward_hook(keep_state) for block in blocks]
-    for layer in trunk.modules() if want_weights else ():
-        if hasattr(layer, "fused_attn") and hasattr(layer, "attn_drop"):
-            fused[layer], layer.fused_attn = layer.fused_attn, False
-            hooks.append(layer.attn_drop.register_forward_hook(keep_weights))
+    blocks = getattr(trunk, "blocks", None) or getattr(trunk, "stages", ())
+    if want_states and not blocks:
+        raise ValueError(f"{kind} has neither blocks nor stages to show")
     try:
+        for block in blocks if want_states else ():
+            hooks.append(block.register_forward_hook(keep_state))
+        for layer in trunk.modules() if want_weights else ():
+            if hasattr(layer, "fused_attn") and hasattr(layer, "attn_drop"):
+                fused[layer], layer.fused_attn = layer.fused_attn, False
+                register = layer.attn_drop.register_forward_hook
+                hooks.append(register(lambda _, args, output: weights.append(output)))
         yield states, weights
     finally:
         for hook in hooks:
             hook.remove()
         for layer, was_fused in fused.items():
             layer.fused_attn = was_fused
-    if (want_states and not states) or (want_weights and not weights):
-        raise ValueError(f"{kind} has no blocks, or no attention, whose insides can be shown")
+    if want_weights and not weights:
+        raise ValueError(f"{kind} has no attention whose weights can be shown")

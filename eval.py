@@ -204,7 +204,7 @@ class EvalContext:
     @cached_property
     def train(self):  # pooled features of the training images, and their labels
         if self.load_train is None:
-            raise ValueError("probe and k-NN need training images that are not measured themselves")
+            raise ValueError("probe and k-NN need training images apart from those measured")
         pairs, features = self.read(self.load_train())
         if pairs.classes != self.pairs.classes:
             raise ValueError("probe and k-NN need the same classes in training and test data")
@@ -235,7 +235,7 @@ def evaluate(model, pairs, tasks="auto", **more):
 def store_folder(spec, kind, data_root="data"):
     """The hidden folder, beside the data or in data_root, for stored rows of a data spec."""
     path = Path(spec).absolute()
-    on_disk = path.exists() or path.suffix == ".tar"  # a name with {0..9} is that of no file
+    on_disk = path.exists() or path.suffix == ".tar"  # a name with {0..9} is not a file's
     beside = path.parent if on_disk and os.access(path.parent, os.W_OK) else Path(data_root)
     return beside / f".{path.name}.{kind}"
 
@@ -295,13 +295,13 @@ def stored_rows(folder, stamps, embed):
         if len(unreadable) == len(stamps):
             raise ValueError(f"none of the images can be read: {unreadable[0]}")
         rows = torch.cat(parts)[[row_of[stamp] for stamp in stamps]]
-        # Rows of unreadable images are not kept: the images are tried again the next time.
-        kept = [i for i in range(len(stamps)) if i not in unreadable]
-        content = json.dumps([stamps[i] for i in kept])  # as bytes: safetensors holds only tensors
-        if dualenc.rank() == 0 and content != json.dumps(old_stamps):
-            text = torch.frombuffer(bytearray(content.encode()), dtype=torch.uint8)
-            data = safetensors.torch.save({"rows": rows[kept], "stamps": text})
-            dualenc.write_file(file, data)
+        if dualenc.rank() == 0 and new:
+            # Without rows of unreadable images, which so are tried again the next time.
+            kept = [i for i in range(len(stamps)) if i not in unreadable]
+            content = json.dumps([stamps[i] for i in kept]).encode()
+            # As bytes in a tensor: safetensors holds nothing else.
+            text = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            dualenc.write_file(file, safetensors.torch.save({"rows": rows[kept], "stamps": text}))
     return rows, unreadable, len(new) - len(unreadable)
 
 
@@ -349,7 +349,7 @@ def ranks(image_embeds, text_embeds, right, rows=512):
     for start in progress(range(0, n_images, rows), "ranks"):
         part, here = slice(start, start + rows), (image >= start) & (image < start + rows)
         scores = image_embeds[part] @ text_embeds.T
-        scores[image[here] - start, text[here]] = torch.inf  # right answers are not to subtract
+        scores[image[here] - start, text[here]] = torch.inf  # right answers must not count
         # Write 0 and 1 as floats, which add up many times faster than booleans, exactly to 2**24.
         below = torch.lt(scores, text_best - ROUNDING, out=torch.empty_like(scores))
         text_ranks -= below.sum(dim=0).long()
@@ -447,7 +447,7 @@ def zeroshot_metrics(image_embeds, class_rows, labels, classes):
     rank, _ = ranks(image_embeds, class_rows, right)
     hits, sizes = (rank <= 1).double(), labels.bincount(minlength=len(classes)).double()
     by_class = hits.new_zeros(len(classes)).index_add(0, labels, hits) / sizes
-    # So weighted, the mean over images is the mean over the classes that there are.
+    # So weighted, the mean over images is the mean over the classes present.
     weights = len(labels) / ((sizes > 0).sum() * sizes[labels])
     return {
         "n_images": len(labels),
@@ -481,8 +481,8 @@ def calibration(image_embeds, class_rows, labels, logit_scale):
 
     logit_scale  ()  the model's: natural log of what multiplies cosines; the rest as above
     returns      zs_temperature, fitted on a random half of the images; on the other zs_ece, the
-                 mean |confidence - accuracy| over bins of images with similar confidence, and
-                 zs_nll, the loss in nats; the same with _scaled, after the temperature
+                 mean over images of |confidence - accuracy| of their bin (of similar confidence),
+                 and zs_nll, the loss in nats; the same with _scaled, after the temperature
     source       Guo et al. 2017, "On Calibration of Modern Neural Networks", equations 3 and 9
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
@@ -922,7 +922,7 @@ def open_data(config, checkpoint):
     record = dualenc.read_json(checkpoint.parent / dualenc.RUN_CONFIG, {})
     flags = record.get("flags", {})
     if not (config.data or flags):
-        raise ValueError(f"{checkpoint} does not belong to a run with data of its own: give --data")
+        raise ValueError(f"{checkpoint} is not from a run with its own data: give --data")
     spec, search = config.data or flags["data"], config.task == "search"
     if search and os.path.isdir(spec):
         paths = dualenc.list_images(spec)  # with captions or without

@@ -3,7 +3,7 @@
 python train.py                                           drawn shapes, small towers, two minutes
 python train.py --data captions.csv --vision vit_base_patch16_224.augreg_in21k --lock vision
 python train.py --data captions.csv --init runs/shapes    a new run from the weights of another
-python train.py --resume runs/shapes                      go on with an interrupted run
+python train.py --resume runs/shapes                      continue an interrupted run
 torchrun --nproc-per-node 2 train.py                      the same run in two processes
 """
 
@@ -80,7 +80,7 @@ LOSSES = {
         function=dualenc.siglip_loss,
         inputs=("logit_scale", "logit_bias"),
         chance=lambda sizes: siglip_guess(sum(sizes)),
-        floor=lambda sizes: mean_over_groups(siglip_guess, sizes),  # sure of the group, then guess
+        floor=lambda sizes: mean_over_groups(siglip_guess, sizes),  # knows the group, then guesses
         tiled=None,
         start={"logit_scale_init": math.log(10), "logit_bias_init": -10.0},  # SigLIP, section 3.2
     ),
@@ -100,7 +100,7 @@ class TrainConfig:
 
     data: str = flag("shapes", "data spec (README.md lists them)", "data")
     data_root: str = flag("data", "where torchvision's data sets lie", "data")
-    download: bool = flag(False, "let torchvision download what is not there", "data")
+    download: bool = flag(False, "let torchvision download what is missing", "data")
     images: str = flag("", "image folder of a COCO or Karpathy caption file", "data")
     classes: str = flag("", "file with a line FOLDER<TAB>NAME for each class folder", "data")
     val_fraction: float = flag(0.1, "share of images held out of data without a split", "data")
@@ -134,12 +134,12 @@ class TrainConfig:
     seed: int = flag(0, "of weights, order, augmentation and drawn shapes", "recipe")
     precision: str = flag("auto", "of the towers", "speed", ("auto", "bf16", "fp16", "fp32"))
     cache_features: bool = flag(False, "run locked towers once and keep their outputs", "speed")
-    micro_batch: int = flag(0, "pairs embedded at a time; less memory, 4/3 of the time", "speed")
+    micro_batch: int = flag(0, "most pairs embedded at once; less memory, 4/3 of the time", "speed")
     compile: bool = flag(False, "torch.compile both towers; slow to start", "speed")
     workers: int = flag(-1, "processes that read images; -1 picks", "speed")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N", "speed")
     out: str = flag("", "run folder; runs/NAME-OF-THE-DATA unless given", "output")
-    resume: str = flag("", "run folder to go on with", "output")
+    resume: str = flag("", "run folder to resume", "output")
     overwrite: bool = flag(False, "replace a run folder that is already there", "output")
     eval_every: int = flag(0, "steps between evaluations; 0 for about five in all", "output")
     log_every: int = flag(50, "steps between printed lines", "output")
@@ -162,7 +162,7 @@ class TrainConfig:
     flip: bool = flag(False, "mirror each image with probability 1/2", "data", augment=random_flip)
 
 
-# A resumed run may change these: they do not decide what it learns. Data may lie elsewhere.
+# A resumed run may change these: they do not decide what it learns. Data may have moved.
 FREE_ON_RESUME = {"resume", "overwrite", "eval_every", "log_every", "workers", "device"}
 FREE_ON_RESUME |= {"data", "data_root", "images", "download", "on_bad_image", "cache_features"}
 
@@ -211,7 +211,7 @@ def train(config, run, model, optimizer, state):
             optimizer.zero_grad()
             scaler.scale(loss).backward()
 
-            # Clip, step, clamp. fp16 skips steps that overflow while its scale (else 1) can fall.
+            # Clip, step, clamp. In fp16 an overflow skips the step, and is an error at scale 1.
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
             mean_loss = dualenc.gather_embeds(loss.detach()[None]).mean().item()
@@ -494,7 +494,7 @@ def load_run(config, pairs, out, device):
     if config.resume and path.exists():  # a run may be killed before its first checkpoint
         model = dualenc.DualEncoder.from_pretrained(out / "last")
         with dualenc.blamed_on(path, "cannot read"):
-            # To the CPU: the card that it was saved from may not be here.
+            # To the CPU: the GPU it was saved from may be absent.
             state = torch.load(path, weights_only=True, map_location="cpu")
             for name, tower in towers(model).items():
                 tower.weights_from = state["weights_from"][name]
@@ -565,7 +565,7 @@ def claim_run(config):
         dualenc.from_all_ranks("claimed")
         yield out
     except filelock.Timeout as error:
-        raise ValueError(f"another process trains into {out}: name another --out") from error
+        raise ValueError(f"another process is using {out}: name another --out") from error
     finally:
         if lock.is_locked and [*out.iterdir()] == [out / LOCK_FILE]:
             shutil.rmtree(out, ignore_errors=True)  # refused before it began: nothing to keep
@@ -713,7 +713,7 @@ def prepare_cpu():
     if mallopt:  # glibc keeps what a step frees, and asks the system for no fresh pages
         mallopt(-4, 0)  # M_MMAP_MAX of malloc.h
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    # What autocast chooses in bf16 multiplies in bf16, not in float32. It holds for CPUs, too.
+    # Attention as autocast chooses it in bf16 then multiplies in bf16. It holds for CPUs, too.
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 
 

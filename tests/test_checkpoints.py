@@ -145,7 +145,7 @@ def test_hub_ids_are_found_in_the_local_cache_and_missing_ones_explained(saved, 
     hub(folder.parent / "other", "someone/towers", "v1")
     for name, right in (("towers", model), ("someone/towers@v1", other)):
         assert torch.equal(load(name).text_projection.weight, right.text_projection.weight)
-    with pytest.raises(ValueError, match="no folder nobody/x, nor a hub id within reach: "):
+    with pytest.raises(ValueError, match="no folder nobody/x, nor a reachable hub id: "):
         load("nobody/x")
     with pytest.raises(ValueError, match="no folder .*missing"):
         load("./missing")

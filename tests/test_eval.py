@@ -436,9 +436,9 @@ def test_other_classes_and_templates_can_be_given(checkpoint, colours, tmp_path)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("", "does not belong to a run.*give --data"),
+        ("", "is not from a run.*give --data"),
         ("--data shapes --task zeroshot", "zeroshot needs data with classes, and this has none"),
-        ("--data FOLDER --task probe --split train", "training images that are not measured"),
+        ("--data FOLDER --task probe --split train", "training images apart from those measured"),
         ("--data shapes --templates clip8", "unknown .*templates 'clip8'; expected clip7, plain"),
         ("--data shapes --out found.png", "--out are for --task search, and --task is auto"),
         ("--data FOLDER --task search", "search needs --query"),

@@ -101,6 +101,14 @@ def test_pieces_of_images_captions_and_cached_features_equal_the_batch(locked):
             fails_like(got[name], weight.grad, {}, f"the gradient of {name}", 1e-8)
 
 
+def test_pieces_are_about_equal():
+    """So that no piece has one image, which batch norm refuses, unless all have few."""
+    model, sizes = make_towers(), []
+    model.vision_model.register_forward_hook(lambda _, args, output: sizes.append(len(args[0])))
+    take_step(model, B - 1)
+    assert sizes == [6, 5, 5, 6]  # and again in the backward pass
+
+
 def test_pieces_are_computed_again_alike():
     """In bf16, with the same dropout: as one graph through all pieces, from the same seed."""
     options = {"vision": "test_resnet", "text_dropout": 0.3}

@@ -305,10 +305,11 @@ def test_preprocessor_config_uses_the_published_words():
     oblong = {"height": 8, "width": 9}
     for name, wrong, message in (
         ("resample", 1, "unknown interpolation 'lanczos'; expected nearest"),
-        ("size", oblong, "size is .*'width': 9}, crop_size .*; expected squares"),
+        ("size", oblong, "size is .*, expected a number of pixels or a square"),
+        ("crop_size", oblong, "size is .*, expected a number of pixels or a square"),
         ("image_processor_type", "DonutImageProcessor", "unknown image processor 'donut'"),
-        ("do_rescale", False, "pixels are not divided by 255"),
-        ("rescale_factor", 1 / 127.5, "pixels are not divided by 255"),
+        ("do_rescale", False, "pixels are multiplied by 1, expected 1 / 255"),
+        ("rescale_factor", 1 / 127.5, "pixels are multiplied by 0.0078"),
     ):
         with pytest.raises(ValueError, match=message):
             dualenc.ImageTransform.from_dict({**written, name: wrong})

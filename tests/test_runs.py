@@ -379,7 +379,7 @@ def test_a_folder_is_for_one_run_at_a_time_and_overwritten_only_on_request(data,
     holder.start()
     assert is_held.wait(60)
     flags = [*data, *TINY, "--steps", "1", "--out", out]
-    with pytest.raises(ValueError, match="another process trains into"):
+    with pytest.raises(ValueError, match="another process is using"):
         run(*flags)
     assert (out / train.LOCK_FILE).exists(), "a refused run removed another's folder"
     holder.kill(), holder.join()

@@ -141,7 +141,7 @@ def start_child(threads):
     """As many threads as here, and no heap for blocks of 64 KB or more (glibc's M_MMAP_THRESHOLD).
 
     So memory is what tensors hold at once. The holes that a heap has between blocks of different
-    sizes can add more than half of it; they depend on glibc and not on what is compared.
+    sizes can multiply it; they depend on glibc and not on what is compared.
     """
     torch.set_num_threads(threads)
     ctypes.CDLL(None).mallopt(-3, 2**16)
