@@ -797,7 +797,7 @@ class ImageTransform:
         if not math.isclose(factor, 1 / 255, rel_tol=1e-6):
             raise ValueError(f"pixels are multiplied by {factor}, expected 1 / 255")
         if not values["do_normalize"]:
-            values |= {"image_mean": [0] * 3, "image_std": [1] * 3}
+            values |= {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
         return cls(
             resize=max(size.values()) if values["do_resize"] else None,  # all are equal
             crop=max(crop.values()) if values["do_center_crop"] else None,
@@ -1819,10 +1819,10 @@ def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=1024):
     # of_columns (B,) is over this rank's images. Stack all ranks', (ranks, B), and sum over ranks.
     of_columns = gather_embeds(of_columns[None]).logsumexp(dim=0)
     pair_scores = (scaled * text_embeds).sum(dim=1)
-    image_to_text = (of_rows - pair_scores).mean()  # of this rank's R images
+    row_loss = (of_rows - pair_scores).mean()  # of this rank's R images
     # All B columns, minus this rank's R pairs: the mean over ranks is that of all B pairs.
-    text_to_image = of_columns.mean() - pair_scores.mean()
-    return (image_to_text + text_to_image) / 2
+    column_loss = of_columns.mean() - pair_scores.mean()
+    return (row_loss + column_loss) / 2
 
 
 class TiledLogSumExp(torch.autograd.Function):
@@ -1854,8 +1854,8 @@ class TiledLogSumExp(torch.autograd.Function):
         for rows, columns, scores in score_tiles(images, texts, ctx.tile):
             in_row = (scores - of_rows[rows, None]).exp()  # softmax: exp(score - log-sum-exp)
             in_column = (scores - of_columns[columns]).exp()
+            # The chain rule, from both outputs to the scores, and on through images @ texts.T.
             grad = grad_rows[rows, None] * in_row + grad_columns[columns] * in_column
-            # scores = images @ texts.T, so its gradient goes to the images through the texts.
             grad_images[rows] += grad @ texts[columns]
             grad_texts[columns] += grad.T @ images[rows]
         return grad_images, grad_texts, None  # none for the tile size

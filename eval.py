@@ -289,8 +289,8 @@ def stored_rows(folder, stamps, embed):
         new = [i for i, stamp in enumerate(stamps) if stamp not in row_of]
         if new:
             fresh, reasons = embed(new)
-            parts.append(fresh)  # below the old ones
-            row_of |= {stamps[i]: len(old_stamps) + place for place, i in enumerate(new)}
+            parts.append(fresh)
+            row_of |= {stamps[i]: len(old_stamps) + k for k, i in enumerate(new)}  # below the old
             unreadable = {new[place]: reason for place, reason in reasons.items()}
         if len(unreadable) == len(stamps):
             raise ValueError(f"none of the images can be read: {unreadable[0]}")
@@ -351,8 +351,8 @@ def ranks(image_embeds, text_embeds, right, rows=512):
         scores = image_embeds[part] @ text_embeds.T
         scores[image[here] - start, text[here]] = torch.inf  # right answers must not count
         # Write 0 and 1 as floats, which add up many times faster than booleans, exactly to 2**24.
-        below = torch.lt(scores, text_best - ROUNDING, out=torch.empty_like(scores))
-        text_ranks -= below.sum(dim=0).long()
+        text_below = torch.lt(scores, text_best - ROUNDING, out=torch.empty_like(scores))
+        text_ranks -= text_below.sum(dim=0).long()
         image_ranks[part] -= scores.lt_(image_best[part, None] - ROUNDING).sum(dim=1).long()
     return image_ranks.cpu(), text_ranks.cpu()
 

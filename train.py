@@ -64,7 +64,7 @@ def mean_over_groups(nats, sizes):
 
 
 def siglip_guess(n):
-    """The loss of a row of n cells, one of them a pair, if each is given the probability 1 / n."""
+    """Nats of n cells, each called a pair with probability 1 / n: one is, the others are not."""
     return -math.log(1 / n) - (n - 1) * math.log(1 - 1 / n) if n > 1 else 0.0
 
 
