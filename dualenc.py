@@ -127,7 +127,7 @@ def multi_positive_clip_loss(image_embeds, text_embeds, logit_scale, group_ids):
     logits_per_image = logit_scale.exp() * (image_embeds @ text_embeds.T)
     same_group = (group_ids[:, None] == group_ids[None, :]).to(logits_per_image.dtype)
     group_size = same_group.sum(dim=1)
-    target = same_group / group_size[:, None]  # its transpose is the same: for both directions
+    target = same_group / group_size[:, None]  # symmetric, so it serves both directions
     mean_entropy = group_size.log().mean()
     image_to_text = F.cross_entropy(logits_per_image, target)  # from probabilities, not indices
     text_to_image = F.cross_entropy(logits_per_image.T, target)
@@ -1072,7 +1072,7 @@ class Pairs(torch.utils.data.Dataset):
         index_of, right = {}, []
         for i, captions in enumerate(self.captions):
             for caption in dict.fromkeys(captions):
-                right.append((i, index_of.setdefault(caption, len(index_of))))  # or the next index
+                right.append((i, index_of.setdefault(caption, len(index_of))))  # new: the next
         return list(index_of), torch.tensor(right)
 
 
@@ -1112,11 +1112,9 @@ class ImageDataset(torch.utils.data.Dataset):
             self.images = Lazy(images.items, functools.partial(open_image, size=transform.resize))
 
     def __getitem__(self, key):
-        (epoch, wanted), error = key, ""
-        used, pixels = (
-            wanted,
-            torch.zeros(3, 8, 8, dtype=torch.uint8),
-        )  # or black
+        epoch, wanted = key
+        used, error = wanted, ""
+        pixels = torch.zeros(3, 8, 8, dtype=torch.uint8)  # black, if 100 in a row cannot be read
         for i in range(wanted, wanted + 100):
             i %= len(self.images)
             try:
@@ -1362,7 +1360,7 @@ def load_pairs(
         hashes = [int.from_bytes(digest(group)[:4], "big") / 2**32 for group in groups]
         split_of = ["test" if share < val_fraction else "train" for share in hashes]
     if split in ("val", "test") and split not in split_of:
-        split = "val" if split == "test" else "test"  # the one that there is, as both
+        split = "val" if split == "test" else "test"  # it stands in for the other
     return pairs.select(i for i, found in enumerate(split_of) if split in (found, "all"))
 
 

@@ -76,7 +76,7 @@ def embed_batches(model, batches, embed, precision, what):
     with measuring(model), dualenc.autocast(model.logit_scale.device, precision):
         for batch in progress(batches, what):
             rows.append(embed(batch).float().cpu())
-    rows = torch.cat(sum(dualenc.from_all_ranks(rows), []))  # in order: ranks have shares in a row
+    rows = torch.cat(sum(dualenc.from_all_ranks(rows), []))  # ranks hold consecutive batches
     if not rows.isfinite().all():
         raise ValueError("embeddings are not finite: the weights or the pixel values are broken")
     return rows
@@ -296,7 +296,7 @@ def stored_rows(folder, stamps, embed):
             raise ValueError(f"none of the images can be read: {unreadable[0]}")
         rows = torch.cat(parts)[[row_of[stamp] for stamp in stamps]]
         if dualenc.rank() == 0 and new:
-            # Without rows of unreadable images, which so are tried again the next time.
+            # Unreadable images are left out, and so are tried again the next time.
             kept = [i for i in range(len(stamps)) if i not in unreadable]
             content = json.dumps([stamps[i] for i in kept]).encode()
             # As bytes in a tensor: safetensors holds nothing else.
