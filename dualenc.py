@@ -615,18 +615,13 @@ ACTIVATIONS |= {"quick_gelu": timm.layers.QuickGELU, "tanh": nn.Tanh}
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A timm model, or in section 9 a family of transformers; fixed args raise ValueError."""
+    """A timm model, or in section 9 a family of transformers."""
 
     name: str = "vit_base_patch16_224"  # a timm model, or a key of HF_VISION (section 9)
     args: dict = field(default_factory=dict)  # of timm.create_model, or a family's config.json
     image_size: int | None = None  # pixels a side; None: the model's own
     pooling: str | None = None  # timm's global_pool ("avg", "token", "map"); None: the model's own
     patch_dropout: float = 0.0  # share of patches left out in training (ViTs; Li et al. 2023)
-
-    def __post_init__(self):
-        for name in ("img_size", "global_pool", "in_chans", "num_classes", "checkpoint_path"):
-            if name in self.args:
-                raise ValueError(f"vision args hold {name}, which is fixed or a field of its own")
 
 
 class VisionEncoder(nn.Module):
@@ -652,10 +647,10 @@ class VisionEncoder(nn.Module):
         name = pretrained_from or config.name
         with blamed_on(f"{name} with {config.args}", "timm cannot build"):
             # timm ignores what is None: not every model takes all of these.
-            args = {"img_size": config.image_size if self.has_fixed_size() else None}
-            args |= {"patch_drop_rate": config.patch_dropout or None, "global_pool": config.pooling}
-            args |= {"num_classes": 0, **config.args}
-            return timm.create_model(name, pretrained=bool(pretrained_from), **args)
+            fixed = {"img_size": config.image_size if self.has_fixed_size() else None}
+            fixed |= {"global_pool": config.pooling, "num_classes": 0, "in_chans": 3}
+            args = {"patch_drop_rate": config.patch_dropout or None, **config.args}
+            return timm.create_model(name, pretrained=bool(pretrained_from), **fixed, **args)
 
     def has_fixed_size(self):
         """Whether the model is built for one image size, as most ViTs are; convnets take any."""
