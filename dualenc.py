@@ -2006,10 +2006,9 @@ class PublishedVisionEncoder(VisionEncoder):
             args["mlp_ratio"] = (mlp_width + 0.5) / args.get("embed_dim", 768)
         if config.patch_dropout:
             args["patch_drop_rate"] = config.patch_dropout
+        if act != "gelu":  # BEiT has no other
+            args["act_layer"] = ACTIVATIONS[act]
         trunk = family.make(img_size=config.image_size, num_classes=0, **args)
-        for module in trunk.modules():
-            if isinstance(module, timm.layers.Mlp):
-                module.act = ACTIVATIONS[act]()
         if config.pooling == "pooler":  # timm's place for a classifier, after norm and first token
             dense = nn.Linear(trunk.embed_dim, trunk.embed_dim)
             trunk.head = nn.Sequential(OrderedDict(dense=dense, act=ACTIVATIONS[pooler_act]()))
