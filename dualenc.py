@@ -646,28 +646,22 @@ class VisionEncoder(nn.Module):
         check_choice("timm model", config.name.split(".")[0], timm.list_models())
         name = pretrained_from or config.name
         with blamed_on(f"{name} with {config.args}", "timm cannot build"):
+            # Most ViTs are built for one image size; convnets take any.
+            cfg = timm.get_pretrained_cfg(config.name)
+            is_fixed = cfg.fixed_input_size and not config.args.get("dynamic_img_size")
             # timm ignores what is None: not every model takes all of these.
-            fixed = {"img_size": config.image_size if self.has_fixed_size() else None}
-            fixed |= {"global_pool": config.pooling, "num_classes": 0, "in_chans": 3}
+            fixed = {"img_size": config.image_size if is_fixed else None, "num_classes": 0}
+            fixed |= {"global_pool": config.pooling, "in_chans": 3}
             args = {"patch_drop_rate": config.patch_dropout or None, **config.args}
             return timm.create_model(name, pretrained=bool(pretrained_from), **fixed, **args)
-
-    def has_fixed_size(self):
-        """Whether the model is built for one image size, as most ViTs are; convnets take any."""
-        pretrained_cfg = timm.get_pretrained_cfg(self.config.name)
-        return pretrained_cfg.fixed_input_size and not self.config.args.get("dynamic_img_size")
 
     def forward(self, pixel_values, output_hidden_states=False, output_attentions=False):
         """Pixels to TowerOutput, pooled by timm. Not thread-safe: see recording.
 
-        pixel_values  (B, 3, S, S) from the processor
-        raises        ValueError for another shape (convnets take any S), for hidden states of a
-                      model without blocks or stages, and for attentions of one that has none
+        pixel_values  (B, 3, S, S) from the processor; convnets take any S
+        raises        ValueError for hidden states of a model without blocks or stages, and for
+                      attentions of one that has none
         """
-        shape, S = tuple(pixel_values.shape), self.image_size
-        if len(shape) != 4 or shape[1] != 3 or (self.has_fixed_size() and shape[2:] != (S, S)):
-            expected = f"(B, 3, {S}, {S}), as the model's processor makes them"
-            raise ValueError(f"pixel_values has shape {shape}, expected {expected}")
         pixel_values = pixel_values.to(next(self.parameters()).dtype)
         if pixel_values.is_cuda:  # faster; on CPUs narrow convolutions crash in this layout
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
@@ -2013,9 +2007,6 @@ class PublishedVisionEncoder(VisionEncoder):
             dense = nn.Linear(trunk.embed_dim, trunk.embed_dim)
             trunk.head = nn.Sequential(OrderedDict(dense=dense, act=ACTIVATIONS[pooler_act]()))
         return trunk
-
-    def has_fixed_size(self):
-        return self.config.name != "dinov2"
 
     def image_transform(self, crop_pct=None):
         """What the folder's own file says."""
