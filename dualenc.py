@@ -2214,7 +2214,7 @@ def read_vision_config(values, pooling, overrides):
 def read_text_config(values, pooling, overrides):
     """A TextConfig from the config.json of a text tower."""
     family, keys = values.get("model_type"), BERT_KEYS | DISTILBERT_KEYS
-    check_choice("text model_type", family, [name for name, row in HF_TEXT.items() if row.prefix])
+    check_choice("text model_type", family, HF_TEXT)
     check_choice("text family for this folder", overrides.get("family", family), [family])
     if values.get("is_decoder"):
         raise ValueError("is_decoder is true: a text tower reads captions in both directions")
@@ -2310,10 +2310,9 @@ def read_image_transform(folder):
 # Special tokens of transformers' tokenizer classes (names without "Tokenizer") unless files say.
 _SQUARE = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
 _ANGLED = {"pad_token": "<pad>", "cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
-TOKENIZERS = dict.fromkeys(("bert", "electra", "pretrained", "tokenizersbackend"), _SQUARE)
-TOKEN_TYPES = tuple(TOKENIZERS)  # these give their captions token_type_ids
+TOKEN_TYPES = ("bert", "electra", "pretrained", "tokenizersbackend")  # give token_type_ids, too
+TOKENIZERS = dict.fromkeys((*TOKEN_TYPES, "distilbert"), _SQUARE)
 TOKENIZERS |= dict.fromkeys(("roberta", "xlmroberta", "camembert", "mpnet"), _ANGLED)
-TOKENIZERS["distilbert"] = _SQUARE
 
 
 def read_tokenizer(folder):
