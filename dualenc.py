@@ -651,7 +651,7 @@ class VisionEncoder(nn.Module):
             is_fixed = cfg.fixed_input_size and not config.args.get("dynamic_img_size")
             # timm ignores what is None: not every model takes all of these.
             fixed = {"img_size": config.image_size if is_fixed else None, "num_classes": 0}
-            fixed |= {"global_pool": config.pooling, "in_chans": 3}
+            fixed |= {"global_pool": config.pooling, "in_chans": 3, "checkpoint_path": ""}
             args = {"patch_drop_rate": config.patch_dropout or None, **config.args}
             return timm.create_model(name, pretrained=bool(pretrained_from), **fixed, **args)
 
@@ -1984,6 +1984,8 @@ class PublishedVisionEncoder(VisionEncoder):
         config, family = self.config, HF_VISION[self.config.name]
         if (config.image_size or 0) < 1:
             raise ValueError(f"{config.name!r} is a family, not a model: name one by folder or id")
+        for key in config.args:
+            check_choice(f"argument of {config.name}", key, VISION_KEYS)
         args = family.defaults | config.args
         act, pooler_act = args.pop("hidden_act", "gelu"), args.pop("pooler_act", None)
         epsilon, mlp_width = args.pop("layer_norm_eps", 1e-6), args.pop("intermediate_size", None)

@@ -189,11 +189,13 @@ def test_convnets_and_vits_of_dynamic_size_take_images_of_any_size():
         ({"args": {"img_size": 32}}, "multiple values for keyword argument 'img_size'"),
         ({"args": {"global_pool": "avg"}}, "timm cannot build .*argument 'global_pool'"),
         ({"args": {"in_chans": 1}}, "timm cannot build .*argument 'in_chans'"),
+        ({"args": {"checkpoint_path": "a"}}, "argument 'checkpoint_path'"),
+        ({"name": "vit", "args": {"global_pool": "avg"}}, "unknown argument of vit 'global_pool'"),
     ],
 )
 def test_models_and_arguments_that_timm_lacks_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
-        dualenc.VisionEncoder(dualenc.VisionConfig(**{"name": VIT, "image_size": 32, **config}))
+        dualenc.build_tower(dualenc.VisionConfig(**{"name": VIT, "image_size": 32, **config}))
 
 
 def test_pretrained_tables_are_resampled_and_missing_weights_are_an_error(tmp_path):
