@@ -661,14 +661,10 @@ def describe_step(line, config):
 def introduce(config, run, model, optimizer, flags):
     """The head of the printout: data, model, what learns, run, and flags that are not defaults."""
     pairs, text, sides = run.pairs, model.config.text, towers(model).items()
-    known, captions = pairs.classes, list(itertools.chain.from_iterable(pairs.captions))
-    size = f"{len(pairs):,} images, {len(captions):,} captions"
+    known, n_captions = pairs.classes, sum(map(len, pairs.captions))
+    size = f"{len(pairs):,} images, {n_captions:,} captions"
     size += f", {len(known)} classes: {', '.join(known[:6])}" if known else ""
     print(f"data     {config.data}   {size}; {len(run.held_out):,} images held out")
-    distinct, encode = set(captions), model.processor.tokenizer.encode
-    model.processor.truncate_at(model.processor.max_length)
-    same = len(distinct) - len({tuple(encode(caption).ids) for caption in distinct})
-    print(f"tokens   {text.vocab_size:,}; {same:,} captions have the token ids of another")
     vision, language = (sum(w.numel() for w in tower.parameters()) / 1e6 for _, tower in sides)
     sizes = f"({vision:.1f}M) + {text.family} {text.depth}x{text.width} ({language:.1f}M)"
     print(f"model    {model.config.vision.name} {sizes} -> {model.config.projection_dim}")
@@ -693,11 +689,8 @@ def check_recipe(config, pairs, held_out):
     refuse(max(config.crop_scale, config.warmup) > 1, "--crop-scale and --warmup are at most 1")
     uneven = f"--batch-size {config.batch_size} is not a multiple of {dualenc.world_size()} ranks"
     refuse(config.batch_size % dualenc.world_size(), uneven)
-    refuse(not len(pairs), f"{config.data} has no training images: all are held out")
     refuse(len(pairs) < config.batch_size, f"{len(pairs)} training images: lower --batch-size")
     refuse(not len(held_out), f"no images are held out of {config.data}: raise --val-fraction")
-    kinds = set(pairs.labels or itertools.chain.from_iterable(pairs.captions))
-    refuse(len(kinds) == 1, f"all images of {config.data} share their caption or class")
     refuse(config.cache_features and not config.lock, "--cache-features needs a tower to --lock")
     views = flag_names(f.name for f in augmentations(config))
     one_view = config.cache_features and config.lock != "text"
