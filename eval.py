@@ -248,19 +248,19 @@ def data_checksum(names):
 def cache_key(model, precision, side):
     """A name that changes with anything that changes a row: weights, configuration, preparation.
 
-    side  "image_features" or "text_features", what a tower pools; "image_embeds", of search
+    side  "image_features" or "text_features", of a tower; "image_embeds", of the whole model
     """
     config, processor = model.config, model.processor
     if side == "text_features":
+        processor.truncate_at(processor.max_length)  # a call may have left its own limit there
         facts = [asdict(config.text), processor.tokenizer.to_str(), processor.max_length]
     else:  # patches are dropped in training only
         tower = replace(config.vision, patch_dropout=0.0)
         facts = [asdict(tower), processor.image_transform.to_dict(), config.projection_head]
     digest = hashlib.sha256(json.dumps([side, precision, *facts], sort_keys=True).encode())
+    part = {"text_features": "text_model.", "image_features": "vision_model.", "image_embeds": ""}
     for name, tensor in model.state_dict().items():
-        in_tower = name.startswith("text_model." if side == "text_features" else "vision_model.")
-        in_head = side == "image_embeds" and not name.startswith(("text_", "logit_"))
-        if in_tower or in_head:
+        if name.startswith(part[side]):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

@@ -218,11 +218,8 @@ def test_the_key_changes_with_whatever_changes_a_row(make_model):
         return [k for k in sides if evaluation.cache_key(model, "fp32", k) != first[k]]
 
     assert len(set(first.values())) == 3 and changed(make_model()) == [], "content alone decides"
-    model.text_projection.weight.data += 1
-    model.logit_scale.data += 1
-    assert changed(model) == []
     model.image_head = torch.nn.Linear(2, 2)  # a projection by any name
-    assert changed(model) == ["image_embeds"]
+    assert changed(model) == ["image_embeds"], "not what towers pool"
     model = make_model()
     transform = model.processor.image_transform
     model.processor.image_transform = dataclasses.replace(transform, mean=(0.1, 0.2, 0.3))
