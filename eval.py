@@ -24,7 +24,7 @@ import os
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, get_args, get_type_hints
 
@@ -134,7 +134,7 @@ class EvalContext:
 
     pairs           Pairs; unreadable images are skipped if there is only one, or at most 1%
     tasks           names in TASKS; "auto" or "all" for those that the pairs allow
-    load_train      function without arguments that gives the training Pairs, for probe and k-NN
+    train_pairs     Pairs of other images to learn from, with the same classes, for probe and k-NN
     image_features  pooled features, if known, as embed_images gives them: the tower does not run
     query, top      of search, and folder, where it keeps its index
     raises          ValueError for a model without a processor, or pairs that lack what a task needs
@@ -146,7 +146,7 @@ class EvalContext:
     model: dualenc.DualEncoder
     pairs: dualenc.Pairs
     tasks: str | list = "auto"
-    load_train: object = None
+    train_pairs: dualenc.Pairs | None = None
     templates: tuple = dualenc.TEMPLATES
     precision: str = "fp32"
     batch_size: int = EVAL_BATCH
@@ -159,8 +159,12 @@ class EvalContext:
     def __post_init__(self):
         if self.model.processor is None:
             raise ValueError("the model has no processor to prepare images and captions with")
+
+        def has(what):
+            return getattr(self, what, None) or getattr(self.pairs, what, None)
+
         # TASKS, section 8: a row says what it needs, and whether "auto" and "all" include it.
-        allowed = [name for name, task in TASKS.items() if getattr(self.pairs, task.needs, None)]
+        allowed = [name for name, task in TASKS.items() if has(task.needs)]
         if self.tasks in ("auto", "all"):
             self.tasks = [name for name in allowed if getattr(TASKS[name], self.tasks)]
         for name in self.tasks:
@@ -203,25 +207,13 @@ class EvalContext:
 
     @cached_property
     def train(self):  # pooled features of the training images, and their labels
-        if self.load_train is None:
-            raise ValueError("probe and k-NN need training images apart from those measured")
-        pairs, features = self.read(self.load_train())
-        if pairs.classes != self.pairs.classes:
-            raise ValueError("probe and k-NN need the same classes in training and test data")
+        pairs, features = self.read(self.train_pairs)
         return features, torch.tensor(pairs.labels)
 
-    def measure(self, leave_out=False):
-        """{task: its metrics}; leave_out skips a task that raises, if another one has succeeded."""
-        results = {}
+    def measure(self):
+        """{task: its metrics}"""
         with measuring(self.model):
-            for name in self.tasks:
-                try:
-                    results[name] = TASKS[name].measure(self)
-                except ValueError as error:
-                    if not (leave_out and results):
-                        raise
-                    print(f"left out    {name}: {error}", flush=True)
-        return results
+            return {name: TASKS[name].measure(self) for name in self.tasks}
 
 
 def evaluate(model, pairs, tasks="auto", **more):
@@ -828,7 +820,7 @@ class Task(NamedTuple):
     title: str  # heading on the page
     auto: bool  # whether --task auto includes it
     all: bool  # whether --task all includes it; if not, it runs only if named
-    needs: str  # an attribute of Pairs that must not be empty
+    needs: str  # an attribute of Pairs, or train_pairs, that must not be empty
     measure: object  # an EvalContext to metrics by name
     blocks: object = lambda context, metrics: []  # to Tables and HTML for the page only
 
@@ -836,8 +828,8 @@ class Task(NamedTuple):
 TASKS = {
     "retrieval": Task("Retrieval", True, True, "captions", retrieval_task, retrieval_blocks),
     "zeroshot": Task("Zero-shot", True, True, "classes", zeroshot_task, zeroshot_blocks),
-    "probe": Task("Linear probe", False, True, "classes", probe_task),
-    "knn": Task("k nearest neighbours", False, True, "classes", knn_task),
+    "probe": Task("Linear probe", False, True, "train_pairs", probe_task),
+    "knn": Task("k nearest neighbours", False, True, "train_pairs", knn_task),
     "binding": Task("Binding", False, True, "hard_negatives", binding_task),
     "search": Task("Search", False, False, "images", search_task, search_blocks),
 }
@@ -897,12 +889,10 @@ def read_class_names(source):
 
 
 def load_part(spec, split, class_names, **how):
-    """Pairs of a split, not empty. Names alone replace the data's classes, and contain them all."""
+    """Pairs of a split. Names alone replace the data's classes, and contain them all."""
     classes = list(class_names)
     renames = classes != list(class_names.values())  # there are folder<TAB>name lines
     pairs = dualenc.load_pairs(spec, split, class_names=class_names if renames else {}, **how)
-    if not len(pairs):
-        raise ValueError(f"the {split} part of {spec} has no images: name another by --split")
     if classes and not renames:
         if lacking := ", ".join(sorted({*(pairs.classes or ["classes"])} - {*classes})):
             hint = "add them, or rename them by a file of folder<TAB>name lines"
@@ -942,6 +932,8 @@ def open_data(config, checkpoint):
     how["val_fraction"] = settings.get("val_fraction", 1.0 if config.split == "auto" else 0.1)
     part = config.split if config.split != "auto" else "all" if search else "test"
     pairs = load_part(spec, part, **how)
+    if not len(pairs):
+        raise ValueError(f"the {part} part of {spec} has no images: name another by --split")
     line = f"{spec}   {part}, {len(pairs):,} of {len(names):,} images"
     line += "   the run's own data" if settings else ""
     path = checkpoint.parent / "trained_on.txt"
@@ -950,8 +942,8 @@ def open_data(config, checkpoint):
         line += f"   the run trained on {seen:,} of them"
     data = {"pairs": pairs, "templates": how["templates"]}
     data["folder"] = store_folder(spec, f"{part}.index", how["data_root"])
-    if part in ("val", "test"):
-        data["load_train"] = partial(load_part, spec, "train", **how)
+    if pairs.classes and part in ("val", "test"):
+        data["train_pairs"] = load_part(spec, "train", **how)
     return data, line
 
 
@@ -981,7 +973,7 @@ def main(argv=None):
     tasks = config.task if config.task in ("auto", "all") else [config.task]
     how = {name: getattr(config, name) for name in ("batch_size", "workers", "query", "top")}
     context = EvalContext(model, tasks=tasks, precision=precision, **data, **how)
-    results = context.measure(leave_out=config.task == "all")
+    results = context.measure()
     for name, metrics in results.items():
         for table in metric_tables(name, metrics):
             print("\n".join(table.lines()))
