@@ -698,10 +698,10 @@ class Table:
 
     def html(self):
         head = [html.escape(c) if isinstance(c, str) else image_tag(c, 64) for c in self.columns]
-        body = ""
-        for row, (first, *cells) in enumerate(self.rows):
+        body, no_shades = "", [[0.0] * len(head)] * len(self.rows)
+        for (first, *cells), shades in zip(self.rows, self.shades or no_shades):
             body += f"<tr><th>{html.escape(first)}</th>"
-            for shade, cell in zip(self.shades[row] if self.shades else [0] * len(cells), cells):
+            for cell, shade in zip(cells, shades):
                 style = f"background:rgb(43 108 176/{shade:.2f});color:{'#fff' * (shade > 0.65)}"
                 body += f'<td style="{style}">{html.escape(cell)}</td>'
             body += "</tr>"
@@ -718,8 +718,10 @@ def metric_tables(title, metrics):
         if isinstance(value, dict):
             ordered = sorted(value.items(), key=lambda item: -item[1])
             tables.append(Table(name, "", ("", "value"), [(k, f"{v:.3f}") for k, v in ordered]))
-        elif not isinstance(value, float) or name.startswith("chance"):
-            notes.append(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}")
+        elif name.startswith("chance"):
+            notes.append(f"{name} {value:.4f}")
+        elif not isinstance(value, float):
+            notes.append(f"{name} {value}")
         elif not name.endswith(("_low", "_high")):
             ends = [metrics[name + end] for end in ("_low", "_high") if name + end in metrics]
             rows.append((name, f"{value:.3f}", " to ".join(f"{end:.3f}" for end in ends)))
