@@ -932,7 +932,8 @@ def open_data(config, checkpoint):
     how["class_names"] = read_class_names(config.classes or settings.get("classes", ""))
     # Other data without a split is measured whole: a val_fraction of 1.
     how["val_fraction"] = settings.get("val_fraction", 1.0 if config.split == "auto" else 0.1)
-    part = config.split if config.split != "auto" else "all" if search else "test"
+    auto = "all" if search else "test"
+    part = auto if config.split == "auto" else config.split
     pairs = load_part(spec, part, **how)
     if not len(pairs):
         raise ValueError(f"the {part} part of {spec} has no images: name another by --split")
@@ -959,8 +960,6 @@ def main(argv=None):
     dualenc.check_min("--batch-size", config.batch_size, 1)
     if (config.query or config.out) and config.task != "search":
         raise ValueError(f"--query and --out are for --task search, and --task is {config.task}")
-    if config.out and Path(config.out).suffix.lower() not in dualenc.IMAGE_SUFFIXES:
-        raise ValueError(f"--out is {config.out}, expected an image file such as found.png")
     for file in filter(None, (config.json, config.out)):  # fails now, not after the work
         Path(file).parent.mkdir(parents=True, exist_ok=True)
 

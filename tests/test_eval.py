@@ -439,7 +439,7 @@ def test_other_classes_and_templates_can_be_given(checkpoint, colours, tmp_path)
         ("--data shapes --templates clip8", "unknown .*templates 'clip8'; expected clip7, plain"),
         ("--data shapes --out found.png", "--out are for --task search, and --task is auto"),
         ("--data FOLDER --task search", "search needs --query"),
-        ("--data FOLDER --task search --out found", "--out is found, expected an image file"),
+        ("--data FOLDER --task search --query fox --out found", "unknown file extension"),
         ("--data FOLDER --task search --query no.jpg", "cannot read image no.jpg"),
     ],
 )
