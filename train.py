@@ -414,24 +414,29 @@ def cache_features(config, run, model):
     "train" and "val" are (rows (I, W), {unreadable: why}) of images, "captions" {caption: row (W,)}
     """
     home = evaluation.store_folder(config.data, "features", config.data_root)
-    how, jobs = {"precision": config.precision, "pooled": True}, {}
+    how = {"precision": config.precision, "pooled": True}
 
-    def embed(items, chosen):  # items: captions or Pairs
-        if isinstance(items, list):
-            return evaluation.embed_captions(model, [items[i] for i in chosen], **how), {}
-        images = items.select(chosen).images
+    def stored(name, side, stamps, embed):
+        folder = home / evaluation.cache_key(model, config.precision, side) / name
+        rows, unreadable, new = evaluation.stored_rows(folder, stamps, embed)
+        print(f"cache    {folder}   {len(rows):,} rows, {new:,} of them new", flush=True)
+        return rows, unreadable
+
+    def embed_images(pairs, new):
+        images = pairs.select(new).images
         return evaluation.embed_images(model, images, workers=config.workers, **how)
 
+    def embed_captions(captions, new):
+        return evaluation.embed_captions(model, [captions[i] for i in new], **how), {}
+
     if "vision" in model.locked:
-        jobs |= {"train": ("image_features", run.pairs), "val": ("image_features", run.held_out)}
+        for name, pairs in (("train", run.pairs), ("val", run.held_out)):
+            embed = partial(embed_images, pairs)
+            run.features[name] = stored(name, "image_features", pairs.stamps(), embed)
     if "text" in model.locked:
-        jobs["captions"] = "text_features", run.pairs.caption_table()[0]
-    for name, (side, items) in jobs.items():
-        folder = home / evaluation.cache_key(model, config.precision, side) / name
-        stamps = items if side == "text_features" else items.stamps()
-        rows, bad, new = evaluation.stored_rows(folder, stamps, partial(embed, items))
-        run.features[name] = dict(zip(items, rows)) if name == "captions" else (rows, bad)
-        print(f"cache    {folder}   {len(rows):,} rows, {new:,} of them new", flush=True)
+        captions, _ = run.pairs.caption_table()
+        rows, _ = stored("captions", "text_features", captions, partial(embed_captions, captions))
+        run.features["captions"] = dict(zip(captions, rows))
 
 
 def towers(model):
