@@ -364,7 +364,7 @@ def fetch(config, run, model, first_step, bad_images):
     Images are uint8 pixels (R, 3, S, S) or cached features (R, W). The place of an unreadable image
     is taken by the next one, and bad_images, {index: reason}, grows.
     """
-    batches, again = itertools.tee(batch_keys(config, run.pairs, first_step))  # for loader and loop
+    batches = batch_keys(config, run.pairs, first_step)
     if "train" in run.features:
         loader = cached_images(*run.features["train"], batches)
     else:
@@ -372,7 +372,7 @@ def fetch(config, run, model, first_step, bad_images):
         dataset = dualenc.ImageDataset(run.pairs.images, transform, partial(augment, config))
         loader = dualenc.image_loader(dataset, batches, config.workers, device)
     allowed = BAD_SHARE * len(run.pairs) if config.on_bad_image == "skip" else 0
-    for (images, indices, errors), keys in zip(loader, again):
+    for (images, indices, errors), keys in zip(loader, batch_keys(config, run.pairs, first_step)):
         new = {i: error for (_, i), error in zip(keys, errors) if error and i not in bad_images}
         bad_images |= new
         count = f"{len(bad_images)} of {len(run.pairs):,} images; skip allows {BAD_SHARE:.0%}"
