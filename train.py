@@ -696,6 +696,8 @@ def check_recipe(config, pairs, held_out):
     refuse(config.batch_size % dualenc.world_size(), uneven)
     refuse(len(pairs) < config.batch_size, f"{len(pairs)} training images: lower --batch-size")
     refuse(not len(held_out), f"no images are held out of {config.data}: raise --val-fraction")
+    kinds = set(pairs.labels or itertools.chain.from_iterable(pairs.captions))
+    refuse(len(kinds) == 1, f"all images of {config.data} share their caption or class")
     refuse(config.cache_features and not config.lock, "--cache-features needs a tower to --lock")
     views = flag_names(f.name for f in augmentations(config))
     one_view = config.cache_features and config.lock != "text"

@@ -464,6 +464,13 @@ REFUSED = [
 ]
 
 
+def test_data_whose_images_share_one_caption_are_refused():
+    pairs = dualenc.ShapesPairs(count=8, side=32)
+    pairs.captions = [["an image"]] * 8
+    with pytest.raises(ValueError, match="share their caption or class"):
+        train.check_recipe(train.TrainConfig(batch_size=8), pairs, pairs)
+
+
 @pytest.mark.parametrize(("flags", "message"), REFUSED, ids=[m[:30] for _, m in REFUSED])
 def test_what_cannot_be_trained_is_refused_and_leaves_no_folder(flags, message, run, tmp_path):
     with pytest.raises(ValueError, match=message):
