@@ -327,7 +327,8 @@ class DualEncoder(nn.Module):
         """
         check_choice("tower to lock", tower, ("vision", "text", "both"))
         self.locked |= {"vision", "text"} if tower == "both" else {tower}
-        for name in self.locked:  # a tower of yours with LoRA may override this
+        for name in self.locked:
+            # A tower with adapters (LoRA) may override requires_grad_, and leave them out.
             getattr(self, f"{name}_model").requires_grad_(False)
         return self.train(self.training)  # which puts locked towers in evaluation mode
 
@@ -388,7 +389,7 @@ class TextConfig:
     raises  ValueError for unknown names, sizes below 1, and a width not divisible by heads
     """
 
-    family: str = "bert"  # a key of HF_TEXT
+    family: str = "bert"  # a key of HF_TEXT (section 9); a new kind of tower is a row there
     width: int = 768
     depth: int = 12
     heads: int = 12
@@ -567,7 +568,7 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
 
     query, key, value  (B, H, T, W/H)
     mask               (B, 1, 1, T) bool: True where a key may be seen; None: everywhere
-                       (in section 9 also float, (B or 1, H, T, T): added to the scores)
+                       (a causal tower's is (B, 1, T, T); one in section 9 adds floats to scores)
     dropout            share of the weights dropped
     returns            the mixed values (B, H, T, W/H), and the weights after dropout (B, H, T, T)
                        or None; meaningless for a caption that is all padding

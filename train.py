@@ -405,6 +405,7 @@ def augment(config, pixels, key):
     rng = random.Random(f"augment {config.seed} {key}")
     for f in augmentations(config):
         pixels = f.metadata["augment"](pixels, getattr(config, f.name), rng)
+        refuse(pixels.dtype != torch.uint8, f"{f.name} made {pixels.dtype}, expected torch.uint8")
     return pixels
 
 

@@ -89,6 +89,15 @@ def test_chance_and_floor_are_losses_that_embeddings_can_have(name, make_model):
     assert row.chance(sizes) == pytest.approx(chance, abs=1e-3)
 
 
+@pytest.mark.parametrize("name", [name for name, row in train.LOSSES.items() if row.tiled])
+def test_the_tiled_form_in_a_row_of_losses_is_that_of_its_function(name):
+    row, rows = train.LOSSES[name], torch.nn.functional.normalize(torch.randn(24, 8), dim=-1)
+    given = {"logit_scale": torch.tensor(2.0), "logit_bias": torch.tensor(-3.0)}
+    given["group_ids"] = torch.arange(12) // 2
+    inputs = [rows[:12], rows[12:], *(given[key] for key in row.inputs)]
+    assert row.tiled(*inputs).item() == pytest.approx(row.function(*inputs).item())
+
+
 def test_a_new_loss_is_one_row_and_an_incomplete_row_raises(make_model, monkeypatch):
     """Large batches take the tiled form, and the plain one where there is none."""
     row = {"function": lambda images, texts, scale: (len(images), len(texts), scale.item())}
@@ -201,7 +210,7 @@ def test_random_crops_keep_proportions_and_at_least_the_share_asked_for():
 class DarkConfig(train.TrainConfig):
     @staticmethod
     def darken(pixels, by, rng):
-        return (pixels * (1 - by * rng.random())).to(torch.uint8)
+        return (pixels * (1 - by * rng.random())).to(pixels.dtype)
 
     dark: float = train.flag(0.0, "darken images", "data", augment=darken)
 
@@ -211,6 +220,8 @@ def test_a_new_augmentation_is_one_field_and_never_dropped_silently():
     pixels, pairs = torch.full((3, 4, 4), 200).byte(), dualenc.ShapesPairs(count=8, side=32)
     seen = [train.augment(config, pixels, (0, i)).max().item() for i in range(9)]
     assert len(set(seen)) > 3 and max(seen) < 200
+    with pytest.raises(ValueError, match="dark made torch.float32, expected torch.uint8"):
+        train.augment(config, pixels / 255, (0, 0))
     with pytest.raises(ValueError, match="one view of each image: leave out --dark$"):
         train.check_recipe(config, pairs, pairs)
     train.check_recipe(dataclasses.replace(config, lock="text"), pairs, pairs)
