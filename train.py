@@ -423,20 +423,19 @@ def cache_features(config, run, model):
         print(f"cache    {folder}   {len(rows):,} rows, {new:,} of them new", flush=True)
         return rows, unreadable
 
-    def embed_images(pairs, new):
+    def embed_images(new):
         images = pairs.select(new).images
         return evaluation.embed_images(model, images, workers=config.workers, **how)
 
-    def embed_captions(captions, new):
+    def embed_captions(new):
         return evaluation.embed_captions(model, [captions[i] for i in new], **how), {}
 
     if "vision" in model.locked:
         for name, pairs in (("train", run.pairs), ("val", run.held_out)):
-            embed = partial(embed_images, pairs)
-            run.features[name] = stored(name, "image_features", pairs.stamps(), embed)
+            run.features[name] = stored(name, "image_features", pairs.stamps(), embed_images)
     if "text" in model.locked:
         captions, _ = run.pairs.caption_table()
-        rows, _ = stored("captions", "text_features", captions, partial(embed_captions, captions))
+        rows, _ = stored("captions", "text_features", captions, embed_captions)
         run.features["captions"] = dict(zip(captions, rows))
 
 
