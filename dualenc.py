@@ -46,7 +46,7 @@ import tarfile
 import textwrap
 import typing
 from collections import Counter, OrderedDict
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -2456,27 +2456,25 @@ def recording(trunk, want_states, want_weights):
     While timm's fused_attn is False, its attention weights pass through attn_drop, where a hook
     collects them. All is restored at the end. Not thread-safe.
     """
-    kind, states, weights, hooks, fused = type(trunk).__name__, [], [], [], {}
+    kind, states, weights = type(trunk).__name__, [], []
 
     def keep_state(block, args, output):
         states.extend([output] if states else [args[0], output])  # first, block 1's input, too
 
+    def keep_weights(layer, args, output):
+        weights.append(output)
+
     blocks = getattr(trunk, "blocks", None) or getattr(trunk, "stages", ())
     if want_states and not blocks:
         raise ValueError(f"{kind} has neither blocks nor stages to show")
-    try:
+    with ExitStack() as undo:
         for block in blocks if want_states else ():
-            hooks.append(block.register_forward_hook(keep_state))
+            undo.enter_context(block.register_forward_hook(keep_state))
         for layer in trunk.modules() if want_weights else ():
             if hasattr(layer, "fused_attn") and hasattr(layer, "attn_drop"):
-                fused[layer], layer.fused_attn = layer.fused_attn, False
-                register = layer.attn_drop.register_forward_hook
-                hooks.append(register(lambda _, args, output: weights.append(output)))
+                undo.callback(setattr, layer, "fused_attn", layer.fused_attn)
+                layer.fused_attn = False
+                undo.enter_context(layer.attn_drop.register_forward_hook(keep_weights))
         yield states, weights
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for layer, was_fused in fused.items():
-            layer.fused_attn = was_fused
     if want_weights and not weights:
         raise ValueError(f"{kind} has no attention whose weights can be shown")
