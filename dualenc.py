@@ -694,7 +694,6 @@ class VisionEncoder(nn.Module):
 
 # ==== 5  Processor: images and captions to tensors ================================================
 
-NOTICED = set()  # kinds of message that notice has printed
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")  # files store Pillow's number for each
 Image.init()  # loads what Pillow can open
 # Pillow runs Ghostscript for an EPS; files of the other formats are seldom images.
@@ -821,10 +820,10 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def notice(kind, message):
-    """Print only the first message of each kind, from the first process."""
-    if kind not in NOTICED and rank() == 0:
-        NOTICED.add(kind)
+@functools.cache  # a second call with the same message does nothing
+def notice(message):
+    """Print a message once, from the first process."""
+    if rank() == 0:
         print(f"note: {message}")
 
 
@@ -915,8 +914,8 @@ class Processor:
             inputs["attention_mask"] = torch.tensor([row.attention_mask for row in rows])
             if self.token_types:
                 inputs["token_type_ids"] = torch.tensor([row.type_ids for row in rows])
-            if longer := sum(bool(row.overflowing) for row in rows):
-                notice("cut", f"{longer} of {len(captions)} captions were cut to {limit} tokens")
+            if any(row.overflowing for row in rows):
+                notice(f"captions longer than {limit} tokens are cut")
         if isinstance(images, Image.Image) or getattr(images, "ndim", 4) < 4:  # one, not a batch
             images = [images]
         if images is not None and len(images):
@@ -1416,16 +1415,13 @@ def read_torchvision(name, data_root, download):
 
 
 def list_images(folder):
-    """The paths of the image files below a folder in order; a notice counts files left out."""
-    images, others = [], []
+    """The paths of the image files below a folder, in order and without hidden ones."""
+    images = []
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if f[0] != "." and f != "__MACOSX")
+        folders[:] = sorted(name for name in folders if name[0] != ".")
         for name in sorted(files):
-            suffix, path = os.path.splitext(name)[1].lower(), os.path.join(parent, name)
-            if name[0] != "." and suffix != ".txt":
-                (images if suffix in IMAGE_SUFFIXES else others).append(path)
-    if others:
-        notice(folder, f"left out: {len(others)} files that are not images, such as {others[0]}")
+            if name[0] != "." and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+                images.append(os.path.join(parent, name))
     return images
 
 
@@ -1440,16 +1436,15 @@ def read_folder(folder, **_):
     if len(splits) > 1 and splits != tops:
         raise ValueError(f"{folder} has {', '.join(sorted(splits))}, but also {min(tops - splits)}")
     depth = 1 if splits and splits == tops else 0  # of train/
-    least = depth + 1 if has_texts else depth + 2  # of 1.jpg, or of dog/1.jpg, below it
     for path, place, text in zip(paths, places, texts):
         image, split = os.path.join(*place), place[0] if depth else None
-        if len(place) < least:
-            notice(f"{folder} above", f"{path} is left out: it is not in a class folder")
-        elif has_texts:
+        if has_texts:
             for caption in filter(str.strip, text_lines(text)):
                 yield Row(text, image, caption, split=split)
-        else:
+        elif len(place) > depth + 1:
             yield Row(path, image, label=place[depth], split=split)
+        else:
+            notice(f"images of {folder} that are in no class folder are left out")
 
 
 def text_lines(path):

@@ -27,7 +27,7 @@ def image():
 
 @pytest.fixture(autouse=True)
 def no_notices_yet():
-    dualenc.NOTICED.clear()
+    dualenc.notice.cache_clear()
 
 
 def two_halves(mode="RGB", left=RED, right=BLUE, size=(40, 20)):
@@ -220,12 +220,12 @@ def test_captions_are_padded_to_the_longest_of_the_batch(tokenizer):
         assert set(words[real.sum() :]) <= {"<pad>"} and (row[~real] == 0).all()
 
 
-def test_long_captions_are_cut_and_counted_once(tokenizer, capsys):
+def test_long_captions_are_cut_and_noted_once(tokenizer, capsys):
     processor = dualenc.Processor(None, tokenizer)
     ids = processor(text=["two dogs", "dogs " * 50])["input_ids"]
     assert ids.shape == (2, 32) and ids[1, -1] == tokenizer.token_to_id("</s>")
     processor(text="dogs " * 50)
-    assert capsys.readouterr().out == "note: 1 of 2 captions were cut to 32 tokens\n"
+    assert capsys.readouterr().out == "note: captions longer than 32 tokens are cut\n"
 
 
 def test_an_explicit_length_counts_up_to_the_towers_positions(tokenizer):
