@@ -1254,8 +1254,8 @@ def draw_shape(draw, shape, x, y, radius, fill):
 
 IMAGE_COLUMNS = ["image", "image_name", "image_path", "filepath", "path", "filename", "file_name"]
 CAPTION_COLUMNS = ["caption", "captions", "text", "title", "comment"]
-# What folders, columns and Karpathy's files call a part of the data; None: they do not say.
-SPLIT_OF = dict.fromkeys(("train", "training", "restval", None), "train")
+# What folders, columns and Karpathy's files call a part of the data; "": they do not say.
+SPLIT_OF = dict.fromkeys(("train", "training", "restval", ""), "train")
 SPLIT_OF |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
 SPLIT_OF |= {"test": "test", "testing": "test"}
 
@@ -1269,7 +1269,7 @@ TORCHVISION_SETS = {
     **{"aircraft": ("FGVCAircraft", _BY_THREE), "food101": ("Food101", _BY_SPLIT)},
     "country211": ("Country211", {**_BY_SPLIT, "val": {"split": "valid"}}),
     "pets": ("OxfordIIITPet", {**_BY_SPLIT, "train": {"split": "trainval"}}),
-    "eurosat": ("EuroSAT", {None: {}}),
+    "eurosat": ("EuroSAT", {"": {}}),
 }
 
 
@@ -1281,18 +1281,16 @@ class Row:
     image: object  # a path below the data's folder, or anything else that open_image accepts
     caption: str | None = None
     label: str | None = None  # the class name
-    split: str | None = None  # as the data has it; __post_init__ makes it train, val or test
-    group: str | None = None  # images of one group stay on one side of the hashed split
+    split: str = ""  # as the data has it; __post_init__ makes it train, val or test
+    group: str = ""  # images of one group stay on one side of the hashed split
 
     def __post_init__(self):
-        word = self.split and self.split.strip().lower()
+        word = self.split.strip().lower()
         if word not in SPLIT_OF:
             raise ValueError(f"{self.where}: split is {self.split!r}, expected train, val or test")
         self.split = SPLIT_OF[word]
         text = self.caption.strip() if isinstance(self.caption, str) else ""
-        # A row holds one caption, and not a list as Python or json prints it.
-        is_list = re.fullmatch(r"""\[\s*['"].*['"]\s*\]""", text, re.DOTALL)
-        if self.label is None and (is_list or not text):
+        if not (text or self.label):
             raise ValueError(f"{self.where}: caption is {self.caption!r}, expected one caption")
         self.caption = text
 
@@ -1427,7 +1425,7 @@ def read_folder(folder, **_):
         raise ValueError(f"{folder} has {', '.join(sorted(splits))}, but also {min(tops - splits)}")
     depth = 1 if splits and splits == tops else 0  # of train/
     for path, place, text in zip(paths, places, texts):
-        image, split = os.path.join(*place), place[0] if depth else None
+        image, split = os.path.join(*place), place[0] if depth else ""
         if has_texts:
             for caption in filter(str.strip, text_lines(text)):
                 yield Row(text, image, caption, split=split)
@@ -1471,17 +1469,16 @@ def read_jsonl(path, **_):
 
 def record_rows(where, record):
     """The rows of a table's {column: cell}, whose columns are found by name."""
-    record = {name.strip().lower(): cell for name, cell in record.items()}
+    record = {name.strip().lower(): cell for name, cell in record.items() if cell is not None}
     image = next((name for name in IMAGE_COLUMNS if name in record), None)
     caption = next((name for name in CAPTION_COLUMNS if name in record), None)
     if None in (image, caption):
         expected = f"one of {', '.join(IMAGE_COLUMNS)}, and one of {', '.join(CAPTION_COLUMNS)}"
         raise ValueError(f"{where}: the columns are {', '.join(record)}; expected {expected}")
-    cells = record.get("split"), record.get("group")
-    split, group = (None if cell is None else str(cell) for cell in cells)
+    split, group = str(record.get("split", "")), str(record.get("group", ""))
     captions = record[caption]  # of json perhaps a list
     for text in captions if captions and isinstance(captions, list) else [captions]:
-        yield Row(where, str(record[image] or ""), text, None, split, group)
+        yield Row(where, str(record[image]), text, None, split, group)
 
 
 def read_json_captions(path, **_):
