@@ -1445,16 +1445,16 @@ def read_table(path, **_):
     separator = max("\t,;|", key=next(text_lines(path), "").count)
     # Strict: else a quote that is never closed would quietly swallow the rows below it.
     options = {"delimiter": separator, "skipinitialspace": True, "strict": True}
-    reader, first = csv.DictReader(text_lines(path), **options), 1
+    reader = csv.DictReader(text_lines(path), **options)
+    advice = "quote captions that hold the separator or quotes, and double quotes inside them"
     try:
         for record in reader:
+            where = f"{path}, line {reader.line_num}"
             if any(cell.strip() for cell in record.pop(None, ())):  # csv keeps surplus cells there
-                raise csv.Error("more cells than the header has columns")
-            yield from record_rows(f"{path}, line {reader.line_num}", record)
-            first = reader.line_num + 1
-    except csv.Error as error:
-        advice = "quote captions that hold the separator or quotes, and double quotes inside them"
-        raise ValueError(f"{path}, line {first}: {error}; {advice}") from error
+                raise ValueError(f"{where}: more cells than the header has columns; {advice}")
+            yield from record_rows(where, record)
+    except csv.Error as error:  # in the record that begins on the next line
+        raise ValueError(f"{path}, line {reader.line_num + 1}: {error}; {advice}") from error
 
 
 def read_jsonl(path, **_):
@@ -1513,7 +1513,7 @@ def read_shards(spec, **_):
             for member in filter(tarfile.TarInfo.isfile, tar):
                 folder, slash, file = member.name.removeprefix("./").rpartition("/")
                 stem, _, kind = file.partition(".")
-                key, kind = folder + slash + stem, "." + kind.lower() if stem else ""
+                key, kind = folder + slash + stem, "." + kind.lower()
                 if kind in IMAGE_SUFFIXES:
                     images[key] = path, member.offset_data, member.size
                 elif kind == ".txt":
