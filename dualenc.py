@@ -34,6 +34,7 @@ import csv
 import dataclasses
 import difflib
 import functools
+import glob
 import hashlib
 import io
 import json
@@ -1403,34 +1404,30 @@ def read_torchvision(name, data_root, download):
 
 
 def list_images(folder):
-    """The paths of the image files below a folder, in order and without hidden ones."""
-    images = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        for name in sorted(files):
-            if name[0] != "." and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
-                images.append(os.path.join(parent, name))
-    return images
+    """The image files below a folder in order, as paths from there, without hidden ones."""
+    paths = glob.glob("**/*", root_dir=folder, recursive=True)
+    images = [path for path in paths if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES]
+    return sorted(images, key=lambda path: path.split(os.sep))
 
 
 def read_folder(folder, **_):
     """1.jpg with 1.txt, or dog/1.jpg; with splits train/1.jpg, train/1.txt, or train/dog/1.jpg."""
-    paths = list_images(folder)
-    places = [Path(path).relative_to(folder).parts for path in paths]
-    texts = [os.path.splitext(path)[0] + ".txt" for path in paths]
+    images = list_images(folder)
+    places = [image.split(os.sep) for image in images]
+    texts = [os.path.join(folder, os.path.splitext(image)[0] + ".txt") for image in images]
     has_texts = any(map(os.path.isfile, texts))
     tops = {place[0] for place in places if len(place) > 1}
     splits = {top for top in tops if top.lower() in SPLIT_OF}
     if len(splits) > 1 and splits != tops:
         raise ValueError(f"{folder} has {', '.join(sorted(splits))}, but also {min(tops - splits)}")
     depth = 1 if splits and splits == tops else 0  # of train/
-    for path, place, text in zip(paths, places, texts):
-        image, split = os.path.join(*place), place[0] if depth else ""
+    for image, place, text in zip(images, places, texts):
+        split = place[0] if depth else ""
         if has_texts:
             for caption in filter(str.strip, text_lines(text)):
                 yield Row(text, image, caption, split=split)
         elif len(place) > depth + 1:
-            yield Row(path, image, label=place[depth], split=split)
+            yield Row(image, image, label=place[depth], split=split)
         else:
             notice(f"images of {folder} that are in no class folder are left out")
 

@@ -917,8 +917,8 @@ def open_data(config, checkpoint):
         raise ValueError(f"{checkpoint} is not from a run with its own data: give --data")
     spec, search = config.data or flags["data"], config.task == "search"
     if search and os.path.isdir(spec):
-        paths = dualenc.list_images(spec)  # with captions or without
-        names = [os.path.relpath(path, spec) for path in paths]
+        names = dualenc.list_images(spec)  # with captions or without
+        paths = [os.path.join(spec, name) for name in names]
         pairs = dualenc.Pairs(names, dualenc.Lazy(paths, dualenc.open_image), [[] for _ in paths])
         line = f"{spec}   {len(pairs):,} images"
         return {"pairs": pairs, "folder": store_folder(spec, "index")}, line
