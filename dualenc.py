@@ -777,7 +777,8 @@ class ImageTransform:
                 raise ValueError(f"size is {sides}, expected a number of pixels or a square")
         factor = values["rescale_factor"] if values["do_rescale"] else 1
         if not math.isclose(factor, 1 / 255, rel_tol=1e-6):
-            raise ValueError(f"pixels are multiplied by {factor}, expected 1 / 255")
+            advice = "fold the rest into image_mean and image_std"
+            raise ValueError(f"pixels are multiplied by {factor}, expected 1 / 255; {advice}")
         if not values["do_normalize"]:
             values |= {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
         return cls(
@@ -807,7 +808,7 @@ def to_rgb(image):
     if image.mode.startswith("I"):
         shares = np.asarray(image).clip(0, 65535) / 65535
         image = Image.fromarray((shares * 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
@@ -1291,7 +1292,8 @@ class Row:
             raise ValueError(f"{self.where}: split is {self.split!r}, expected train, val or test")
         self.split = SPLIT_OF[word]
         text = self.caption.strip() if isinstance(self.caption, str) else ""
-        if not (text or self.label):
+        is_list = text.startswith(("['", '["'))  # as Python and json print one
+        if self.label is None and (is_list or not text):
             raise ValueError(f"{self.where}: caption is {self.caption!r}, expected one caption")
         self.caption = text
 
@@ -1405,8 +1407,12 @@ def read_torchvision(name, data_root, download):
 
 def list_images(folder):
     """The image files below a folder in order, as paths from there, without hidden ones."""
-    paths = glob.glob("**/*", root_dir=folder, recursive=True)
-    images = [path for path in paths if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES]
+    paths = glob.glob("**/*.*", root_dir=folder, recursive=True)
+    files = [path for path in paths if os.path.isfile(os.path.join(folder, path))]
+    suffix_of = {file: os.path.splitext(file)[1].lower() for file in files}
+    if others := sorted({*suffix_of.values()} - IMAGE_SUFFIXES - {".txt"}):
+        notice(f"files that end in {', '.join(others)} are left out of {folder}")
+    images = [file for file, suffix in suffix_of.items() if suffix in IMAGE_SUFFIXES]
     return sorted(images, key=lambda path: path.split(os.sep))
 
 

@@ -221,7 +221,7 @@ def test_the_whole_assignment_from_handout_to_grade(tmp_path):
         bodies = body_of(number)
         path.write_text(make_assignment.replace_bodies(path.read_text(), bodies))
         if number == 6:
-            rows = graded(handout, *EXERCISES)
+            rows = graded(handout, 1, 6, 7, 12)
     for number, row in rows.items():
         assert row["passed"] == (row["tests"] if number <= 6 else 0) and row["stopped"] is None
     assert make_assignment.run_exercises(handout)["points"] == 110
