@@ -207,6 +207,8 @@ class EvalContext:
 
     @cached_property
     def train(self):  # pooled features of the training images, and their labels
+        if self.train_pairs.classes != self.pairs.classes:
+            raise ValueError("probe and k-NN need the same classes in training and test data")
         pairs, features = self.read(self.train_pairs)
         return features, torch.tensor(pairs.labels)
 

@@ -463,6 +463,10 @@ def test_all_leaves_out_tasks_without_training_images(checkpoint, colours):
     """Class folders without a test part are measured whole, and nothing is left to learn from."""
     flags = [str(checkpoint), "--data", str(colours / "train"), "--task"]
     assert list(evaluation.main([*flags, "all"])) == ["retrieval", "zeroshot"]
+    model, pairs = dualenc.DualEncoder.from_pretrained(checkpoint), dualenc.load_pairs(colours)
+    others = dualenc.Pairs(pairs.names, pairs.images, pairs.captions, pairs.labels, ["other"] * 2)
+    with pytest.raises(ValueError, match="need the same classes in training and test data"):
+        evaluation.evaluate(model, pairs, ["knn"], train_pairs=others)
     shutil.rmtree(colours / "train")
     with pytest.raises(ValueError, match="the train part of .* has no images"):
         evaluation.main([str(checkpoint), "--data", str(colours), "--split", "train"])
