@@ -405,7 +405,8 @@ def augment(config, pixels, key):
     rng = random.Random(f"augment {config.seed} {key}")
     for f in augmentations(config):
         pixels = f.metadata["augment"](pixels, getattr(config, f.name), rng)
-        refuse(pixels.dtype != torch.uint8, f"{f.name} made {pixels.dtype}, expected torch.uint8")
+    got = f"augmentations made pixels of {pixels.dtype}, expected torch.uint8"
+    refuse(pixels.dtype != torch.uint8, got)
     return pixels
 
 
@@ -415,7 +416,7 @@ def cache_features(config, run, model):
     "train" and "val" are (rows (I, W), {unreadable: why}) of images, "captions" {caption: row (W,)}
     """
     home = evaluation.store_folder(config.data, "features", config.data_root)
-    how = {"precision": config.precision, "pooled": True}
+    how, workers = {"precision": config.precision, "pooled": True}, config.workers
 
     def stored(name, side, stamps, embed):
         folder = home / evaluation.cache_key(model, config.precision, side) / name
@@ -424,8 +425,7 @@ def cache_features(config, run, model):
         return rows, unreadable
 
     def embed_images(new):
-        images = pairs.select(new).images
-        return evaluation.embed_images(model, images, workers=config.workers, **how)
+        return evaluation.embed_images(model, pairs.select(new).images, workers=workers, **how)
 
     def embed_captions(new):
         return evaluation.embed_captions(model, [captions[i] for i in new], **how), {}
@@ -470,8 +470,8 @@ def make_model(config, pairs):
     transform = model.vision_model.image_transform(crop_pct=whole)
     if config.text == "scratch":
         positions = model.text_model.max_tokens
-        model.processor = dualenc.Processor(transform, tokenizer, positions=positions)
-    elif model.processor:
+        model.processor = dualenc.Processor(None, tokenizer, positions=positions)
+    if model.processor:
         model.processor.image_transform = transform
     return model
 

@@ -220,7 +220,7 @@ def test_a_new_augmentation_is_one_field_and_never_dropped_silently():
     pixels, pairs = torch.full((3, 4, 4), 200).byte(), dualenc.ShapesPairs(count=8, side=32)
     seen = [train.augment(config, pixels, (0, i)).max().item() for i in range(9)]
     assert len(set(seen)) > 3 and max(seen) < 200
-    with pytest.raises(ValueError, match="dark made torch.float32, expected torch.uint8"):
+    with pytest.raises(ValueError, match="made pixels of torch.float32, expected torch.uint8"):
         train.augment(config, pixels / 255, (0, 0))
     with pytest.raises(ValueError, match="one view of each image: leave out --dark$"):
         train.check_recipe(config, pairs, pairs)
