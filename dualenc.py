@@ -188,7 +188,7 @@ PROJECTION_HEADS = {"linear": linear_head}
 
 @dataclass
 class TowerOutput:
-    """What a tower returns. In a text tower P is T; a convnet has maps (B, W, h, w) instead.
+    """What a tower returns. Text towers: read P as T. Convnets: states are maps (B, W, h, w).
 
     last_hidden_state  (B, P, W)              every position after the last layer
     pooler_output      (B, W)                 one vector per image or caption
@@ -568,11 +568,12 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
     much of each token's value it takes in. Dividing by the root of W/H keeps scores near 1.
 
     query, key, value  (B, H, T, W/H)
-    mask               (B, 1, 1, T) bool: True where a key may be seen; None: everywhere
-                       (a causal tower's is (B, 1, T, T); one in section 9 adds floats to scores)
+    mask               (B, 1, 1, T) bool: True where a key may be seen; None: everywhere.
+                       A causal tower passes (B, 1, T, T); MPNet, in section 9, passes floats,
+                       which are added to the scores
     dropout            share of the weights dropped
     returns            the mixed values (B, H, T, W/H), and the weights after dropout (B, H, T, T)
-                       or None; meaningless for a caption that is all padding
+                       or None; for a caption that is all padding they mean nothing
     source             Vaswani et al. 2017, equation 1
     Exercise 3         medium, 40 minutes: never look at padding, run `pytest -k exercise_3`
     """
@@ -589,8 +590,9 @@ def masked_attention(query, key, value, mask=None, dropout=0.0, return_weights=F
 
 
 def masked_mean(hidden, attention_mask=None):
-    """The mean over real tokens, at least one: hidden (B, T, W), attention_mask (B, T), to (B, W).
+    """The mean over real tokens: hidden (B, T, W) and attention_mask (B, T) to (B, W).
 
+    Each caption must have at least one real token.
     Exercise 4  easy, 10 minutes: the mean over real tokens only, run `pytest -k exercise_4`
     """
     if attention_mask is None:
@@ -617,7 +619,7 @@ ACTIVATIONS |= {"quick_gelu": timm.layers.QuickGELU, "tanh": nn.Tanh}
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A timm model, or in section 9 a family of transformers."""
+    """Describes a timm model, or a tower of a family of transformers (section 9)."""
 
     name: str = "vit_base_patch16_224"  # a timm model, or a key of HF_VISION (section 9)
     args: dict = field(default_factory=dict)  # of timm.create_model, or a family's config.json
@@ -649,13 +651,12 @@ class VisionEncoder(nn.Module):
         name = pretrained_from or config.name
         with blamed_on(f"{name} with {config.args}", "timm cannot build"):
             # Most ViTs are built for one image size; convnets take any.
-            cfg = timm.get_pretrained_cfg(config.name)
-            is_fixed = cfg.fixed_input_size and not config.args.get("dynamic_img_size")
-            # timm ignores what is None: not every model takes all of these.
-            fixed = {"img_size": config.image_size if is_fixed else None, "num_classes": 0}
-            fixed |= {"global_pool": config.pooling, "in_chans": 3, "checkpoint_path": ""}
+            is_fixed = timm.get_pretrained_cfg(config.name).fixed_input_size
+            # What is set here cannot be in args, too. timm ignores None: not every model takes all.
+            ours = {"img_size": config.image_size if is_fixed else None, "num_classes": 0}
+            ours |= {"global_pool": config.pooling, "in_chans": 3, "checkpoint_path": ""}
             args = {"patch_drop_rate": config.patch_dropout or None, **config.args}
-            return timm.create_model(name, pretrained=bool(pretrained_from), **fixed, **args)
+            return timm.create_model(name, pretrained=bool(pretrained_from), **ours, **args)
 
     def forward(self, pixel_values, output_hidden_states=False, output_attentions=False):
         """Pixels to TowerOutput, pooled by timm. Not thread-safe: see recording.
@@ -730,7 +731,8 @@ class ImageTransform:
             mode = TF.InterpolationMode(self.interpolation)
             pixels = TF.resize(pixels, size, mode, antialias=True)
         if self.crop is not None:
-            # Padding by -31 crops: first by 15, then 16, as in transformers (torchvision: 16, 15).
+            # Negative padding crops: 31 rows by 15 at the top and 16 at the bottom, as transformers
+            # does. torchvision does the reverse.
             more_rows, more_columns = (self.crop - side for side in pixels.shape[-2:])
             top, left = int(more_rows / 2), int(more_columns / 2)
             pixels = F.pad(pixels, (left, more_columns - left, top, more_rows - top))
@@ -738,7 +740,8 @@ class ImageTransform:
 
     def normalize(self, pixels):
         """(..., 3, S, S) uint8 to normalised float32."""
-        # mean and std (3, 1, 1) times 255, not pixels divided by it: rounds as transformers does.
+        # mean and std (3, 1, 1) are multiplied by 255, instead of dividing the pixels: this rounds
+        # as transformers does.
         mean, std = 255 * torch.tensor([self.mean, self.std], device=pixels.device)[..., None, None]
         return (pixels.float() - mean) / std
 
@@ -826,8 +829,8 @@ def open_image(source, size=None):
 
     source  a path, (path, first byte, length) of a part of a file, or (data set, index), whose item
             begins with a PIL image, as torchvision's do
-    size    pixels that the shorter side needs: JPEGs are decoded at a reduced size, at least twice
-            this, which is much faster; at full size unless given
+    size    pixels that the shorter side needs. If given, JPEGs are decoded at a reduced size of at
+            least twice this, which is much faster
     raises  ValueError that names a file that is missing or is not an image
     """
     with blamed_on(source, "cannot read image"):
@@ -1067,7 +1070,8 @@ def positive_groups(pair_ids):
     while True:
         before = groups
         for column in columns:
-            # All pairs with an id take their lowest group: captions a b b c in 0 0 2 3, 0 0 0 3.
+            # All pairs with an id take their lowest group, until no group changes any more:
+            # with captions a b b c the groups 0 0 2 3 become 0 0 0 3.
             lowest = groups.scatter_reduce(0, column, groups, "amin", include_self=False)
             groups = lowest[column]
         if torch.equal(groups, before):
@@ -1131,7 +1135,7 @@ SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 SIZES = {"small": 0.1, "large": 0.18}  # radius as a share of the image's side
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 HELD_OUT_OBJECTS = {("red", "star"), ("green", "cross"), ("blue", "triangle"), ("yellow", "circle")}
-MAX_HELD_OUT = 2 * 1592  # half of them lack these objects, and only 1,592 such scenes exist
+MAX_HELD_OUT = 2 * 1592  # half show none of these objects: only 1,592 such scenes are held out
 
 
 class ShapesPairs(Pairs):
@@ -1144,7 +1148,8 @@ class ShapesPairs(Pairs):
 
     split   "train"; "val" or "test", which are the same images; or "all"
     seed    draws scenes and images
-    count   images of a part: 10,000; held out 512, at most MAX_HELD_OUT, half with unseen objects
+    count   images of a part: by default 10,000, or 512 held out (at most MAX_HELD_OUT), of which
+            half show one of HELD_OUT_OBJECTS
     side    pixels
     """
 
@@ -1338,7 +1343,7 @@ def load_pairs(
         # A hash decides, so new images never move old ones across.
         groups = [own[0].group or name for (name, _), own in rows_of.items()]
         hashes = [int.from_bytes(digest(group)[:4], "big") / 2**32 for group in groups]
-        split_of = ["test" if share < val_fraction else "train" for share in hashes]
+        split_of = ["test" if number < val_fraction else "train" for number in hashes]
     if split in ("val", "test") and split not in split_of:
         split = "val" if split == "test" else "test"  # it stands in for the other
     return pairs.select(i for i, found in enumerate(split_of) if split in (found, "all"))
@@ -1375,7 +1380,7 @@ def pairs_from_rows(rows_of, templates, class_names):
         captions = [list(dict.fromkeys(row.caption for row in own)) for own in rows_of.values()]
         return Pairs(list(names), images, captions)
     known = sorted({*folders})
-    # Extra names are fine, say all of ImageNet's, if every class has one. Else one is misspelt.
+    # Extra names (say all of ImageNet's) are fine if every class has one. If not, one is misspelt.
     if {*known} - {*class_names}:
         for name in class_names:
             check_choice("class to rename", name, known)
@@ -1648,7 +1653,7 @@ def fill(module, weights, source, pieces=()):
     with blamed_on(source, f"weights do not fit the {CONFIG_FILE} of"):
         # With assign the file's tensors become the parameters.
         module.load_state_dict(regroup(weights, pieces), assign=True)
-    # Tables that timm computes are not in files, and still on meta: give them memory, compute them.
+    # Buffers that timm computes are not in files, so they are still on meta: allocate, recompute.
     module.float()._apply(lambda t: torch.empty_like(t, device="cpu") if t.is_meta else t)
     for part in module.modules():
         if hasattr(part, "init_non_persistent_buffers"):
@@ -1786,11 +1791,12 @@ def tiled_clip_loss(image_embeds, text_embeds, logit_scale, tile=1024):
     check_same_shape(image_embeds, text_embeds)
     scaled = logit_scale.exp() * image_embeds
     of_rows, of_columns = TiledLogSumExp.apply(scaled, gather_embeds(text_embeds), tile)
-    # of_columns (B,) is over this rank's images. Stack all ranks', (ranks, B), and sum over ranks.
+    # of_columns (B,) covers only this rank's images: stack them, (ranks, B), and combine the ranks.
     of_columns = gather_embeds(of_columns[None]).logsumexp(dim=0)
     pair_scores = (scaled * text_embeds).sum(dim=1)
     row_loss = (of_rows - pair_scores).mean()  # of this rank's R images
-    # All B columns, minus this rank's R pairs: the mean over ranks is that of all B pairs.
+    # All ranks have the same first term, and each its own R pairs: the mean over ranks is that of
+    # all B pairs.
     column_loss = of_columns.mean() - pair_scores.mean()
     return (row_loss + column_loss) / 2
 
@@ -1824,7 +1830,7 @@ class TiledLogSumExp(torch.autograd.Function):
         for rows, columns, scores in score_tiles(images, texts, ctx.tile):
             in_row = (scores - of_rows[rows, None]).exp()  # softmax: exp(score - log-sum-exp)
             in_column = (scores - of_columns[columns]).exp()
-            # The chain rule, from both outputs to the scores, and on through images @ texts.T.
+            # Each log-sum-exp has its softmax as derivative by the scores; then images @ texts.T.
             grad = grad_rows[rows, None] * in_row + grad_columns[columns] * in_column
             grad_images[rows] += grad @ texts[columns]
             grad_texts[columns] += grad.T @ images[rows]
@@ -2027,7 +2033,8 @@ class Published(typing.NamedTuple):
     defaults: dict = {}  # where a config.json is silent: see _VIT; text: fields of TextConfig
 
 
-# Keys of a vision tower's config.json, and timm's names; build_trunk pops those of the second line.
+# Keys of a vision tower's config.json, and timm's names. The second line has those that timm does
+# not know: build_trunk handles them.
 VISION_KEYS = {name: name for name in ("patch_size", "qkv_bias", "mlp_ratio", "drop_path_rate")}
 VISION_KEYS |= {n: n for n in ("intermediate_size", "hidden_act", "pooler_act", "layer_norm_eps")}
 VISION_KEYS |= {"num_hidden_layers": "depth", "num_attention_heads": "num_heads"}
@@ -2069,7 +2076,7 @@ _CLIP_NAMES = {
 }
 FLAT = (".class_embedding", ".position_embedding.weight")  # timm's begin with dimensions of one
 
-# Where timm's defaults are not transformers', as keys of config.json or arguments of timm's class.
+# Defaults of transformers that differ from timm's: keys of config.json, or arguments of timm.
 _VIT = {"layer_norm_eps": 1e-12, "pooler_act": "tanh"}
 _DEIT = _VIT | {"reg_tokens": 1}  # timm's name for the distillation token
 _BEIT = {"layer_norm_eps": 1e-12, "layer_scale_init_value": 0.1, "drop_path_rate": 0.1}
@@ -2284,7 +2291,7 @@ IMAGE_PROCESSORS["deit"] = _SQUASH | {"resize": 256, "crop": 224}
 
 
 def read_image_transform(folder):
-    """The ImageTransform that a folder's files describe, the newer one first; None without."""
+    """The ImageTransform that a folder's files describe, or None if it has no such file."""
     values = read_json(folder / "processor_config.json", {}).get("image_processor")
     values = values or read_json(folder / IMAGE_FILE, {})
     if not values:
@@ -2304,7 +2311,7 @@ TOKENIZERS |= dict.fromkeys(("roberta", "xlmroberta", "camembert", "mpnet"), _AN
 
 
 def read_tokenizer(folder):
-    """(Tokenizer that pads and cuts, whether captions get token types); (None, False) without."""
+    """(Tokenizer that pads and cuts, whether captions get token types), or (None, False)."""
     names = (TOKENIZER_FILE, "vocab.txt", "vocab.json", "*.model")  # the first one found
     path = next((path for name in names for path in folder.glob(name)), None)
     if path is None:
@@ -2427,7 +2434,7 @@ def pick_precision(name, device):
 def autocast(device, precision):
     """The context in which towers run; "fp32" also switches an outer one off."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
-    # When a CPU with bf16 trains, fused attention takes 2 to 5 times as long: see prepare_cpu.
+    # In training in bf16 on CPUs, fused attention takes 2 to 5 times as long: see prepare_cpu.
     slow = device.type == "cpu" and precision == "bf16" and torch.is_grad_enabled()
     attention = sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
     with torch.autocast(device.type, dtype, enabled=dtype is not None), attention:

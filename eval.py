@@ -337,9 +337,9 @@ def ranks(image_embeds, text_embeds, right, rows=512):
     if (image_ranks > n_texts).any():
         raise ValueError("an image has no right answer")
     pieces = zip(image.split(rows), text.split(rows))
-    scores = torch.cat([(image_embeds[i] * text_embeds[t]).sum(dim=1) for i, t in pieces])
-    image_best = scores.new_full((n_images,), -torch.inf).scatter_reduce(0, image, scores, "amax")
-    text_best = scores.new_full((n_texts,), -torch.inf).scatter_reduce(0, text, scores, "amax")
+    own = torch.cat([(image_embeds[i] * text_embeds[t]).sum(dim=1) for i, t in pieces])
+    image_best = own.new_full((n_images,), -torch.inf).scatter_reduce(0, image, own, "amax")
+    text_best = own.new_full((n_texts,), -torch.inf).scatter_reduce(0, text, own, "amax")
     for start in progress(range(0, n_images, rows), "ranks"):
         part, here = slice(start, start + rows), (image >= start) & (image < start + rows)
         scores = image_embeds[part] @ text_embeds.T
@@ -441,7 +441,7 @@ def zeroshot_metrics(image_embeds, class_rows, labels, classes):
     rank, _ = ranks(image_embeds, class_rows, right)
     hits, sizes = (rank <= 1).double(), labels.bincount(minlength=len(classes)).double()
     by_class = hits.new_zeros(len(classes)).index_add(0, labels, hits) / sizes
-    # So weighted, the mean over images is the mean over the classes present.
+    # With these weights, the mean over images is the mean over the classes present.
     weights = len(labels) / ((sizes > 0).sum() * sizes[labels])
     return {
         "n_images": len(labels),
@@ -526,7 +526,10 @@ BINDING_KINDS = ("replaced", "attributes", "relation", "order")  # see ShapesPai
 
 
 def fit_logistic(features, labels, penalty, start):
-    """Logistic regression: weights (W, K) from labels (I,), features (I, W), the last column 1."""
+    """Logistic regression of labels (I,) on features (I, W), whose last column is 1, for the bias.
+
+    returns  weights (W, K)
+    """
 
     def loss(weights):
         nll = F.cross_entropy(features @ weights, labels)
@@ -552,7 +555,7 @@ def nearest_neighbours(train, train_labels, test, n_classes, k=20, temperature=0
 def few_shot(context, name, learn, train, test, pool):
     """Accuracy of a classifier that learned from a few training images a class, or from all.
 
-    learn    function of features (J, W), labels (J,), test features, K: classes (I,) of the latter
+    learn    function of features (J, W), labels (J,), test features (I, W) and K to classes (I,)
     pool     indices of the training images to learn from
     returns  shares name_1shot_top1, ..., name_16shot_top1, name_top1; counts and chance_top1
     """
@@ -893,7 +896,7 @@ def read_class_names(source):
 
 
 def load_part(spec, split, class_names, **how):
-    """Pairs of a split. Names alone replace the data's classes, and contain them all."""
+    """Pairs of a split. A list of names alone replaces the data's classes, and must have them."""
     classes = list(class_names)
     renames = classes != list(class_names.values())  # there are folder<TAB>name lines
     pairs = dualenc.load_pairs(spec, split, class_names=class_names if renames else {}, **how)
@@ -909,9 +912,9 @@ def load_part(spec, split, class_names, **how):
 def open_data(config, checkpoint):
     """What --data and --split mean: fields of EvalContext by name, and a line that names the part.
 
-    A run knows its own data by their spec, or by the names of the images wherever they lie: then
-    its val_fraction, templates and classes hold, and --split auto is what it held out. Of other
-    data auto is the test part or, without one, all of it.
+    A run recognises its own data by their spec, or by the names of the images wherever they lie:
+    then its val_fraction, templates and classes hold, and --split auto is what it held out. For
+    other data auto means the test part or, without one, all of it.
     """
     record = dualenc.read_json(checkpoint.parent / dualenc.RUN_CONFIG, {})
     flags = record.get("flags", {})

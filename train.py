@@ -96,7 +96,7 @@ LOSSES = {
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The flags. sets=NAME: given to from_vision_text_pretrained as NAME unless it is 0 or ""."""
+    """The flags. One with sets=NAME goes to from_vision_text_pretrained as NAME, unless 0 or ""."""
 
     data: str = flag("shapes", "data spec (README.md lists them)", "data")
     data_root: str = flag("data", "where torchvision's data sets lie", "data")
@@ -211,7 +211,7 @@ def train(config, run, model, optimizer, state):
             optimizer.zero_grad()
             scaler.scale(loss).backward()
 
-            # Clip, step, clamp. In fp16 an overflow skips the step, and is an error at scale 1.
+            # Clip, step, clamp. An overflow skips the step in fp16, but at scale 1 is an error.
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
             mean_loss = dualenc.gather_embeds(loss.detach()[None]).mean().item()
@@ -319,7 +319,7 @@ def evaluate(config, run, model, state):
         state |= {"best": line, "score": score}
         save_checkpoint(run.out / "best", model)
     shown = [f"{words} {line[name]:.1%}" for name, words in SHOWN.items() if name in line]
-    # Logged before last/: if killed in between, resuming drops this line and repeats the step.
+    # Logged before last/ is saved: if killed in between, a resumed run drops this line again.
     text = f"eval {line['step']:>6,}/{config.steps:,}   {'   '.join(shown)}"
     log(run.out, line, f"{text}   saved {run.out / ('best' if best else 'last')}")
 
@@ -411,31 +411,31 @@ def augment(config, pixels, key):
 
 
 def cache_features(config, run, model):
-    """Fill run.features with locked towers' features of the data: computed once, kept beside it.
+    """Fill run.features with what locked towers make of the data; stored beside it for next time.
 
     "train" and "val" are (rows (I, W), {unreadable: why}) of images, "captions" {caption: row (W,)}
     """
     home = evaluation.store_folder(config.data, "features", config.data_root)
     how, workers = {"precision": config.precision, "pooled": True}, config.workers
 
-    def stored(name, side, stamps, embed):
+    def stored(name, side, items, stamps, embed):
         folder = home / evaluation.cache_key(model, config.precision, side) / name
-        rows, unreadable, new = evaluation.stored_rows(folder, stamps, embed)
+        rows, unreadable, new = evaluation.stored_rows(folder, stamps, partial(embed, items))
         print(f"cache    {folder}   {len(rows):,} rows, {new:,} of them new", flush=True)
         return rows, unreadable
 
-    def embed_images(new):
+    def embed_images(pairs, new):
         return evaluation.embed_images(model, pairs.select(new).images, workers=workers, **how)
 
-    def embed_captions(new):
+    def embed_captions(captions, new):
         return evaluation.embed_captions(model, [captions[i] for i in new], **how), {}
 
     if "vision" in model.locked:
         for name, pairs in (("train", run.pairs), ("val", run.held_out)):
-            run.features[name] = stored(name, "image_features", pairs.stamps(), embed_images)
+            run.features[name] = stored(name, "image_features", pairs, pairs.stamps(), embed_images)
     if "text" in model.locked:
         captions, _ = run.pairs.caption_table()
-        rows, _ = stored("captions", "text_features", captions, embed_captions)
+        rows, _ = stored("captions", "text_features", captions, captions, embed_captions)
         run.features["captions"] = dict(zip(captions, rows))
 
 
@@ -713,7 +713,7 @@ def prepare_cpu():
     if mallopt:  # glibc keeps what a step frees, and asks the system for no fresh pages
         mallopt(-4, 0)  # M_MMAP_MAX of malloc.h
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    # Attention as autocast chooses it in bf16 then multiplies in bf16. It holds for CPUs, too.
+    # Attention as autocast chooses it then multiplies in bf16; despite its name, on CPUs, too.
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 
 

@@ -398,7 +398,7 @@ def test_own_splits_of_a_folder_are_used(words, tmp_path):
     assert len(dualenc.load_pairs(tmp_path, "all").classes) == 2, "a class may be called train"
 
 
-def test_images_with_text_files_have_a_caption_a_line(tmp_path):
+def test_images_with_text_files_have_a_caption_a_line(tmp_path, capsys):
     save_image(tmp_path / "a.png")
     save_image(tmp_path / "sub" / "b.jpg")
     write(tmp_path / "a.txt", "one\n\n two \n")
@@ -406,6 +406,7 @@ def test_images_with_text_files_have_a_caption_a_line(tmp_path):
         dualenc.load_pairs(tmp_path)
     write(tmp_path / "sub" / "b.txt", "three")
     assert load_all(tmp_path) == {"a.png": ["one", "two"], "sub/b.jpg": ["three"]}
+    assert "left out" not in capsys.readouterr().out
 
 
 # ---- COCO, Karpathy, torchvision

@@ -111,4 +111,4 @@ def test_confusion_has_right_classes_in_rows(context):
     context.image_embeds = torch.eye(2)[[1, 1, 0, 1, 1, 1]]
     (table,) = evaluation.zeroshot_blocks(context, {})
     assert table.rows == [("<b>dog & cat", "33%", "67%"), ("fox", "", "100%")]
-    assert table.shades[0] == pytest.approx([1 / 3, 2 / 3])
+    assert table.shades[0] == pytest.approx([1 / 3, 2 / 3]) and "/0.67)" in table.html()

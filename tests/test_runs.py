@@ -46,9 +46,9 @@ class Killed(GeneratorExit):
 
 
 def write_images(folder, count=64, bad=()):
-    """Random images with a caption each, in captions.csv; those of the indices in bad are torn."""
+    """Random images, two captions each, in captions.csv; those of the indices in bad are torn."""
     noise = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    captions = ([f"caption number {i} of {31 * i % 100}"] for i in range(count))
+    captions = ([f"caption number {i} of {31 * i % 100}", f"image {i}"] for i in range(count))
     table = support.write_table(folder, zip(map(Image.fromarray, noise), captions))
     for path in (folder / f"{i}.png" for i in bad):
         path.write_bytes(path.read_bytes()[:200])
