@@ -1261,8 +1261,8 @@ def draw_shape(draw, shape, x, y, radius, fill):
 
 IMAGE_COLUMNS = ["image", "image_name", "image_path", "filepath", "path", "filename", "file_name"]
 CAPTION_COLUMNS = ["caption", "captions", "text", "title", "comment"]
-# What folders, columns and Karpathy's files call a part of the data; "": they do not say.
-SPLIT_OF = dict.fromkeys(("train", "training", "restval", ""), "train")
+# What folders, columns and Karpathy's files call a part of the data; None: they do not say.
+SPLIT_OF = dict.fromkeys(("train", "training", "restval", None), "train")
 SPLIT_OF |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
 SPLIT_OF |= {"test": "test", "testing": "test"}
 
@@ -1276,7 +1276,7 @@ TORCHVISION_SETS = {
     **{"aircraft": ("FGVCAircraft", _BY_THREE), "food101": ("Food101", _BY_SPLIT)},
     "country211": ("Country211", {**_BY_SPLIT, "val": {"split": "valid"}}),
     "pets": ("OxfordIIITPet", {**_BY_SPLIT, "train": {"split": "trainval"}}),
-    "eurosat": ("EuroSAT", {"": {}}),
+    "eurosat": ("EuroSAT", {None: {}}),
 }
 
 
@@ -1288,16 +1288,17 @@ class Row:
     image: object  # a path below the data's folder, or anything else that open_image accepts
     caption: str | None = None
     label: str | None = None  # the class name
-    split: str = ""  # as the data has it; __post_init__ makes it train, val or test
-    group: str = ""  # images of one group stay on one side of the hashed split
+    split: str | None = None  # as the data has it; __post_init__ makes it train, val or test
+    group: str | None = None  # images of one group stay on one side of the hashed split
 
     def __post_init__(self):
-        word = self.split.strip().lower()
+        word = self.split and self.split.strip().lower()
         if word not in SPLIT_OF:
             raise ValueError(f"{self.where}: split is {self.split!r}, expected train, val or test")
         self.split = SPLIT_OF[word]
         text = self.caption.strip() if isinstance(self.caption, str) else ""
-        is_list = text.startswith(("['", '["'))  # as Python and json print one
+        # A row holds one caption, and not a list as Python or json prints it.
+        is_list = re.fullmatch(r"""\[\s*['"].*['"]\s*\]""", text, re.DOTALL)
         if self.label is None and (is_list or not text):
             raise ValueError(f"{self.where}: caption is {self.caption!r}, expected one caption")
         self.caption = text
@@ -1433,7 +1434,7 @@ def read_folder(folder, **_):
         raise ValueError(f"{folder} has {', '.join(sorted(splits))}, but also {min(tops - splits)}")
     depth = 1 if splits and splits == tops else 0  # of train/
     for image, place, text in zip(images, places, texts):
-        split = place[0] if depth else ""
+        split = place[0] if depth else None
         if has_texts:
             for caption in filter(str.strip, text_lines(text)):
                 yield Row(text, image, caption, split=split)
@@ -1477,16 +1478,17 @@ def read_jsonl(path, **_):
 
 def record_rows(where, record):
     """The rows of a table's {column: cell}, whose columns are found by name."""
-    record = {name.strip().lower(): cell for name, cell in record.items() if cell is not None}
+    record = {name.strip().lower(): cell for name, cell in record.items()}
     image = next((name for name in IMAGE_COLUMNS if name in record), None)
     caption = next((name for name in CAPTION_COLUMNS if name in record), None)
     if None in (image, caption):
         expected = f"one of {', '.join(IMAGE_COLUMNS)}, and one of {', '.join(CAPTION_COLUMNS)}"
         raise ValueError(f"{where}: the columns are {', '.join(record)}; expected {expected}")
-    split, group = str(record.get("split", "")), str(record.get("group", ""))
+    cells = record.get("split"), record.get("group")
+    split, group = (None if cell is None else str(cell) for cell in cells)
     captions = record[caption]  # of json perhaps a list
     for text in captions if captions and isinstance(captions, list) else [captions]:
-        yield Row(where, str(record[image]), text, None, split, group)
+        yield Row(where, str(record[image] or ""), text, None, split, group)
 
 
 def read_json_captions(path, **_):

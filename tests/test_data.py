@@ -295,6 +295,7 @@ SPLIT = "image,caption,split\na.png,x,train\n"
     ("name", "content", "message"),
     [
         ("c.csv", START + "b.png,\n", "c.csv, line 3: caption is '', expected one caption"),
+        ("c.csv", START + 'b.png,"[""it\'s"", \'a\']"\n', "line 3: caption is .*one caption"),
         ("c.csv", START + "d.png,a dog\n", "line 3: missing image .*d.png"),
         ("c.csv", START + 'b.png,"[""it\'s"", \'a\']"\n', "line 3: caption is .*one caption"),
         ("c.csv", START + "b.png,a dog, running\n", "line 3: more cells than the header .*; quote"),
