@@ -696,6 +696,7 @@ class VisionEncoder(nn.Module):
 
 # ==== 5  Processor: images and captions to tensors ================================================
 
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")  # files store Pillow's number for each
 Image.init()  # loads what Pillow can open
 # Pillow runs Ghostscript for an EPS; files of the other formats are seldom images.
 IMAGE_FORMATS = [f for f in Image.OPEN if f not in ("EPS", "HDF5", "GRIB", "BUFR", "MPEG", "WMF")]
@@ -709,7 +710,7 @@ class ImageTransform:
     resize         pixels of the shorter side, or of both; None leaves the image as it is
     crop           pixels of both sides, cropped or padded with black; None leaves them as they are
     squash         resize both sides, whatever the image's proportions
-    interpolation  "nearest", "bilinear" or "bicubic"; files store Pillow's number for it
+    interpolation  one of INTERPOLATIONS
     mean, std      of red, green and blue, for pixels from 0 to 1
     """
 
@@ -719,6 +720,13 @@ class ImageTransform:
     interpolation: str = "bicubic"
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self):
+        for side in {self.resize, self.crop} - {None}:
+            check_min("image side", side, 1)
+        if not (len(self.mean) == len(self.std) == 3 and min(self.std) > 0):
+            raise ValueError(f"image mean {self.mean}, std {self.std}: expected three of each")
+        check_choice("interpolation", self.interpolation, INTERPOLATIONS)
 
     def __call__(self, image):
         """A PIL image, array or tensor to (3, S, S) float32."""
@@ -862,7 +870,9 @@ def blamed_on(path, what="cannot read"):
     """Turn any exception raised inside into a ValueError: "cannot read a.json: its reason"."""
     try:
         yield
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # tokenizers' Rust panics are not Exceptions
         if isinstance(error, ValueError) and str(path) in str(error):
             raise  # the path is named already
         kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "

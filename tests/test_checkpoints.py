@@ -249,6 +249,7 @@ IMAGES, TOKENS = "preprocessor_config.json", "tokenizer.json"
         ("config.json", {"text__colour": 5}, "unknown field of TextConfig 'colour'"),
         ("config.json", {"vision__args__colour": 5}, "cannot build.*colour"),
         ("config.json", {"model_type": "gpt9"}, "unknown model_type .* 'gpt9'; expected dualenc"),
+        (IMAGES, {"size": "5"}, "cannot read the image processor of"),
         (TOKENS, {"padding": None}, "no padding"),
         (TOKENS, {"padding__pad_id": 999}, "tokenizer of .*: id 999 is beyond the text tower"),
         (TOKENS, {"model__vocab__a": 99999}, "tokenizer of .*: id 99999 is beyond the text tow"),

@@ -93,6 +93,9 @@ def test_proportions_are_kept_or_ignored_as_asked(squash, size, expected):
         ("image is a str of no dtype, expected a PIL image", dualenc.to_pixels, {"image": "a.jpg"}),
         ("ndarray of float64, .* uint8", dualenc.to_pixels, {"image": np.ones((4, 4))}),
         ("floats", dualenc.to_pixels, {"image": Image.new("F", (4, 4))}),
+        ("image side is 0, expected at least 1", make_transform, {"resize": 0}),
+        ("expected three of each", make_transform, {"std": (1.0, 0.0, 1.0)}),
+        ("unknown interpolation 'cubic'; .*bicubic", make_transform, {"interpolation": "cubic"}),
         ("no tokenizer: make", dualenc.Processor(make_transform(), None), {"text": "x"}),
         ("no image_transform: make", dualenc.Processor(None, None), {"images": np.ones((4, 4))}),
     ],
@@ -301,6 +304,7 @@ def test_preprocessor_config_uses_the_published_words():
     assert written["resample"] == 3
     oblong = {"height": 8, "width": 9}
     for name, wrong, message in (
+        ("resample", 1, "unknown interpolation 'lanczos'; expected nearest"),
         ("size", oblong, "size is .*, expected a number of pixels or a square"),
         ("crop_size", oblong, "size is .*, expected a number of pixels or a square"),
         ("image_processor_type", "DonutImageProcessor", "unknown image processor 'donut'"),
