@@ -1675,10 +1675,13 @@ def fill(module, weights, source, pieces=()):
 def find_folder(folder_or_hub_id):
     """A local folder, a run's best checkpoint, or the cache's copy of a hub id or id@revision."""
     folder = Path(folder_or_hub_id)
-    # A run has best and last, or an .old one if it was killed while saving; else the folder itself.
-    for name in ("best", "best.old", "last", "last.old", ""):
-        if (folder / name).is_dir():
-            return folder / name
+    if (folder / RUN_CONFIG).is_file():
+        for name in ("best", "best.old", "last", "last.old"):  # .old: killed while saving a new one
+            if (folder / name).is_dir():
+                return folder / name
+        raise ValueError(f"the run in {folder} has not saved a checkpoint yet")
+    if folder.is_dir():
+        return folder
     name, _, revision = str(folder_or_hub_id).partition("@")
     download = functools.partial(huggingface_hub.snapshot_download, name, revision=revision or None)
     with blamed_on(f"{folder_or_hub_id}, nor a reachable hub id", "no folder"):
