@@ -329,7 +329,7 @@ class DualEncoder(nn.Module):
         check_choice("tower to lock", tower, ("vision", "text", "both"))
         self.locked |= {"vision", "text"} if tower == "both" else {tower}
         for name in self.locked:
-            # A tower with adapters (LoRA) may override requires_grad_, and leave them out.
+            # A tower with adapters (LoRA) may override requires_grad_, to keep them trainable.
             getattr(self, f"{name}_model").requires_grad_(False)
         return self.train(self.training)  # which puts locked towers in evaluation mode
 
@@ -619,7 +619,7 @@ ACTIVATIONS |= {"quick_gelu": timm.layers.QuickGELU, "tanh": nn.Tanh}
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Describes a timm model, or a tower of a family of transformers (section 9)."""
+    """Describes a timm model, or a tower of transformers (section 9)."""
 
     name: str = "vit_base_patch16_224"  # a timm model, or a key of HF_VISION (section 9)
     args: dict = field(default_factory=dict)  # of timm.create_model, or a family's config.json
@@ -652,6 +652,7 @@ class VisionEncoder(nn.Module):
         with blamed_on(f"{name} with {config.args}", "timm cannot build"):
             # Most ViTs are built for one image size; convnets take any.
             is_fixed = timm.get_pretrained_cfg(config.name).fixed_input_size
+            is_fixed = is_fixed and not config.args.get("dynamic_img_size")
             # What is set here cannot be in args, too. timm ignores None: not every model takes all.
             ours = {"img_size": config.image_size if is_fixed else None, "num_classes": 0}
             ours |= {"global_pool": config.pooling, "in_chans": 3, "checkpoint_path": ""}
@@ -661,10 +662,15 @@ class VisionEncoder(nn.Module):
     def forward(self, pixel_values, output_hidden_states=False, output_attentions=False):
         """Pixels to TowerOutput, pooled by timm. Not thread-safe: see recording.
 
-        pixel_values  (B, 3, S, S) from the processor; convnets take any S
-        raises        ValueError for hidden states of a model without blocks or stages, and for
-                      attentions of one that has none
+        pixel_values  (B, 3, S, S) from the processor
+        raises        ValueError for another shape (convnets take any S), for hidden states of a
+                      model without blocks or stages, and for attentions of one that has none
         """
+        shape, S = tuple(pixel_values.shape), self.image_size
+        is_strict = getattr(getattr(self.trunk, "patch_embed", None), "strict_img_size", False)
+        if len(shape) != 4 or shape[1] != 3 or (is_strict and shape[2:] != (S, S)):
+            expected = f"(B, 3, {S}, {S}), as the model's processor makes them"
+            raise ValueError(f"pixel_values has shape {shape}, expected {expected}")
         pixel_values = pixel_values.to(next(self.parameters()).dtype)
         if pixel_values.is_cuda:  # faster; on CPUs narrow convolutions crash in this layout
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
@@ -819,7 +825,7 @@ def to_rgb(image):
     if image.mode.startswith("I"):
         shares = np.asarray(image).clip(0, 65535) / 65535
         image = Image.fromarray((shares * 255).astype(np.uint8))
-    if image.has_transparency_data:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
@@ -1423,11 +1429,11 @@ def read_torchvision(name, data_root, download):
 
 def list_images(folder):
     """The image files below a folder in order, as paths from there, without hidden ones."""
-    paths = glob.glob("**/*.*", root_dir=folder, recursive=True)
-    files = [path for path in paths if os.path.isfile(os.path.join(folder, path))]
-    suffix_of = {file: os.path.splitext(file)[1].lower() for file in files}
+    paths = glob.glob("**/*", root_dir=folder, recursive=True)
+    files = [path for path in paths if not os.path.isdir(os.path.join(folder, path))]
+    suffix_of = {file: os.path.splitext(file)[1].lower() or "no suffix" for file in files}
     if others := sorted({*suffix_of.values()} - IMAGE_SUFFIXES - {".txt"}):
-        notice(f"files that end in {', '.join(others)} are left out of {folder}")
+        notice(f"ignored in {folder}: files with {', '.join(others)}")
     images = [file for file, suffix in suffix_of.items() if suffix in IMAGE_SUFFIXES]
     return sorted(images, key=lambda path: path.split(os.sep))
 
@@ -1443,15 +1449,16 @@ def read_folder(folder, **_):
     if len(splits) > 1 and splits != tops:
         raise ValueError(f"{folder} has {', '.join(sorted(splits))}, but also {min(tops - splits)}")
     depth = 1 if splits and splits == tops else 0  # of train/
+    least = depth + 1 if has_texts else depth + 2  # of 1.jpg, or of dog/1.jpg, below it
     for image, place, text in zip(images, places, texts):
         split = place[0] if depth else None
-        if has_texts:
+        if len(place) < least:
+            notice(f"ignored: images of {folder} outside of its class folders or splits")
+        elif has_texts:
             for caption in filter(str.strip, text_lines(text)):
                 yield Row(text, image, caption, split=split)
-        elif len(place) > depth + 1:
-            yield Row(image, image, label=place[depth], split=split)
         else:
-            notice(f"images of {folder} that are in no class folder are left out")
+            yield Row(image, image, label=place[depth], split=split)
 
 
 def text_lines(path):
@@ -1845,7 +1852,7 @@ class TiledLogSumExp(torch.autograd.Function):
         for rows, columns, scores in score_tiles(images, texts, ctx.tile):
             in_row = (scores - of_rows[rows, None]).exp()  # softmax: exp(score - log-sum-exp)
             in_column = (scores - of_columns[columns]).exp()
-            # Each log-sum-exp has its softmax as derivative by the scores; then images @ texts.T.
+            # The derivative of a log-sum-exp by its scores is the softmax; then images @ texts.T.
             grad = grad_rows[rows, None] * in_row + grad_columns[columns] * in_column
             grad_images[rows] += grad @ texts[columns]
             grad_texts[columns] += grad.T @ images[rows]
@@ -2006,9 +2013,10 @@ class PublishedVisionEncoder(VisionEncoder):
             args["mlp_ratio"] = (mlp_width + 0.5) / args.get("embed_dim", 768)
         if config.patch_dropout:
             args["patch_drop_rate"] = config.patch_dropout
-        if act != "gelu":  # BEiT has no other
-            args["act_layer"] = ACTIVATIONS[act]
         trunk = family.make(img_size=config.image_size, num_classes=0, **args)
+        for module in trunk.modules():
+            if isinstance(module, timm.layers.Mlp):
+                module.act = ACTIVATIONS[act]()
         if config.pooling == "pooler":  # timm's place for a classifier, after norm and first token
             dense = nn.Linear(trunk.embed_dim, trunk.embed_dim)
             trunk.head = nn.Sequential(OrderedDict(dense=dense, act=ACTIVATIONS[pooler_act]()))

@@ -134,7 +134,7 @@ class EvalContext:
 
     pairs           Pairs; unreadable images are skipped if there is only one, or at most 1%
     tasks           names in TASKS; "auto" or "all" for those that the pairs allow
-    train_pairs     Pairs of other images to learn from, with the same classes, for probe and k-NN
+    training_pairs  Pairs of other images to learn from, with the same classes, for probe and k-NN
     image_features  pooled features, if known, as embed_images gives them: the tower does not run
     query, top      of search, and folder, where it keeps its index
     raises          ValueError for a model without a processor, or pairs that lack what a task needs
@@ -146,7 +146,7 @@ class EvalContext:
     model: dualenc.DualEncoder
     pairs: dualenc.Pairs
     tasks: str | list = "auto"
-    train_pairs: dualenc.Pairs | None = None
+    training_pairs: dualenc.Pairs | None = None
     templates: tuple = dualenc.TEMPLATES
     precision: str = "fp32"
     batch_size: int = EVAL_BATCH
@@ -207,9 +207,9 @@ class EvalContext:
 
     @cached_property
     def train(self):  # pooled features of the training images, and their labels
-        if self.train_pairs.classes != self.pairs.classes:
+        if self.training_pairs.classes != self.pairs.classes:
             raise ValueError("probe and k-NN need the same classes in training and test data")
-        pairs, features = self.read(self.train_pairs)
+        pairs, features = self.read(self.training_pairs)
         return features, torch.tensor(pairs.labels)
 
     def measure(self):
@@ -526,10 +526,7 @@ BINDING_KINDS = ("replaced", "attributes", "relation", "order")  # see ShapesPai
 
 
 def fit_logistic(features, labels, penalty, start):
-    """Logistic regression of labels (I,) on features (I, W), whose last column is 1, for the bias.
-
-    returns  weights (W, K)
-    """
+    """Logistic regression: weights (W, K) of features (I, W); the last is 1, for the bias."""
 
     def loss(weights):
         nll = F.cross_entropy(features @ weights, labels)
@@ -827,7 +824,7 @@ class Task(NamedTuple):
     title: str  # heading on the page
     auto: bool  # whether --task auto includes it
     all: bool  # whether --task all includes it; if not, it runs only if named
-    needs: str  # an attribute of Pairs, or train_pairs, that must not be empty
+    needs: str  # an attribute of Pairs, or training_pairs, that must not be empty
     measure: object  # an EvalContext to metrics by name
     blocks: object = lambda context, metrics: []  # to Tables and HTML for the page only
 
@@ -835,8 +832,8 @@ class Task(NamedTuple):
 TASKS = {
     "retrieval": Task("Retrieval", True, True, "captions", retrieval_task, retrieval_blocks),
     "zeroshot": Task("Zero-shot", True, True, "classes", zeroshot_task, zeroshot_blocks),
-    "probe": Task("Linear probe", False, True, "train_pairs", probe_task),
-    "knn": Task("k nearest neighbours", False, True, "train_pairs", knn_task),
+    "probe": Task("Linear probe", False, True, "training_pairs", probe_task),
+    "knn": Task("k nearest neighbours", False, True, "training_pairs", knn_task),
     "binding": Task("Binding", False, True, "hard_negatives", binding_task),
     "search": Task("Search", False, False, "images", search_task, search_blocks),
 }
@@ -950,8 +947,8 @@ def open_data(config, checkpoint):
         line += f"   the run trained on {seen:,} of them"
     data = {"pairs": pairs, "templates": how["templates"]}
     data["folder"] = store_folder(spec, f"{part}.index", how["data_root"])
-    if pairs.classes and part in ("val", "test"):
-        data["train_pairs"] = load_part(spec, "train", **how)
+    if pairs.classes and part in ("val", "test") and config.task != "auto":
+        data["training_pairs"] = load_part(spec, "train", **how)
     return data, line
 
 
@@ -965,6 +962,8 @@ def main(argv=None):
     dualenc.check_min("--batch-size", config.batch_size, 1)
     if (config.query or config.out) and config.task != "search":
         raise ValueError(f"--query and --out are for --task search, and --task is {config.task}")
+    if config.out and Path(config.out).suffix.lower() not in dualenc.IMAGE_SUFFIXES:
+        raise ValueError(f"--out is {config.out}, expected an image file such as found.png")
     for file in filter(None, (config.json, config.out)):  # fails now, not after the work
         Path(file).parent.mkdir(parents=True, exist_ok=True)
 

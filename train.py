@@ -411,7 +411,7 @@ def augment(config, pixels, key):
 
 
 def cache_features(config, run, model):
-    """Fill run.features with what locked towers make of the data; stored beside it for next time.
+    """Fill run.features with what locked towers make of the data, stored beside it for next time.
 
     "train" and "val" are (rows (I, W), {unreadable: why}) of images, "captions" {caption: row (W,)}
     """
@@ -713,7 +713,7 @@ def prepare_cpu():
     if mallopt:  # glibc keeps what a step frees, and asks the system for no fresh pages
         mallopt(-4, 0)  # M_MMAP_MAX of malloc.h
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    # Attention as autocast chooses it then multiplies in bf16; despite its name, on CPUs, too.
+    # The attention that autocast chooses then multiplies in bf16; despite its name, on CPUs, too.
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 
 

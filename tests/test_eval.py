@@ -436,11 +436,14 @@ def test_other_classes_and_templates_can_be_given(checkpoint, colours, tmp_path)
     [
         ("", "is not from a run.*give --data"),
         ("--data shapes --task zeroshot", "zeroshot needs data with classes, and this has none"),
-        ("--data FOLDER --task probe --split train", "probe needs data with train_pairs, and this"),
+        ("--data FOLDER --task probe --split train", "probe needs data with training_pairs"),
         ("--data shapes --templates clip8", "unknown .*templates 'clip8'; expected clip7, plain"),
         ("--data shapes --out found.png", "--out are for --task search, and --task is auto"),
         ("--data FOLDER --task search", "search needs --query"),
-        ("--data FOLDER --task search --query fox --out found", "unknown file extension"),
+        (
+            "--data FOLDER --task search --query fox --out found",
+            "--out is found, expected an image file",
+        ),
         ("--data FOLDER --task search --query no.jpg", "cannot read image no.jpg"),
     ],
 )
@@ -460,14 +463,16 @@ def test_one_unreadable_image_is_left_out_and_more_stop(checkpoint, colours, cap
         evaluation.main(flags)
 
 
-def test_all_leaves_out_tasks_without_training_images(checkpoint, colours):
+def test_all_leaves_out_tasks_without_training_images(checkpoint, colours, table):
     """Class folders without a test part are measured whole, and nothing is left to learn from."""
     flags = [str(checkpoint), "--data", str(colours / "train"), "--task"]
     assert list(evaluation.main([*flags, "all"])) == ["retrieval", "zeroshot"]
+    captions = [str(checkpoint), "--data", str(table), "--task", "all", "--split", "val"]
+    assert list(evaluation.main(captions)) == ["retrieval"]
     model, pairs = dualenc.DualEncoder.from_pretrained(checkpoint), dualenc.load_pairs(colours)
     others = dualenc.Pairs(pairs.names, pairs.images, pairs.captions, pairs.labels, ["other"] * 2)
     with pytest.raises(ValueError, match="need the same classes in training and test data"):
-        evaluation.evaluate(model, pairs, ["knn"], train_pairs=others)
+        evaluation.evaluate(model, pairs, ["knn"], training_pairs=others)
     shutil.rmtree(colours / "train")
     with pytest.raises(ValueError, match="the train part of .* has no images"):
         evaluation.main([str(checkpoint), "--data", str(colours), "--split", "train"])

@@ -275,7 +275,7 @@ def test_kills_at_random_moments_leave_no_trace(variant, processes, kills, data,
     rng, command, killed = random.Random(variant), [*flags, "--out", tmp_path / "cut"], 0
     for _ in range(kills):
         process, printed = forked(processes, *command)
-        for _ in range(rng.randint(6, 11)):  # lines of the printout, five before the first step
+        for _ in range(rng.randint(8, 13)):  # lines of the printout, seven before the first step
             printed.readline()
         time.sleep(rng.uniform(0, 0.05))
         killed += process.is_alive()

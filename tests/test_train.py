@@ -68,7 +68,7 @@ def assert_same_log(one, two, tolerance):
 
 
 @pytest.mark.parametrize("name", train.LOSSES)
-def test_chance_and_floor_are_losses_that_embeddings_can_have(name, make_model):
+def test_chance_floor_and_tiled_form_of_a_row_are_those_of_its_loss(name, make_model, monkeypatch):
     """Chance: all embeddings alike. Floor: perfect embeddings, alike within a group."""
     model, row = make_model(logit_bias_init=0.0), train.LOSSES[name]
     groups, sizes = torch.tensor([0, 1, 0, 2, 0, 1]), [3, 2, 1]
@@ -87,15 +87,9 @@ def test_chance_and_floor_are_losses_that_embeddings_can_have(name, make_model):
         chance = loss(alike, math.log(100), 0.0)
         assert row.floor(sizes) == pytest.approx(loss(perfect, math.log(100), 0.0), abs=1e-5)
     assert row.chance(sizes) == pytest.approx(chance, abs=1e-3)
-
-
-@pytest.mark.parametrize("name", [name for name, row in train.LOSSES.items() if row.tiled])
-def test_the_tiled_form_in_a_row_of_losses_is_that_of_its_function(name):
-    row, rows = train.LOSSES[name], torch.nn.functional.normalize(torch.randn(24, 8), dim=-1)
-    given = {"logit_scale": torch.tensor(2.0), "logit_bias": torch.tensor(-3.0)}
-    given["group_ids"] = torch.arange(12) // 2
-    inputs = [rows[:12], rows[12:], *(given[key] for key in row.inputs)]
-    assert row.tiled(*inputs).item() == pytest.approx(row.function(*inputs).item())
+    plain = loss(perfect, 1.0, -2.0)
+    monkeypatch.setattr(train, "TILED_FROM", 1)  # where there is one
+    assert loss(perfect, 1.0, -2.0) == pytest.approx(plain)
 
 
 def test_a_new_loss_is_one_row_and_an_incomplete_row_raises(make_model, monkeypatch):
@@ -475,13 +469,6 @@ REFUSED = [
 ]
 
 
-def test_data_whose_images_share_one_caption_are_refused():
-    pairs = dualenc.ShapesPairs(count=8, side=32)
-    pairs.captions = [["an image"]] * 8
-    with pytest.raises(ValueError, match="share their caption or class"):
-        train.check_recipe(train.TrainConfig(batch_size=8), pairs, pairs)
-
-
 @pytest.mark.parametrize(("flags", "message"), REFUSED, ids=[m[:30] for _, m in REFUSED])
 def test_what_cannot_be_trained_is_refused_and_leaves_no_folder(flags, message, run, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -489,11 +476,14 @@ def test_what_cannot_be_trained_is_refused_and_leaves_no_folder(flags, message, 
     assert (tmp_path / "refused").exists() == ("step" in message), "training had begun, or not"
 
 
-def test_batches_that_processes_cannot_share_are_refused(monkeypatch):
+def test_batches_that_processes_cannot_share_and_captions_all_alike_are_refused(monkeypatch):
     pairs = dualenc.load_pairs("shapes", "val")
     monkeypatch.setattr(dualenc, "world_size", lambda: 3)
     with pytest.raises(ValueError, match="--batch-size 8 is not a multiple of 3 ranks"):
         train.check_recipe(train.TrainConfig(batch_size=8), pairs, pairs)
+    pairs.captions = [["an image"]] * len(pairs)
+    with pytest.raises(ValueError, match="share their caption or class"):
+        train.check_recipe(train.TrainConfig(batch_size=9), pairs, pairs)
 
 
 def test_features_of_a_locked_tower_that_learns_are_not_cached(run, monkeypatch):

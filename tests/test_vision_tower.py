@@ -171,8 +171,9 @@ def test_convnets_and_vits_of_dynamic_size_take_images_of_any_size():
     assert make_tower("resnet")[0](torch.randn(1, 3, 48, 64)).pooler_output.shape == (1, 96)
     dynamic = tower_of(args={**TINY_VIT, "dynamic_img_size": True})
     assert dynamic(torch.randn(1, 3, 48, 64)).last_hidden_state.shape == (1, 1 + 48, 32)
-    with pytest.raises(AssertionError, match="48.* doesn't match model .*32"):
-        tower_of()(torch.randn(1, 3, 48, 48))
+    for shape in ((1, 1, 32, 32), (3, 32, 32), (1, 3, 48, 48)):
+        with pytest.raises(ValueError, match=rf"{shape[-1]}\), expected \(B, 3, 32, 32\), as"):
+            tower_of()(torch.randn(shape))
 
 
 # ---- Refusals ------------------------------------------------------------------------------------
@@ -189,6 +190,7 @@ def test_convnets_and_vits_of_dynamic_size_take_images_of_any_size():
         ({"args": {"img_size": 32}}, "multiple values for keyword argument 'img_size'"),
         ({"args": {"global_pool": "avg"}}, "timm cannot build .*argument 'global_pool'"),
         ({"args": {"in_chans": 1}}, "timm cannot build .*argument 'in_chans'"),
+        ({"args": {"num_classes": 9}}, "timm cannot build .*argument 'num_classes'"),
         ({"args": {"checkpoint_path": "a"}}, "argument 'checkpoint_path'"),
         ({"name": "vit", "args": {"global_pool": "avg"}}, "unknown argument of vit 'global_pool'"),
     ],
