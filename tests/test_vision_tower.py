@@ -171,9 +171,7 @@ def test_convnets_and_vits_of_dynamic_size_take_images_of_any_size():
     assert make_tower("resnet")[0](torch.randn(1, 3, 48, 64)).pooler_output.shape == (1, 96)
     dynamic = tower_of(args={**TINY_VIT, "dynamic_img_size": True})
     assert dynamic(torch.randn(1, 3, 48, 64)).last_hidden_state.shape == (1, 1 + 48, 32)
-    assert dynamic.trunk.pos_embed.shape[1] == 1 + 28 * 28, (
-        "it stays timm's own, resampled for each image"
-    )
+    assert dynamic.trunk.pos_embed.shape[1] == 1 + 28**2, "timm's own, resampled for each image"
     for shape in ((1, 1, 32, 32), (3, 32, 32), (1, 3, 48, 48)):
         with pytest.raises(ValueError, match=rf"{shape[-1]}\), expected \(B, 3, 32, 32\), as"):
             tower_of()(torch.randn(shape))
