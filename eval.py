@@ -778,7 +778,7 @@ def write_report(folder, context, results, facts):
 
 
 def flag(default, help, group="other", choices=None, **more):
-    """A dataclass field that carries its own --help line; more is kept in its metadata."""
+    """A dataclass field that carries its own --help line; more, like least=1, is its metadata."""
     return field(default=default, metadata=dict(help=help, group=group, choices=choices, **more))
 
 

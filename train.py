@@ -120,32 +120,32 @@ class TrainConfig:
     text_pooling: str = flag("", "cls, mean, pooler; or its own", "towers", sets="text_pooling")
     vocab_size: int = flag(4096, "tokens of a new text tower, learned from captions", "towers")
     max_tokens: int = flag(64, "longest caption of a new text tower", "towers")
-    projection_dim: int = flag(256, "width of the shared space", "towers", sets="projection_dim")
+    projection_dim: int = flag(256, "shared width", "towers", sets="projection_dim", least=1)
     loss: str = flag("clip", "see LOSSES in train.py", "recipe", tuple(LOSSES))
     epochs: float = flag(10, "passes over the images", "recipe")
     steps: int = flag(0, "steps, instead of epochs", "recipe")
-    batch_size: int = flag(256, "pairs a step, over all processes", "recipe")
+    batch_size: int = flag(256, "pairs a step, over all processes", "recipe", least=2)
     neighbours: int = flag(0, "images in a row that share a batch; 0: as the data has it", "recipe")
     lr: float = flag(1e-3, "peak learning rate of new weights", "recipe")
     tower_lr: float = flag(0.0, "that of pretrained towers; 0: a tenth of --lr", "recipe")
     weight_decay: float = flag(0.05, "none on norms, biases, positions, logit_scale", "recipe")
-    warmup: float = flag(0.05, "share of the steps in which the learning rate rises", "recipe")
+    warmup: float = flag(0.05, "share of the steps in which --lr rises", "recipe", most=1)
     clip_grad: float = flag(1.0, "largest gradient norm; 0 for no limit", "recipe")
     seed: int = flag(0, "of weights, order, augmentation and drawn shapes", "recipe")
     precision: str = flag("auto", "of the towers", "speed", ("auto", "bf16", "fp16", "fp32"))
     cache_features: bool = flag(False, "run locked towers once and keep their outputs", "speed")
     micro_batch: int = flag(0, "most pairs embedded at once; less memory, 4/3 of the time", "speed")
     compile: bool = flag(False, "torch.compile both towers; slow to start", "speed")
-    workers: int = flag(-1, "processes that read images; -1 picks", "speed")
+    workers: int = flag(-1, "processes that read images; -1 picks", "speed", least=-1)
     device: str = flag("auto", "auto, cpu, cuda or cuda:N", "speed")
     out: str = flag("", "run folder; runs/NAME-OF-THE-DATA unless given", "output")
     resume: str = flag("", "run folder to resume", "output")
     overwrite: bool = flag(False, "replace a run folder that is already there", "output")
     eval_every: int = flag(0, "steps between evaluations; 0 for about five in all", "output")
-    log_every: int = flag(50, "steps between printed lines", "output")
+    log_every: int = flag(50, "steps between printed lines", "output", least=1)
 
-    # Augmentations: each is a function of uint8 pixels (3, h, w), the flag's value and random
-    # numbers, which returns such pixels, and its flag, off by default. New ones go to the end.
+    # Augmentations, each with its flag: uint8 pixels (3, h, w), its value and random numbers to
+    # such pixels. Off by default; new ones go to the end.
     @staticmethod
     def random_crop(pixels, smallest_share, rng):
         side, (height, width) = math.sqrt(rng.uniform(smallest_share, 1)), pixels.shape[-2:]
@@ -153,7 +153,7 @@ class TrainConfig:
         top, left = rng.randint(0, height - rows), rng.randint(0, width - columns)
         return pixels[:, top : top + rows, left : left + columns]
 
-    crop_scale: float = flag(1.0, "smallest share a random crop keeps", "data", augment=random_crop)
+    crop_scale: float = flag(1.0, "least share a crop keeps", "data", augment=random_crop, most=1)
 
     @staticmethod
     def random_flip(pixels, flip, rng):
@@ -405,8 +405,7 @@ def augment(config, pixels, key):
     rng = random.Random(f"augment {config.seed} {key}")
     for f in augmentations(config):
         pixels = f.metadata["augment"](pixels, getattr(config, f.name), rng)
-    got = f"augmentations made pixels of {pixels.dtype}, expected torch.uint8"
-    refuse(pixels.dtype != torch.uint8, got)
+    refuse(pixels.dtype != torch.uint8, f"augmentations made {pixels.dtype}, not torch.uint8")
     return pixels
 
 
@@ -687,11 +686,12 @@ def introduce(config, run, model, optimizer, flags):
 
 def check_recipe(config, pairs, held_out):
     """Raise ValueError for a recipe that cannot learn."""
-    least = {"batch_size": 2, "crop_scale": 0.001, "log_every": 1, "projection_dim": 1}
-    for name, value in vars(config).items():
-        if isinstance(value, (int, float)) and name != "workers":
-            dualenc.check_min(flag_names([name]), value, least.get(name, 0))
-    refuse(max(config.crop_scale, config.warmup) > 1, "--crop-scale and --warmup are at most 1")
+    for f in dataclasses.fields(config):
+        name, value = flag_names([f.name]), getattr(config, f.name)
+        if isinstance(value, (int, float)):
+            dualenc.check_min(name, value, f.metadata.get("least", 0))
+            most = f.metadata.get("most", math.inf)
+            refuse(value > most, f"{name} is {value}, expected at most {most}")
     uneven = f"--batch-size {config.batch_size} is not a multiple of {dualenc.world_size()} ranks"
     refuse(config.batch_size % dualenc.world_size(), uneven)
     refuse(len(pairs) < config.batch_size, f"{len(pairs)} training images: lower --batch-size")

@@ -214,7 +214,7 @@ def test_a_new_augmentation_is_one_field_and_never_dropped_silently():
     pixels, pairs = torch.full((3, 4, 4), 200).byte(), dualenc.ShapesPairs(count=8, side=32)
     seen = [train.augment(config, pixels, (0, i)).max().item() for i in range(9)]
     assert len(set(seen)) > 3 and max(seen) < 200
-    with pytest.raises(ValueError, match="made pixels of torch.float32, expected torch.uint8"):
+    with pytest.raises(ValueError, match="made torch.float32, not torch.uint8"):
         train.augment(config, pixels / 255, (0, 0))
     with pytest.raises(ValueError, match="one view of each image: leave out --dark$"):
         train.check_recipe(config, pairs, pairs)
@@ -465,7 +465,7 @@ REFUSED = [
     ({"lr": 1e30, "clip_grad": 0}, "step 2: loss or gradient is not finite: lower --lr"),
     ({"images": "nowhere"}, "missing image nowhere"),
     ({"val_fraction": 0.0}, "no images are held out"),
-    ({"crop_scale": 70.0}, "--crop-scale and --warmup are at most 1"),
+    ({"crop_scale": 70.0}, "--crop-scale is 70.0, expected at most 1"),
 ]
 
 
