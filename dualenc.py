@@ -353,7 +353,8 @@ class DualEncoder(nn.Module):
         vision      a timm name such as "vit_base_patch16_224.augreg_in21k" or "hf-hub:timm/...", a
                     timm folder, or a transformers folder or hub id (rows of HF_VISION)
         text        a transformers or sentence-transformers folder or hub id (rows of HF_TEXT), or
-                    "scratch": a new tower of sizes text_width, text_depth, text_vocab_size, ...
+                    "scratch": a new tower of sizes text_width, text_depth, text_vocab_size, ...;
+                    "scratch:mpnet" one of another row of HF_TEXT, which may be your own
         pretrained  False starts a timm tower from random weights; folders are always loaded
         overrides   fields of DualEncoderConfig, or of the towers' configurations with vision_ or
                     text_ before the name: vision_image_size=64, text_pooling="mean"
@@ -1577,14 +1578,16 @@ def build_from_towers(cls, vision, text, projection_dim, pretrained, overrides):
         side, name = (side, rest) if side in ("vision", "text") else ("dual", name)
         sides[side][name] = value
     vision_model = build_vision_tower(str(vision), pretrained, sides["vision"])
-    if text == "scratch":
-        text_model = build_tower(config_from_dict(TextConfig, sides["text"]))
+    kind, _, family = str(text).partition(":")
+    if kind == "scratch":
+        sizes = {"family": family or "bert", **sides["text"]}
+        text_model = build_tower(config_from_dict(TextConfig, sizes))
     else:
         folder = find_folder(text)
         text_model = load_tower(read_text_config, folder, text, sides["text"])
     config = {"vision": vision_model.config, "text": text_model.config, **sides["dual"]}
     model = cls(config_from_dict(DualEncoderConfig, config), vision_model, text_model)
-    if text != "scratch":
+    if kind != "scratch":
         add_processor(model, vision_model.image_transform(), folder)
     return model
 

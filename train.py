@@ -113,7 +113,7 @@ class TrainConfig:
     pretrained: bool | None = flag(None, "load timm's weights; by default for NAME.TAG", "towers")
     image_size: int = flag(0, "pixels per side; 0: its own", "towers", sets="vision_image_size")
     patch_dropout: float = flag(0.0, "share left out (ViTs)", "towers", sets="vision_patch_dropout")
-    text: str = flag("scratch", "transformers folder or hub id; scratch: a new tower", "towers")
+    text: str = flag("scratch", "folder or hub id; scratch, scratch:FAMILY: a new tower", "towers")
     text_width: int = flag(192, "width of a new text tower", "towers")
     text_depth: int = flag(3, "layers of a new text tower", "towers")
     text_heads: int = flag(3, "attention heads of a new text tower", "towers")
@@ -453,7 +453,7 @@ def make_model(config, pairs):
     if (vision := config.vision) == "scratch":
         vision, more["vision_args"] = SCRATCH_VISION, SCRATCH_ARGS | (config.vision_args or {})
         more.setdefault("vision_image_size", SCRATCH_SIZE)
-    if config.text == "scratch":
+    if is_new := config.text.split(":")[0] == "scratch":
         captions = dict.fromkeys(itertools.chain.from_iterable(pairs.captions))
         tokenizer = dualenc.train_tokenizer(captions, config.vocab_size, config.max_tokens)
         more = {"text_pooling": "mean", "text_vocab_size": tokenizer.get_vocab_size(), **more}
@@ -467,7 +467,7 @@ def make_model(config, pairs):
     # A tower without weights has learned nothing about a crop: show it the whole image.
     whole = None if model.vision_model.weights_from else 1.0
     transform = model.vision_model.image_transform(crop_pct=whole)
-    if config.text == "scratch":
+    if is_new:
         positions = model.text_model.max_tokens
         model.processor = dualenc.Processor(None, tokenizer, positions=positions)
     if model.processor:

@@ -249,11 +249,11 @@ def test_weight_decay_and_learning_rates_reach_the_right_weights(make_model):
 
 def test_the_flags_of_towers_reach_the_towers():
     pairs = dualenc.ShapesPairs(count=8, side=32)
-    flags = {"vision_args": {"stem_width": 8}, "text_pooling": "cls", "text_heads": 2}
-    model = train.make_model(train.TrainConfig(**flags, text_width=16), pairs)
+    flags = {"vision_args": {"stem_width": 8}, "text_pooling": "cls", "text": "scratch:mpnet"}
+    model = train.make_model(train.TrainConfig(**flags, text_width=16, text_heads=2), pairs)
     vision, text, size = model.config.vision, model.config.text, train.SCRATCH_SIZE
-    assert (vision.name, vision.args["stem_width"]) == (train.SCRATCH_VISION, 8)
-    assert (text.pooling, text.width, text.heads, text.depth) == ("cls", 16, 2, 3)
+    assert (vision.name, vision.args["stem_width"], text.pooling) == ("resnet18", 8, "cls")
+    assert (text.family, text.width, text.heads, text.depth) == ("mpnet", 16, 2, 3)
     assert model.processor.image_transform.resize == size, "a new tower sees the whole image"
     flags = {"image_size": 32, "patch_dropout": 0.5, "vision_args": {"depth": 3}}
     config = train.TrainConfig(vision="test_vit", projection_dim=9, **flags)
