@@ -1855,7 +1855,7 @@ class TiledLogSumExp(torch.autograd.Function):
         for rows, columns, scores in score_tiles(images, texts, ctx.tile):
             in_row = (scores - of_rows[rows, None]).exp()  # softmax: exp(score - log-sum-exp)
             in_column = (scores - of_columns[columns]).exp()
-            # The derivative of a log-sum-exp by its scores is the softmax; then images @ texts.T.
+            # A log-sum-exp's derivative with respect to its scores is the softmax.
             grad = grad_rows[rows, None] * in_row + grad_columns[columns] * in_column
             grad_images[rows] += grad @ texts[columns]
             grad_texts[columns] += grad.T @ images[rows]

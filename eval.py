@@ -170,7 +170,8 @@ class EvalContext:
         for name in self.tasks:
             dualenc.check_choice("task", name, TASKS)
             if name not in allowed:
-                raise ValueError(f"{name} needs data with {TASKS[name].needs}, and this has none")
+                got = f"{name} needs data with {TASKS[name].needs}, and this has none"
+                raise ValueError(f'{got}; see the table of tasks in README.md, "Measure it"')
         self.options = self.precision, self.batch_size
         if self.tasks == ["search"]:
             return
@@ -947,7 +948,8 @@ def open_data(config, checkpoint):
         line += f"   the run trained on {seen:,} of them"
     data = {"pairs": pairs, "templates": how["templates"]}
     data["folder"] = store_folder(spec, f"{part}.index", how["data_root"])
-    if pairs.classes and part in ("val", "test") and config.task != "auto":
+    learners = [name for name, task in TASKS.items() if task.needs == "training_pairs"]
+    if pairs.classes and part in ("val", "test") and config.task in ("all", *learners):
         data["training_pairs"] = load_part(spec, "train", **how)
     return data, line
 

@@ -120,7 +120,7 @@ class TrainConfig:
     text_pooling: str = flag("", "cls, mean, pooler; or its own", "towers", sets="text_pooling")
     vocab_size: int = flag(4096, "tokens of a new text tower, learned from captions", "towers")
     max_tokens: int = flag(64, "longest caption of a new text tower", "towers")
-    projection_dim: int = flag(256, "shared width", "towers", sets="projection_dim", least=1)
+    projection_dim: int = flag(256, "size of the embeds", "towers", sets="projection_dim", least=1)
     loss: str = flag("clip", "see LOSSES in train.py", "recipe", tuple(LOSSES))
     epochs: float = flag(10, "passes over the images", "recipe")
     steps: int = flag(0, "steps, instead of epochs", "recipe")
@@ -144,8 +144,8 @@ class TrainConfig:
     eval_every: int = flag(0, "steps between evaluations; 0 for about five in all", "output")
     log_every: int = flag(50, "steps between printed lines", "output", least=1)
 
-    # Augmentations, each with its flag: uint8 pixels (3, h, w), its value and random numbers to
-    # such pixels. Off by default; new ones go to the end.
+    # Augmentations: functions of uint8 pixels (3, h, w), the flag's value and random numbers to
+    # such pixels, each above its flag. Off by default; new ones go to the end.
     @staticmethod
     def random_crop(pixels, smallest_share, rng):
         side, (height, width) = math.sqrt(rng.uniform(smallest_share, 1)), pixels.shape[-2:]
@@ -153,7 +153,7 @@ class TrainConfig:
         top, left = rng.randint(0, height - rows), rng.randint(0, width - columns)
         return pixels[:, top : top + rows, left : left + columns]
 
-    crop_scale: float = flag(1.0, "least share a crop keeps", "data", augment=random_crop, most=1)
+    crop_scale: float = flag(1.0, "smallest share", "data", augment=random_crop, least=1e-3, most=1)
 
     @staticmethod
     def random_flip(pixels, flip, rng):
@@ -211,7 +211,7 @@ def train(config, run, model, optimizer, state):
             optimizer.zero_grad()
             scaler.scale(loss).backward()
 
-            # Clip, step, clamp. An overflow skips the step in fp16, but at scale 1 is an error.
+            # Clip, step, clamp. In fp16 an overflow skips the step; at scale 1 it is an error.
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
             mean_loss = dualenc.gather_embeds(loss.detach()[None]).mean().item()
@@ -364,7 +364,7 @@ def fetch(config, run, model, first_step, bad_images):
     Images are uint8 pixels (R, 3, S, S) or cached features (R, W). The place of an unreadable image
     is taken by the next one, and bad_images, {index: reason}, grows.
     """
-    batches = batch_keys(config, run.pairs, first_step)
+    batches, again = itertools.tee(batch_keys(config, run.pairs, first_step))  # for loader and loop
     if "train" in run.features:
         loader = cached_images(*run.features["train"], batches)
     else:
@@ -372,7 +372,7 @@ def fetch(config, run, model, first_step, bad_images):
         dataset = dualenc.ImageDataset(run.pairs.images, transform, partial(augment, config))
         loader = dualenc.image_loader(dataset, batches, config.workers, device)
     allowed = BAD_SHARE * len(run.pairs) if config.on_bad_image == "skip" else 0
-    for (images, indices, errors), keys in zip(loader, batch_keys(config, run.pairs, first_step)):
+    for (images, indices, errors), keys in zip(loader, again):
         new = {i: error for (_, i), error in zip(keys, errors) if error and i not in bad_images}
         bad_images |= new
         count = f"{len(bad_images)} of {len(run.pairs):,} images; skip allows {BAD_SHARE:.0%}"
@@ -468,8 +468,7 @@ def make_model(config, pairs):
     whole = None if model.vision_model.weights_from else 1.0
     transform = model.vision_model.image_transform(crop_pct=whole)
     if is_new:
-        positions = model.text_model.max_tokens
-        model.processor = dualenc.Processor(None, tokenizer, positions=positions)
+        model.processor = dualenc.Processor(None, tokenizer, positions=model.text_model.max_tokens)
     if model.processor:
         model.processor.image_transform = transform
     return model
@@ -694,6 +693,7 @@ def check_recipe(config, pairs, held_out):
             refuse(value > most, f"{name} is {value}, expected at most {most}")
     uneven = f"--batch-size {config.batch_size} is not a multiple of {dualenc.world_size()} ranks"
     refuse(config.batch_size % dualenc.world_size(), uneven)
+    refuse(not len(pairs), f"{config.data} has no training images: all are held out")
     refuse(len(pairs) < config.batch_size, f"{len(pairs)} training images: lower --batch-size")
     refuse(not len(held_out), f"no images are held out of {config.data}: raise --val-fraction")
     kinds = set(pairs.labels or itertools.chain.from_iterable(pairs.captions))
@@ -713,7 +713,7 @@ def prepare_cpu():
     if mallopt:  # glibc keeps what a step frees, and asks the system for no fresh pages
         mallopt(-4, 0)  # M_MMAP_MAX of malloc.h
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    # The attention that autocast chooses then multiplies in bf16; despite its name, on CPUs, too.
+    # Lets the attention that autocast chooses multiply in bf16; despite its name, on CPUs, too.
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 
 

@@ -461,10 +461,10 @@ REFUSED = [
     ({"cache_features": True, "lock": "both", "flip": True, "crop_scale": 0.5}, "crop-scale, --fl"),
     ({"batch_size": 1}, "--batch-size is 1, expected at least 2"),
     ({"batch_size": 100}, r"3\d training images: lower --batch-size"),
-    ({"val_fraction": 1.0}, "0 training images: lower --batch-size"),
     ({"lr": 1e30, "clip_grad": 0}, "step 2: loss or gradient is not finite: lower --lr"),
     ({"images": "nowhere"}, "missing image nowhere"),
     ({"val_fraction": 0.0}, "no images are held out"),
+    ({"val_fraction": 1.0}, "has no training images: all are held out"),
     ({"crop_scale": 70.0}, "--crop-scale is 70.0, expected at most 1"),
 ]
 
